@@ -1,0 +1,46 @@
+# `make` on its own says what there is.
+PYTHON ?= python3
+BIN := .venv/bin
+STAMP := .venv/.stamp
+
+# pyright mentions newer versions of itself; ours is pinned.
+export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
+
+.DEFAULT_GOAL := help
+.PHONY: help venv demo test test-gpu lint format clean
+
+help:  ## say what there is
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
+
+venv: $(STAMP)  ## make .venv with everything for development
+
+$(STAMP): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+demo: venv  ## export a small decoder, verify it, decode: leaves demo/
+	$(BIN)/python -m pid_export.demo
+
+test: lint  ## lint, types, and every test that needs no GPU and no minutes
+	$(BIN)/python -m pytest -q -m 'not gpu and not slow'
+
+test-gpu: venv  ## the tests that need a GPU
+	$(BIN)/python -m pytest -q -m gpu || test $$? -eq 5  # 5: there are none
+
+CXX_FILES = git ls-files -co --exclude-standard '*.c' '*.h' '*.cc' '*.cpp' '*.hpp' '*.cu'
+
+lint: venv  ## style, layout and types; changes nothing
+	$(BIN)/ruff check -q
+	$(BIN)/ruff format -q --check
+	@$(CXX_FILES) 2>/dev/null | xargs -r $(BIN)/clang-format --dry-run -Werror
+	$(BIN)/pyright
+
+format: venv  ## lay out every file, and mend what can be mended
+	$(BIN)/ruff check -q --fix
+	$(BIN)/ruff format -q
+	@$(CXX_FILES) 2>/dev/null | xargs -r $(BIN)/clang-format -i
+
+clean:  ## remove what was made here, but not .venv
+	rm -rf build dist demo .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +

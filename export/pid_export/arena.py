@@ -1,0 +1,94 @@
+"""Plans where each buffer lies in the arena, so that buffers never in use together share memory."""
+
+from dataclasses import dataclass
+
+from pid_runtime.manifest import SECTIONS, Buffer, Copy, Instruction, Noise, Sizes
+
+ALIGNMENT = 256
+"""Every buffer starts at a multiple of this many bytes, as CUDA allocations do."""
+
+WHOLE_DECODE = ("input", "schedule", "table", "constant")
+"""Kinds of buffers the runtime fills before the program runs; their contents must last."""
+
+
+@dataclass(frozen=True)
+class Lifetime:
+    """First and last instruction, counted over all sections, at which a buffer holds a value."""
+
+    first: int
+    last: int
+
+    def overlaps(self, other: "Lifetime") -> bool:
+        """Whether two buffers are ever in use together."""
+        return self.first <= other.last and other.first <= self.last
+
+
+def lifetimes(
+    buffers: dict[str, Buffer], sections: dict[str, tuple[Instruction, ...]]
+) -> dict[str, Lifetime]:
+    """When each buffer is in use. A value that one step leaves to the next lasts through all steps."""
+    uses: dict[str, list[int]] = {name: [] for name in buffers}
+    carried: set[str] = set()
+    position = 0
+    step_range = (0, 0)
+    for section in SECTIONS:
+        begin = position
+        written: set[str] = set()
+        for instruction in sections.get(section, ()):
+            reads, writes = _reads_writes(instruction)
+            for name in (*reads, *writes):
+                uses[name].append(position)
+            if section == "step":
+                carried |= reads - written
+            written |= writes
+            position += 1
+        if section == "step":
+            step_range = (begin, position - 1)
+    result: dict[str, Lifetime] = {}
+    for name, buffer in buffers.items():
+        at = list(uses[name])
+        if buffer.kind in WHOLE_DECODE:
+            at += [0, position]
+        if name in carried:
+            at += step_range
+        if at:
+            result[name] = Lifetime(min(at), max(at))
+    return result
+
+
+def plan_arena(
+    buffers: dict[str, Buffer], sections: dict[str, tuple[Instruction, ...]], sizes: Sizes
+) -> tuple[dict[str, int], int]:
+    """Offsets in bytes of every buffer, and the arena's size, at the given sizes.
+
+    Greedy by size: the largest buffer first, each at the lowest offset where nothing it lives
+    together with lies.
+    """
+    alive = lifetimes(buffers, sections)
+    length = {
+        name: -(-sizes.bytes(b.dtype, b.shape) // ALIGNMENT) * ALIGNMENT
+        for name, b in buffers.items()
+    }
+    offsets: dict[str, int] = {}
+    for name in sorted(alive, key=lambda n: (-length[n], alive[n].first, n)):
+        taken = sorted(
+            (offsets[other], offsets[other] + length[other])
+            for other in offsets
+            if alive[name].overlaps(alive[other])
+        )
+        offset = 0
+        for begin, end in taken:
+            if offset + length[name] <= begin:
+                break
+            offset = max(offset, end)
+        offsets[name] = offset
+    return offsets, max(offsets[name] + length[name] for name in offsets)
+
+
+def _reads_writes(instruction: Instruction) -> tuple[set[str], set[str]]:
+    if isinstance(instruction, Copy):
+        return {instruction.source}, {instruction.target}
+    if isinstance(instruction, Noise):
+        return set(), {instruction.target, instruction.image}
+    reads = {operand.buffer for operand in instruction.inputs.values()}
+    return reads, {operand.buffer for operand in instruction.outputs.values()}

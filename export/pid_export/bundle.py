@@ -1,0 +1,293 @@
+"""Turns a checkpoint into a bundle: weights folded, graphs exported, memory planned."""
+
+import hashlib
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pid_export.arena import plan_arena
+from pid_export.errors import ExportInputError
+from pid_export.fold import fold_graph, fold_tables
+from pid_export.graphs import GraphExporter, Placed, check_graph
+from pid_export.program import ProgramSpec, build_program
+from pid_export.weights_file import Slot, WeightsWriter
+from pid_ref.config import PidConfig
+from pid_ref.registry import WEIGHTS_LICENSE, Checkpoint
+from pid_ref.sampler import timesteps
+from pid_runtime.manifest import (
+    MANIFEST_FILE,
+    PRECISIONS,
+    WEIGHTS_FILE,
+    Bucket,
+    File,
+    Graph,
+    Manifest,
+    Sampler,
+    sizes_for,
+)
+from pid_runtime.stages import Dimensions, build_stage
+
+BUCKETS = {"2k": 18_816, "3k": 36_864, "4k": 65_536}
+"""Token budgets: 2688x1792, 3072x3072 and 4096x4096, or any other shape of as many tokens."""
+
+CHUNK_TOKENS = 4096
+"""Tokens of one call of a per-token stage: enough to fill a GPU, few enough to keep scratch small."""
+
+STEP_COUNTS = (1, 2, 4)
+MAX_FREE_STEPS = 100
+"""Most steps of a decode at arbitrary times."""
+
+Progress = Callable[[float], None]
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """How a bundle is to be made."""
+
+    precision: str = "fp32"
+    """fp32, fp16 or bf16: dtype of activations and matrix weights."""
+    buckets: tuple[tuple[str, int], ...] = tuple(BUCKETS.items())
+    """Names and token budgets."""
+    steps: int = 4
+    """Steps of a decode that does not say: 1, 2 or 4."""
+    arbitrary_timesteps: bool = False
+    """Keep the timestep network instead of its values at the student's times."""
+    chunk_tokens: int = CHUNK_TOKENS
+    """Largest number of tokens in one call of a per-token stage."""
+
+
+def parse_buckets(text: str) -> tuple[tuple[str, int], ...]:
+    """Read "2k,4k" or "preview=1024,2k". Raises `ExportInputError` for anything else."""
+    buckets: list[tuple[str, int]] = []
+    for part in text.split(","):
+        name, given, tokens = part.strip().partition("=")
+        if not given and name in BUCKETS:
+            buckets.append((name, BUCKETS[name]))
+        elif given and name.isidentifier() and tokens.isdecimal() and 0 < int(tokens) < 1 << 20:
+            buckets.append((name, int(tokens)))
+        else:
+            raise ExportInputError(
+                f"expected buckets of {', '.join(BUCKETS)} or NAME=TOKENS, but got {part.strip()!r}"
+            )
+    if len({name for name, _ in buckets}) != len(buckets):
+        raise ExportInputError(f"expected every bucket once, but got {text!r}")
+    return tuple(buckets)
+
+
+def export_bundle(
+    output: Path,
+    config: PidConfig,
+    source: Mapping[str, Tensor],
+    options: ExportOptions,
+    *,
+    checkpoint: Checkpoint | None = None,
+    weights: str,
+    progress: Progress = lambda fraction: None,
+) -> Manifest:
+    """Write a bundle to the new folder `output`, whole or not at all.
+
+    source: the checkpoint's tensors by name, read one at a time. checkpoint: what it is a decoder
+    for; None for a small configuration. weights: where the values come from, such as "random:0" or
+    a file name, recorded in the manifest. progress: called with the fraction done.
+    Raises `ExportInputError` when `output` exists or an option is impossible.
+    """
+    if options.precision not in PRECISIONS:
+        raise ExportInputError(
+            f"expected precision fp32, fp16 or bf16, but got {options.precision!r}"
+        )
+    if options.steps not in STEP_COUNTS:
+        raise ExportInputError(f"expected 1, 2 or 4 steps, but got {options.steps}")
+    if output.exists():
+        raise ExportInputError(f"{output} exists already; choose a new folder or remove it first")
+    times = () if options.arbitrary_timesteps else (timesteps(1)[0], *timesteps(4)[:-1])
+    program = build_program(config, options.precision, len(times) or None)
+    with _new_folder(output) as folder:
+        placed, file, hashes = _write_weights(
+            folder, config, program, source, options, times, progress
+        )
+        network = network_of(config)
+        exporter = GraphExporter(dimensions_of(network), options.precision)
+        files, graphs = {WEIGHTS_FILE: file}, dict[str, Graph]()
+        for done, (name, spec) in enumerate(program.graphs.items(), 1):
+            content = exporter.export(name, spec, placed)
+            check_graph(name, content, spec)
+            graph_file = f"{name}.onnx"
+            (folder / graph_file).write_bytes(content)
+            files[graph_file] = File(len(content), hashlib.sha256(content).hexdigest())
+            graphs[name] = Graph(
+                graph_file, spec.stage, spec.options, spec.inputs, spec.outputs, *hashes[name]
+            )
+            progress(_WEIGHTS_SHARE + (1 - _WEIGHTS_SHARE) * done / len(program.graphs))
+        manifest = Manifest(
+            producer=f"pid-trt {version('pid-trt')}",
+            model=_model(config, checkpoint, weights),
+            precision=options.precision,
+            network=network,
+            tokens_per_latent=config.latent_down * config.scale // config.patch_size,
+            sampler=_sampler(options, times),
+            files=files,
+            graphs=graphs,
+            buffers=program.buffers,
+            buckets=_buckets(config, program, options, len(times) or MAX_FREE_STEPS),
+            program=program.sections,
+        )
+        manifest.check()
+        (folder / MANIFEST_FILE).write_text(manifest.to_json() + "\n", "utf-8")
+    return manifest
+
+
+_WEIGHTS_SHARE = 0.7
+"""Share of an export's time that goes into the weights; measured at full size."""
+
+
+def network_of(config: PidConfig) -> dict[str, Any]:
+    """A configuration as the manifest's `network`."""
+    return {
+        **asdict(config),
+        "mlp_hidden": config.mlp_hidden,
+        "latent_ratio": config.latent_ratio,
+    }
+
+
+def dimensions_of(network: Mapping[str, Any]) -> Dimensions:
+    """The part of a manifest's `network` that stages are built from."""
+    return Dimensions(**{field.name: network[field.name] for field in fields(Dimensions)})
+
+
+def config_of(network: Mapping[str, Any]) -> PidConfig:
+    """The configuration a manifest's `network` was written from."""
+    return PidConfig(**{field.name: network[field.name] for field in fields(PidConfig)})
+
+
+def _write_weights(
+    folder: Path,
+    config: PidConfig,
+    program: ProgramSpec,
+    source: Mapping[str, Tensor],
+    options: ExportOptions,
+    times: Sequence[float],
+    progress: Progress,
+) -> tuple[dict[str, Placed], File, dict[str, tuple[int, str]]]:
+    """Write the weights of all graphs; where they lie, and each graph's bytes and hash."""
+    dimensions = dimensions_of(network_of(config))
+    slots: dict[str, Slot] = {}
+    if times:
+        for name in ("modulation", "time_embedding"):
+            shape = program.buffers[name].shape
+            slots[f"table.{name}"] = Slot(torch.float32, tuple(int(size) for size in shape))
+    for name, spec in program.graphs.items():
+        with torch.device("meta"):
+            stage = build_stage(spec.stage, spec.options, dimensions, options.precision)
+        for key, parameter in stage.state_dict().items():
+            slots[f"{name}.{key}"] = Slot(parameter.dtype, tuple(parameter.shape))
+    total = sum(slot.bytes for slot in slots.values())
+    path = folder / WEIGHTS_FILE
+    _check_space(folder, total)
+    hashes: dict[str, tuple[int, str]] = {}
+    with WeightsWriter(path, slots, {"format": "pid-bundle"}) as writer:
+        if times:
+            tables = fold_tables(source, config, times)
+            for name in ("modulation", "time_embedding"):
+                writer.write(f"table.{name}", tables[name])
+        for name, spec in program.graphs.items():
+            folded = fold_graph(name, spec, source, config)
+            own = [key for key in slots if key.startswith(f"{name}.")]
+            if {f"{name}.{key}" for key in folded} != set(own):
+                raise AssertionError(f"graph {name}: folded weights are not its stage's parameters")
+            digest = hashlib.sha256()
+            for key in own:
+                digest.update(writer.write(key, folded.pop(key.removeprefix(f"{name}."))))
+            hashes[name] = (sum(slots[key].bytes for key in own), digest.hexdigest())
+            progress(_WEIGHTS_SHARE * (writer.size - writer.data_offset) / total)
+        placed = {name: Placed(writer.offsets[name], slot.bytes) for name, slot in slots.items()}
+        return placed, File(writer.size, writer.sha256()), hashes
+
+
+def _buckets(
+    config: PidConfig, program: ProgramSpec, options: ExportOptions, rows: int
+) -> dict[str, Bucket]:
+    buckets: dict[str, Bucket] = {}
+    network = network_of(config)
+    per_latent = config.latent_down * config.scale // config.patch_size
+    for name, tokens in options.buckets:
+        sizes = sizes_for(network, per_latent, rows, tokens)
+        offsets, size = plan_arena(program.buffers, program.sections, sizes)
+        buckets[name] = Bucket(tokens, min(tokens, options.chunk_tokens), size, offsets)
+    return buckets
+
+
+def _sampler(options: ExportOptions, times: Sequence[float]) -> Sampler:
+    if not times:
+        return Sampler(options.steps, MAX_FREE_STEPS, (), {})
+    schedules = {
+        str(steps): tuple(times.index(t) for t in timesteps(steps)[:-1]) for steps in STEP_COUNTS
+    }
+    return Sampler(options.steps, len(times), tuple(times), schedules)
+
+
+def _model(config: PidConfig, checkpoint: Checkpoint | None, weights: str) -> dict[str, Any]:
+    model: dict[str, Any] = {"version": config.version, "weights": weights}
+    if checkpoint is None:
+        return {"name": "custom", **model, "latent_convention": "as the network was trained"}
+    return {
+        "name": checkpoint.label,
+        **model,
+        "space": checkpoint.space.name,
+        "variant": checkpoint.variant,
+        "checkpoint": checkpoint.name,
+        "distilled": checkpoint.distilled,
+        "latent_convention": checkpoint.space.convention,
+        "trained_sizes": [list(size) for size in checkpoint.trained_sizes],
+        "weights_license": WEIGHTS_LICENSE,
+    }
+
+
+def _check_space(folder: Path, needed: int) -> None:
+    free = shutil.disk_usage(folder).free
+    if free < needed * 1.02:
+        raise ExportInputError(
+            f"expected {needed / 1e9:.2f} GB of free disk for the bundle, but {folder.parent} has "
+            f"{free / 1e9:.2f} GB; free some or choose another place with -o"
+        )
+
+
+@contextmanager
+def _new_folder(output: Path) -> Iterator[Path]:
+    """A temporary folder beside `output` that takes its name only when all went well."""
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        for left in output.parent.glob(f".{output.name}.*.partial"):
+            if not _alive(left):
+                shutil.rmtree(left, ignore_errors=True)
+        folder = Path(
+            tempfile.mkdtemp(
+                dir=output.parent, prefix=f".{output.name}.{os.getpid()}.", suffix=".partial"
+            )
+        )
+    except OSError as error:
+        raise ExportInputError(f"cannot write {output}: {error.strerror}") from None
+    try:
+        yield folder
+        folder.chmod(0o755)
+        folder.rename(output)
+    except OSError as error:
+        if output.exists():  # somebody else finished first
+            raise ExportInputError(f"{output} exists already") from error
+        raise
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _alive(partial: Path) -> bool:
+    """Whether the export that writes this partial folder still runs."""
+    pid = partial.name.split(".")[-3]
+    return pid.isdecimal() and Path(f"/proc/{pid}").exists()

@@ -1,0 +1,5 @@
+"""What the exporter raises when its input, not its code, is at fault."""
+
+
+class ExportInputError(ValueError):
+    """Bad input to an export or a verification: one line saying what was expected and what came."""

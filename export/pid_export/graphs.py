@@ -1,0 +1,211 @@
+"""Stages to ONNX graphs, traced without weights: those stay in the bundle's one weights file."""
+
+import logging
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import onnx
+import onnx_ir as ir
+import torch
+from onnxscript.optimizer import optimize_ir
+
+from pid_export.program import GraphSpec
+from pid_runtime.manifest import WEIGHTS_FILE, Port
+from pid_runtime.stages import DTYPES, Dimensions, build_stage
+
+OPSET = 22
+"""Newest opset that TensorRT for RTX 1.7 parses without trouble, oldest with a bfloat16 Conv."""
+
+_SAMPLES = {"B": 2, "T": 7, "h": 3, "w": 5, "Hs": 6, "Ws": 10, "L": 60, "S": 67, "Q": 11}
+"""Sizes to trace at; all different, so that no two symbols are taken for one."""
+
+_IR_TYPES = {
+    torch.float32: ir.DataType.FLOAT,
+    torch.float16: ir.DataType.FLOAT16,
+    torch.bfloat16: ir.DataType.BFLOAT16,
+}
+
+
+class ExportError(RuntimeError):
+    """An exported graph is not what the manifest promises; a bug or an unsupported torch."""
+
+
+@dataclass(frozen=True)
+class Placed:
+    """Where a tensor lies in the weights file."""
+
+    offset: int
+    length: int
+
+
+class GraphExporter:
+    """Traces every distinct stage once and writes a graph for each place it is used in."""
+
+    def __init__(self, network: Dimensions, precision: str) -> None:
+        self._network, self._precision = network, precision
+        self._templates: list[tuple[GraphSpec, bytes]] = []
+
+    def export(self, name: str, spec: GraphSpec, placed: Mapping[str, Placed]) -> bytes:
+        """The ONNX file of a graph, whose weights are where `placed` says (by full name)."""
+        for known, template in self._templates:
+            if known == spec:
+                break
+        else:
+            template = self._trace(spec)
+            self._templates.append((spec, template))
+        model = onnx.load_from_string(template)
+        model.graph.name = name
+        for tensor in model.graph.initializer:
+            if tensor.data_location == onnx.TensorProto.EXTERNAL:
+                place = placed[f"{name}.{tensor.name}"]
+                entries = {"location": WEIGHTS_FILE, "offset": place.offset, "length": place.length}
+                del tensor.external_data[:]
+                for key, value in entries.items():
+                    tensor.external_data.add(key=key, value=str(value))
+        return model.SerializeToString(deterministic=True)
+
+    def _trace(self, spec: GraphSpec) -> bytes:
+        with torch.device("meta"):
+            stage = build_stage(spec.stage, spec.options, self._network, self._precision).eval()
+        samples = {
+            name: torch.empty(
+                _sample_shape(port, self._network), dtype=DTYPES[port.dtype], device="meta"
+            )
+            for name, port in spec.inputs.items()
+        }
+        dims: dict[str, Any] = {}
+        shapes = {
+            name: {
+                axis: self._dim(size, dims)
+                for axis, size in enumerate(port.shape)
+                if isinstance(size, str)
+            }
+            for name, port in spec.inputs.items()
+        }
+        quiet = logging.getLogger("torch.onnx")
+        level = quiet.level
+        quiet.setLevel(logging.ERROR)
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                program = torch.export.export(
+                    stage, (), kwargs=samples, dynamic_shapes=shapes, strict=False
+                )
+                exported = torch.onnx.export(
+                    program,
+                    dynamo=True,
+                    opset_version=OPSET,
+                    output_names=list(spec.outputs),
+                    optimize=False,
+                    verbose=False,
+                )
+        finally:
+            quiet.setLevel(level)
+        if exported is None:
+            raise ExportError(f"torch exported nothing for stage {spec.stage}")
+        model = exported.model
+        # The optimiser would fold weights, which are not there: it sees them as inputs instead.
+        weights = {name: model.graph.initializers.pop(name) for name in stage.state_dict()}
+        for weight in weights.values():
+            weight.const_value = None
+        model.graph.inputs.extend(weights.values())
+        optimize_ir(model)
+        del model.graph.inputs[len(spec.inputs) :]
+        for name, parameter in stage.state_dict().items():
+            weights[name].const_value = ir.ExternalTensor(
+                WEIGHTS_FILE,
+                0,
+                parameter.numel() * parameter.element_size(),
+                _IR_TYPES[parameter.dtype],
+                shape=ir.Shape(parameter.shape),
+                name=name,
+            )
+            model.graph.initializers[name] = weights[name]
+        _name_axes(model, spec)
+        proto = ir.serde.serialize_model(model)
+        del proto.graph.value_info[:]
+        for node in _nodes(proto.graph):
+            del node.metadata_props[:]
+            node.doc_string = ""
+        del proto.metadata_props[:]
+        proto.graph.doc_string = ""
+        proto.producer_name, proto.producer_version = "pid-trt", ""
+        return proto.SerializeToString(deterministic=True)
+
+    def _dim(self, symbol: str, dims: dict[str, Any]) -> Any:
+        largest = self._network.text_max_length if symbol == "T" else 1 << 24
+        return dims.setdefault(symbol, torch.export.Dim(symbol, min=1, max=largest))
+
+
+def check_graph(name: str, content: bytes, spec: GraphSpec) -> None:
+    """Check a graph with onnx.checker, and that its ports are the manifest's, symbols and all.
+
+    Raises `ExportError` when a dimension that must stay symbolic was specialised.
+    """
+    model = onnx.load_from_string(content)
+    onnx.checker.check_model(_without_weights(model), full_check=False)
+    for ports, values in ((spec.inputs, model.graph.input), (spec.outputs, model.graph.output)):
+        found = {value.name: value for value in values}
+        if list(found) != list(ports):
+            raise ExportError(f"graph {name}: expected ports {list(ports)}, but got {list(found)}")
+        for port_name, port in ports.items():
+            tensor = found[port_name].type.tensor_type
+            shape = tuple(d.dim_param or d.dim_value for d in tensor.shape.dim)
+            if shape != port.shape:
+                raise ExportError(
+                    f"graph {name}: expected {port_name} of shape {port.shape}, but got {shape}"
+                )
+            if tensor.elem_type != _IR_TYPES.get(DTYPES[port.dtype], ir.DataType.UINT8):
+                raise ExportError(f"graph {name}: {port_name} is not {port.dtype}")
+    constants = sum(
+        onnx.external_data_helper.uses_external_data(t) is False and len(t.raw_data)
+        for t in model.graph.initializer
+    )
+    if constants > 1 << 16:
+        raise ExportError(
+            f"graph {name} holds {constants} bytes of constants beside the weights file"
+        )
+
+
+def _without_weights(model: onnx.ModelProto) -> onnx.ModelProto:
+    """The model with weights as inputs: the checker wants external files to be there."""
+    bare = onnx.ModelProto()
+    bare.CopyFrom(model)
+    kept = [t for t in bare.graph.initializer if t.data_location != onnx.TensorProto.EXTERNAL]
+    for tensor in bare.graph.initializer:
+        if tensor.data_location == onnx.TensorProto.EXTERNAL:
+            bare.graph.input.add().CopyFrom(
+                onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, list(tensor.dims))
+            )
+    del bare.graph.initializer[:]
+    bare.graph.initializer.extend(kept)
+    return bare
+
+
+def _sample_shape(port: Port, network: Dimensions) -> tuple[int, ...]:
+    return tuple(size if isinstance(size, int) else _SAMPLES[size] for size in port.shape)
+
+
+def _name_axes(model: ir.Model, spec: GraphSpec) -> None:
+    """Call every symbolic axis what the manifest calls it; sizes are left for the check to compare."""
+    for ports, values in ((spec.inputs, model.graph.inputs), (spec.outputs, model.graph.outputs)):
+        for value, port in zip(values, ports.values(), strict=True):
+            traced = value.shape
+            if traced is None or len(traced) != len(port.shape):
+                raise ExportError(
+                    f"expected {value.name} of rank {len(port.shape)}, but got {traced}"
+                )
+            value.shape = ir.Shape(
+                wanted if isinstance(wanted, str) and not isinstance(got, int) else got
+                for wanted, got in zip(port.shape, traced, strict=True)
+            )
+
+
+def _nodes(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
+    for node in graph.node:
+        yield node
+        for attribute in node.attribute:
+            if attribute.HasField("g"):
+                yield from _nodes(attribute.g)

@@ -1,0 +1,56 @@
+"""Fetching a checkpoint from the Hugging Face hub."""
+
+import logging
+from pathlib import Path
+
+from pid_ref.errors import PidInputError
+from pid_ref.registry import HUB_REPO, WEIGHTS_LICENSE, Checkpoint
+
+_log = logging.getLogger("pid_ref")
+
+
+def download(checkpoint: Checkpoint, cache_dir: str | Path | None = None) -> Path:
+    """Fetch a checkpoint's file (2.7 GB) and return its path in the hub's cache.
+
+    The license is stated first. A file in the cache is not fetched again, and an interrupted
+    download continues where it stopped; huggingface_hub shows the progress.
+    cache_dir: where to keep files; None is the hub's own cache.
+    Raises `PidInputError` if huggingface_hub is not installed or the file cannot be had.
+    """
+    try:
+        from huggingface_hub import hf_hub_download  # pyright: ignore[reportUnknownVariableType]
+        from huggingface_hub.errors import (
+            EntryNotFoundError,
+            GatedRepoError,
+            LocalEntryNotFoundError,
+            OfflineModeIsEnabled,
+            RepositoryNotFoundError,
+        )
+    except ImportError:
+        raise PidInputError(
+            "expected huggingface_hub for downloads, but it is not installed; "
+            "install it, or pass --checkpoint PATH"
+        ) from None
+
+    # Most specific first: several of these are subclasses of a later one.
+    reasons: tuple[tuple[type[Exception], str], ...] = (
+        (GatedRepoError, "the hub asks for an accepted license and a login"),
+        (LocalEntryNotFoundError, "it is not in the cache and the hub cannot be reached"),
+        (OfflineModeIsEnabled, "offline mode is set (HF_HUB_OFFLINE)"),
+        (EntryNotFoundError, "the hub has no such file (404)"),
+        (RepositoryNotFoundError, "the hub has no such repository, or it needs a login"),
+    )
+    _log.warning(WEIGHTS_LICENSE)
+    try:
+        return Path(hf_hub_download(HUB_REPO, checkpoint.hub_path, cache_dir=cache_dir))
+    except Exception as error:  # Each transport the hub may pick raises classes of its own.
+        lines = str(error).splitlines() or [""]
+        reason = next(
+            (text for kind, text in reasons if isinstance(error, kind)),
+            f"{type(error).__name__}: {lines[0]}",
+        )
+        raise PidInputError(
+            f"expected to download https://huggingface.co/{HUB_REPO}/resolve/main/"
+            f"{checkpoint.hub_path}, but {reason}; fetch the file by other means and pass "
+            "--checkpoint PATH"
+        ) from error

@@ -1,0 +1,365 @@
+"""The latent spaces and the released checkpoints, as data; nothing here needs torch."""
+
+import difflib
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from pid_ref.config import PidConfig
+from pid_ref.errors import PidInputError
+
+Variant = Literal["2k", "2kto4k", "2kto4k-v1", "2kto4k-undistilled"]
+Version = Literal["v1", "v1.5"]
+Size = tuple[int, int]
+"""Width and height of an image, in pixels."""
+
+HUB_REPO = "nvidia/PiD"
+"""Where NVIDIA publishes the weights, on the Hugging Face hub."""
+
+CHECKPOINT_FILE = "model_ema_bf16.pth"
+"""The one file in every checkpoint's folder."""
+
+WEIGHTS_LICENSE = (
+    "The PiD weights are NVIDIA's, under its NSCLv1 license: non-commercial use only (research or "
+    f"evaluation); see https://huggingface.co/{HUB_REPO}. The code of pid-trt is Apache-2.0."
+)
+"""What a user is told before weights are downloaded."""
+
+
+@dataclass(frozen=True)
+class LatentSpace:
+    """What one family of image generators calls a latent, and what the decoder expects of it."""
+
+    name: str
+    """The name used everywhere in this project."""
+    aliases: tuple[str, ...]
+    """Generators that share this space."""
+    channels: int
+    """C, channels of a latent `[B, C, h, w]`."""
+    down: int
+    """Pixels of the encoded image per latent pixel, along each axis."""
+    scale: int
+    """Output pixels per pixel of the encoded image, along each axis."""
+    convention: str
+    """How the decoder's input is made from the encoder's raw output z."""
+    factor: float | None
+    """With `shift`: the input is factor * (z - shift). None where the rule is not one scalar."""
+    shift: float | None
+    """See `factor`."""
+    diffusers: str
+    """What a diffusers pipeline returns for `output_type="latent"`, and what is left to do."""
+    partly_denoised: Literal["interpolation", "euler"] = "interpolation"
+    """What a latent of noise level sigma is.
+
+    "interpolation": (1 - sigma) * x0 + sigma * noise; the latent and sigma are passed as they are.
+    "euler": x0 + sigma * noise; the latent and sigma are both divided by sqrt(sigma^2 + 1) first.
+    """
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The name and the aliases."""
+        return (self.name, *self.aliases)
+
+
+SPACES = {
+    space.name: space
+    for space in (
+        LatentSpace(
+            name="flux",
+            aliases=("zimage", "zimage-turbo"),
+            channels=16,
+            down=8,
+            scale=4,
+            convention="0.3611*(z - 0.1159)",
+            factor=0.3611,
+            shift=0.1159,
+            diffusers="normalised; FLUX returns [B, hw/4, 64] tokens of 2x2 latent pixels: unpack",
+        ),
+        LatentSpace(
+            name="flux2",
+            aliases=("flux2-klein-4b", "flux2-klein-9b"),
+            channels=128,
+            down=16,
+            scale=4,
+            convention="2x2-patchified, then BatchNorm-normalised per channel (VAE statistics)",
+            factor=None,
+            shift=None,
+            diffusers=(
+                "FLUX.2 returns normalised tokens: unpack to [B, 128, h, w]; "
+                "FLUX.2-klein returns 32 raw channels: patchify and normalise"
+            ),
+        ),
+        LatentSpace(
+            name="sd3",
+            aliases=(),
+            channels=16,
+            down=8,
+            scale=4,
+            convention="1.5305*(z - 0.0609)",
+            factor=1.5305,
+            shift=0.0609,
+            diffusers="normalised [B, 16, h, w]: pass as it is",
+        ),
+        LatentSpace(
+            name="sdxl",
+            aliases=(),
+            channels=4,
+            down=8,
+            scale=4,
+            convention="0.13025*z",
+            factor=0.13025,
+            shift=0.0,
+            diffusers="normalised [B, 4, h, w]: pass as it is",
+            partly_denoised="euler",
+        ),
+        LatentSpace(
+            name="qwenimage",
+            aliases=("qwenimage-2512",),
+            channels=16,
+            down=8,
+            scale=4,
+            convention="(z - mean)/std per channel (latents_mean, latents_std of the VAE's config)",
+            factor=None,
+            shift=None,
+            diffusers="normalised tokens of 2x2 latent pixels: unpack and drop the time axis",
+        ),
+        LatentSpace(
+            name="dinov2",
+            aliases=(),
+            channels=768,
+            down=16,
+            scale=4,
+            convention="RAE latent",
+            factor=None,
+            shift=None,
+            diffusers="not a diffusers pipeline: the RAE's [B, 768, h, w]",
+        ),
+        LatentSpace(
+            name="siglip",
+            aliases=(),
+            channels=1152,
+            down=16,
+            scale=8,
+            convention="Scale-RAE latent",
+            factor=None,
+            shift=None,
+            diffusers="not a diffusers pipeline: the Scale-RAE's [B, 1152, h, w]",
+        ),
+    )
+}
+"""Every latent space by name."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """One released set of weights."""
+
+    name: str
+    """Its folder on the hub."""
+    space: LatentSpace
+    variant: Variant
+    """"2kto4k" is the newest distilled one of its space, "2kto4k-v1" one that v1.5 superseded."""
+    version: Version
+    config: PidConfig
+    """The network these weights fit."""
+    distilled: bool
+    """Whether it decodes in 4 steps; an undistilled one needs many steps and guidance."""
+    deprecated: bool
+    """Whether the hub moved it to `checkpoints_deprecated/`."""
+
+    @property
+    def hub_path(self) -> str:
+        """Its file, relative to the root of `HUB_REPO`."""
+        root = "checkpoints_deprecated" if self.deprecated else "checkpoints"
+        return f"{root}/{self.name}/{CHECKPOINT_FILE}"
+
+    @property
+    def label(self) -> str:
+        """Space, variant and version, for messages."""
+        return f"{self.space.name} {self.variant} ({self.version})"
+
+    @property
+    def trained_sizes(self) -> tuple[Size, ...]:
+        """The (width, height) pairs it was trained at, ascending; see `_sizes_2kto4k`."""
+        sizes = _SIZES_2K if self.variant == "2k" else _sizes_2kto4k()
+        sides = self.config.size_multiple
+        both = {(w, h) for w, h in sizes if w % sides == h % sides == 0}
+        return tuple(sorted(both | {(h, w) for w, h in both}))
+
+
+def _config(space: LatentSpace, version: Version) -> PidConfig:
+    """The network of a space; v1.5 widens the latent branch and gates the pixel blocks too."""
+    v1 = PidConfig(latent_channels=space.channels, latent_down=space.down, scale=space.scale)
+    if version == "v1":
+        return v1
+    return replace(
+        v1,
+        latent_unpatchify=2 if space.name == "flux2" else 1,
+        latent_hidden=1024,
+        latent_padding="replicate",
+        latent_gate="token",
+        pixel_gate=True,
+        rope_reference=2048,
+    )
+
+
+_RELEASED: tuple[tuple[str, str, Variant, Version], ...] = (
+    ("PiD_res2k_sr4x_official_flux_distill_4step", "flux", "2k", "v1"),
+    ("PiD_res2k_sr4x_official_flux2_distill_4step", "flux2", "2k", "v1"),
+    ("PiD_res2k_sr4x_official_sd3_distill_4step", "sd3", "2k", "v1"),
+    ("PiD_res2k_sr4x_official_dinov2_distill_4step", "dinov2", "2k", "v1"),
+    ("PiD_res2k_sr8x_official_siglip_distill_4step", "siglip", "2k", "v1"),
+    ("PiD_v1pt5_res2kto4k_sr4x_official_flux_distill_4step", "flux", "2kto4k", "v1.5"),
+    ("PiD_v1pt5_res2kto4k_sr4x_official_flux2_distill_4step", "flux2", "2kto4k", "v1.5"),
+    ("PiD_res2kto4k_sr4x_official_sd3_distill_4step", "sd3", "2kto4k", "v1"),
+    ("PiD_res2kto4k_sr4x_official_sdxl_distill_4step", "sdxl", "2kto4k", "v1"),
+    ("PiD_v1pt5_res2kto4k_sr4x_official_qwenimage_distill_4step", "qwenimage", "2kto4k", "v1.5"),
+    ("PiD_res2kto4k_sr4x_official_flux_distill_4step", "flux", "2kto4k-v1", "v1"),
+    ("PiD_res2kto4k_sr4x_official_flux2_distill_4step_2606", "flux2", "2kto4k-v1", "v1"),
+    ("PiD_res2kto4k_sr4x_official_qwenimage_distill_4step", "qwenimage", "2kto4k-v1", "v1"),
+    ("PiD_v1pt5_res2kto4k_sr4x_official_flux_undistilled", "flux", "2kto4k-undistilled", "v1.5"),
+    ("PiD_v1pt5_res2kto4k_sr4x_official_flux2_undistilled", "flux2", "2kto4k-undistilled", "v1.5"),
+    (
+        "PiD_v1pt5_res2kto4k_sr4x_official_qwenimage_undistilled",
+        "qwenimage",
+        "2kto4k-undistilled",
+        "v1.5",
+    ),
+)
+
+CHECKPOINTS = {
+    name: Checkpoint(
+        name=name,
+        space=SPACES[space],
+        variant=variant,
+        version=version,
+        config=_config(SPACES[space], version),
+        distilled=variant != "2kto4k-undistilled",
+        deprecated=variant == "2kto4k-v1",
+    )
+    for name, space, variant, version in _RELEASED
+}
+"""Every checkpoint by its folder's name."""
+
+REFUSED = {
+    "PiD_res2kto4k_sr4x_official_flux2_distill_4step": (
+        "its colours drift; use PiD_res2kto4k_sr4x_official_flux2_distill_4step_2606 (2kto4k-v1) "
+        "or the v1.5 checkpoint (2kto4k)"
+    ),
+}
+"""Folders on the hub that must not be used, with the reason and what to use instead."""
+
+_VARIANTS: tuple[Variant, ...] = ("2k", "2kto4k", "2kto4k-v1", "2kto4k-undistilled")
+
+
+def find_space(name: str) -> LatentSpace:
+    """The latent space of that name or alias; raises `PidInputError` if there is none."""
+    for space in SPACES.values():
+        if name in space.names:
+            return space
+    known = [known for space in SPACES.values() for known in space.names]
+    raise PidInputError(
+        f"expected a latent space ({', '.join(known)}), but got {name!r}; {_hint(name, known)}"
+    )
+
+
+def find_checkpoint(space: str, variant: str) -> Checkpoint:
+    """The checkpoint of a space (name or alias) and a variant.
+
+    "2kto4k" is the newest distilled one, "2kto4k-v1" the v1 one, which is the same checkpoint
+    where no v1.5 exists (sd3, sdxl). Raises `PidInputError` for an unknown space or variant, or
+    for a space that was not released in that variant.
+    """
+    found = find_space(space)
+    offered = {each.variant: each for each in CHECKPOINTS.values() if each.space == found}
+    if variant not in _VARIANTS:
+        raise PidInputError(
+            f"expected a variant of {found.name} ({', '.join(offered)}), but got {variant!r}; "
+            f"{_hint(variant, offered)}"
+        )
+    if variant == "2kto4k-v1" and variant not in offered and "2kto4k" in offered:
+        return offered["2kto4k"]
+    if variant not in offered:
+        raise PidInputError(
+            f"expected a variant {found.name} was released in, but got {variant!r}; "
+            f"use {' or '.join(offered)}"
+        )
+    return offered[variant]
+
+
+def _hint(name: str, known: Iterable[str]) -> str:
+    """The known name closest to a mistyped one, as a question, or else advice."""
+    close = difflib.get_close_matches(name.lower(), list(known), n=1)
+    return f"did you mean {close[0]!r}?" if close else "choose one of these"
+
+
+_SIZES_2K: tuple[Size, ...] = ((2048, 2048), (2304, 1728), (2688, 1536), (2688, 1792))
+"""Landscape sizes of the 2k training; the transposes belong to it as well."""
+
+_LEVELS_2KTO4K = range(2048, 3840 + 1, 256)
+"""Sides in pixels of the squares whose areas the 2kto4k training used."""
+
+_CAPS_2KTO4K: dict[Size, Size] = {
+    (1, 1): (3584, 3584),
+    (4, 3): (4096, 2816),
+    (3, 2): (4096, 2688),
+    (16, 9): (4096, 2176),
+}
+"""Largest width and height by aspect ratio."""
+
+_ALIGN = 64
+"""Trained sides are multiples of this many pixels."""
+
+_DEMONSTRATED: frozenset[Size] = frozenset({(4096, 4096), (4096, 3072), (3072, 4096)})
+"""Sizes past the training caps that the release itself shows 2kto4k decoding."""
+
+
+def _sizes_2kto4k() -> set[Size]:
+    """Landscape sizes of the 2kto4k training.
+
+    The rule: each level's area in each aspect ratio, both sides rounded to multiples of 64 and
+    then cut at the ratio's caps. The 2k sizes count as well: they are level 2048 rounded by hand.
+    """
+    sizes = set(_SIZES_2K)
+    for (across, down), (most_width, most_height) in _CAPS_2KTO4K.items():
+        for level in _LEVELS_2KTO4K:
+            width = _ALIGN * round(level * math.sqrt(across / down) / _ALIGN)
+            height = _ALIGN * round(level * math.sqrt(down / across) / _ALIGN)
+            sizes.add((min(width, most_width), min(height, most_height)))
+    return sizes
+
+
+def size_warnings(checkpoint: Checkpoint, height: int, width: int) -> list[str]:
+    """What to tell a user about decoding to `height` x `width` pixels; empty if all is well.
+
+    Two things are worth a line: 2kto4k at an area the 2k training covered (up to 2688x1792), and
+    a size outside `trained_sizes`. Neither is an error: such images decode.
+    """
+    warnings: list[str] = []
+    size = f"{width}x{height}"
+    if checkpoint.variant != "2k" and width * height <= max(w * h for w, h in _SIZES_2K):
+        has_2k = any(
+            c.space == checkpoint.space and c.variant == "2k" for c in CHECKPOINTS.values()
+        )
+        fix = "use variant 2k" if has_2k else "decode to a larger size"
+        warnings.append(
+            f"at {size} a 2kto4k decoder is worse than a 2k one; {fix} for the best image"
+        )
+    if (width, height) in checkpoint.trained_sizes:
+        return warnings
+    near = min(
+        checkpoint.trained_sizes,
+        key=lambda trained: math.hypot(math.log(trained[0] / width), math.log(trained[1] / height)),
+    )
+    if checkpoint.variant != "2k" and (width, height) in _DEMONSTRATED:
+        warnings.append(
+            f"the release shows {size}, but training stopped at {near[0]}x{near[1]}; "
+            "prefer that size if the image shows artifacts"
+        )
+    else:
+        warnings.append(
+            f"{checkpoint.label} was not trained at {size} and may give green or blocky artifacts; "
+            f"the nearest trained size is {near[0]}x{near[1]}"
+        )
+    return warnings

@@ -1,0 +1,91 @@
+"""The torch backend: the stages as modules, on any torch device."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors import safe_open
+
+from pid_runtime.errors import PidRuntimeError
+from pid_runtime.manifest import WEIGHTS_FILE, Manifest
+from pid_runtime.noise import standard_normal
+from pid_runtime.stages import DTYPES, Dimensions, build_stage
+
+
+class TorchSession:
+    """Runs a bundle's stages in PyTorch. Weights are loaded to the device when the session opens."""
+
+    def __init__(self, bundle: Path, manifest: Manifest, device: str = "cpu") -> None:
+        """Raises `PidRuntimeError` when torch knows no such device or has none."""
+        try:
+            self.device = torch.device(device)
+            torch.empty(0, device=self.device)
+        except (RuntimeError, AssertionError) as error:
+            reason = str(error).splitlines()[0]
+            raise PidRuntimeError(
+                f"expected a device torch can use, such as cpu or cuda:0, but got {device!r}: {reason}"
+            ) from None
+        names = {field.name for field in fields(Dimensions)}
+        network = Dimensions(**{k: v for k, v in manifest.network.items() if k in names})
+        self._outputs = {name: tuple(graph.outputs) for name, graph in manifest.graphs.items()}
+        self._inputs = {name: tuple(graph.inputs) for name, graph in manifest.graphs.items()}
+        self._stages: dict[str, torch.nn.Module] = {}
+        with safe_open(bundle / WEIGHTS_FILE, "pt", device=str(self.device)) as weights:
+            for name, graph in manifest.graphs.items():
+                with torch.device("meta"):
+                    stage = build_stage(graph.stage, graph.options, network, manifest.precision)
+                state = {key: weights.get_tensor(f"{name}.{key}") for key in stage.state_dict()}
+                stage.load_state_dict(state, assign=True)
+                self._stages[name] = stage.eval().requires_grad_(False)
+
+    def allocate(self, size_bytes: int) -> torch.Tensor:
+        return torch.empty(size_bytes, dtype=torch.uint8, device=self.device)
+
+    def tensor(
+        self, block: torch.Tensor, offset_bytes: int, dtype: str, shape: tuple[int, ...]
+    ) -> torch.Tensor:
+        kind = DTYPES[dtype]
+        count = int(np.prod(shape)) * kind.itemsize
+        return block[offset_bytes : offset_bytes + count].view(kind).view(shape)
+
+    def write(self, tensor: torch.Tensor, source: Any) -> None:
+        array = torch.from_dlpack(source) if hasattr(source, "__dlpack__") else torch.tensor(source)
+        tensor.copy_(array.reshape(tensor.shape))
+
+    def read(self, tensor: torch.Tensor) -> NDArray[Any]:
+        if tensor.dtype == torch.bfloat16:
+            tensor = tensor.float()
+        return tensor.cpu().numpy().copy()
+
+    def clone(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.clone()
+
+    def copy(self, source: torch.Tensor, target: torch.Tensor) -> None:
+        target.copy_(source)
+
+    def fill_zero(self, tensor: torch.Tensor) -> None:
+        tensor.zero_()
+
+    def fill_normal(self, tensor: torch.Tensor, seed: int, draw: int) -> None:
+        self.write(tensor, standard_normal(seed, draw, tensor.numel()))
+
+    def bind(self, graph: str, tensors: Mapping[str, torch.Tensor]) -> Callable[[], None]:
+        stage = self._stages[graph]
+        inputs = {name: tensors[name] for name in self._inputs[graph]}
+        outputs = [tensors[name] for name in self._outputs[graph]]
+
+        def call() -> None:
+            with torch.inference_mode():
+                results = stage(**inputs)
+                results = results if isinstance(results, tuple) else (results,)
+                for target, result in zip(outputs, results, strict=True):
+                    target.copy_(result.view(target.shape))
+
+        return call
+
+    def close(self) -> None:
+        self._stages.clear()

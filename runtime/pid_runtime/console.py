@@ -1,0 +1,163 @@
+"""What every command line of pid-trt shares: arguments, errors, progress, notes and results.
+
+A command is a parser and a function, and its entry point is one line:
+
+    def main(argv: Sequence[str] | None = None) -> int:
+        return console.run(_parser(), _decode, (PidRuntimeError,), argv)
+
+Results go to stdout by `emit`, everything else to stderr. Exit codes: what the function returns
+(0 for None), 2 for bad input, 130 when interrupted; a bug keeps its traceback.
+"""
+
+import argparse
+import contextlib
+import errno
+import importlib.metadata
+import json
+import logging
+import math
+import os
+import sys
+from argparse import Namespace
+from collections.abc import Callable, Generator, Mapping, Sequence
+from typing import Any, NoReturn
+
+BAD_INPUT, BROKEN_PIPE, INTERRUPTED = 2, 141, 130
+_NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """A parser whose errors are one line, with the options every command has.
+
+    These are `--version`, `--quiet` (no progress, no notes) and `--json` (the result as JSON).
+    `examples` is printed as it is below the options.
+    """
+
+    def __init__(self, prog: str, description: str, examples: str = "") -> None:
+        super().__init__(
+            prog,
+            description=description,
+            epilog=examples,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+        self.add_argument("--version", action="version", version=f"{prog} {_version()}")
+        self.add_argument("--quiet", action="store_true", help="no progress bars and no notes")
+        self.add_argument("--json", action="store_true", help="print the result as JSON")
+
+    def error(self, message: str) -> NoReturn:
+        """Print `message` in one line and exit with code 2."""
+        self.exit(BAD_INPUT, f"{self.prog}: {message}; try {self.prog} --help\n")
+
+
+def run(
+    parser: argparse.ArgumentParser,
+    body: Callable[[Namespace], int | None],
+    user_errors: tuple[type[Exception], ...],
+    argv: Sequence[str] | None = None,
+) -> int:
+    """Parse `argv` (the process's arguments when None), call `body`, return the exit code.
+
+    What `body` returns is the code (None is 0). `user_errors` are bad input: their message is
+    printed after the program's name, without a traceback, and so is a full disk. Raises
+    `SystemExit` as argparse does for wrong arguments and for `--help`.
+    """
+    try:
+        arguments = parser.parse_args(argv)
+        _set_up_logging(quiet=getattr(arguments, "quiet", False))
+        return body(arguments) or 0
+    except KeyboardInterrupt:
+        return _fail(parser.prog, "interrupted", INTERRUPTED)
+    except _ReaderLeftError:
+        # What is left in stdout's buffer is flushed at exit, and must not fail again there.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return BROKEN_PIPE
+    except Exception as error:
+        if _is_no_space(error):
+            where = getattr(error, "filename", None) or "the output's disk"
+            return _fail(parser.prog, f"no space left on {where}; free some and run it again")
+        if isinstance(error, user_errors):
+            return _fail(parser.prog, str(error))
+        raise
+
+
+@contextlib.contextmanager
+def progress(
+    label: str, total: float | None, *, quiet: bool = False
+) -> Generator[Callable[[float], None], None, None]:
+    """Show a progress bar on stderr while the block runs; nothing when stderr is no terminal.
+
+    Gives a function to call with how much of `total` (any unit; None when unknown) was done
+    since the last call: `with progress("Decoding", 4) as advance: advance(1)`.
+    """
+    if quiet or not sys.stderr.isatty():
+        yield lambda amount: None
+        return
+    from rich.console import Console  # not needed to decode, and slow to load
+    from rich.progress import Progress
+
+    with Progress(console=Console(stderr=True)) as bar:
+        task = bar.add_task(label, total=total)
+        yield lambda amount: bar.advance(task, amount)
+
+
+def emit(result: Mapping[str, Any], text: str, *, as_json: bool) -> None:
+    """Print a command's result on stdout: `text` to read, or `result` as one line of JSON.
+
+    In JSON, numbers that are not finite become null: JSON has no name for them. When nobody reads
+    stdout any more, `run` ends quietly with exit code 141.
+    """
+    line = json.dumps(_finite(result), allow_nan=False) if as_json else text
+    try:
+        sys.stdout.write(line.rstrip("\n") + "\n")
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise _ReaderLeftError from None
+
+
+class _ReaderLeftError(BrokenPipeError):
+    """Whoever read stdout has seen enough (`pid-verify ... | head`)."""
+
+
+class _NoteHandler(logging.Handler):
+    """Prints the `pid_*` loggers' records on stderr, warnings with the word in front."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return record.name.startswith("pid_")
+
+    def emit(self, record: logging.LogRecord) -> None:
+        level = "" if record.levelno <= logging.INFO else f"{record.levelname.lower()}: "
+        # sys.stderr is looked up each time: a progress bar replaces it to stay the last line.
+        sys.stderr.write(f"{level}{record.getMessage()}\n")
+
+
+def _set_up_logging(*, quiet: bool) -> None:
+    root = logging.getLogger()
+    if not any(isinstance(handler, _NoteHandler) for handler in root.handlers):
+        root.addHandler(_NoteHandler())
+    root.setLevel(logging.WARNING if quiet else logging.INFO)
+
+
+def _fail(prog: str, message: str, code: int = BAD_INPUT) -> int:
+    sys.stderr.write(f"{prog}: {message}\n")
+    return code
+
+
+def _is_no_space(error: Exception) -> bool:
+    """Whether the disk is full, also by libraries that only say so in words."""
+    return getattr(error, "errno", None) in _NO_SPACE or os.strerror(errno.ENOSPC) in str(error)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _version() -> str:
+    try:
+        return importlib.metadata.version("pid-trt")
+    except importlib.metadata.PackageNotFoundError:
+        return "(not installed)"

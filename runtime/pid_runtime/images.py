@@ -1,0 +1,152 @@
+"""Decoded images as 8-bit pixels, files and contact sheets."""
+
+import contextlib
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw, ImageFont
+
+from pid_runtime.errors import PidRuntimeError
+
+
+class _Format(NamedTuple):
+    name: str
+    """What Pillow calls it."""
+    largest_side: int
+    """Most pixels the format stores along one side."""
+    options: dict[str, Any]
+
+
+_JPEG = _Format("JPEG", 65_535, {"quality": 95, "subsampling": 0})
+_FORMATS = {
+    ".png": _Format("PNG", 2**31 - 1, {"compress_level": 4}),
+    ".jpg": _JPEG,
+    ".jpeg": _JPEG,
+    ".webp": _Format("WEBP", 16_383, {"quality": 95}),
+}
+
+_MARGIN = 8
+_SHEET_BACKGROUND, _SHEET_TEXT = (24, 24, 24), (235, 235, 235)
+
+
+def to_uint8(image: NDArray[np.float32]) -> NDArray[np.uint8]:
+    """Float images `[.., 3, H, W]` in [-1, 1] to 8-bit pixels `[.., H, W, 3]`.
+
+    Values outside are clamped; 127.5 (x + 1) is rounded to the nearest integer, halves to even.
+    Raises `PidRuntimeError` for another shape or for NaN.
+    """
+    if image.ndim < 3 or image.shape[-3] != 3:
+        raise PidRuntimeError(f"expected an image of shape (.., 3, H, W), but got {image.shape}")
+    pixels = np.empty((*image.shape[:-3], *image.shape[-2:], 3), np.uint8)
+    for channel in range(3):  # by channel: a 4096 x 4096 image is 200 MB in float32
+        plane = np.clip(image[..., channel, :, :], -1.0, 1.0)
+        if np.isnan(plane).any():
+            raise PidRuntimeError("expected an image of numbers, but got NaN")
+        plane += 1.0
+        plane *= 127.5
+        pixels[..., channel] = np.rint(plane, out=plane)
+    return pixels
+
+
+def check_image_path(path: str | os.PathLike[str]) -> None:
+    """Raise `PidRuntimeError` unless an image may be written to `path`.
+
+    To be called before minutes of work: the suffix must be a known one and the folder writable.
+    """
+    target = Path(path)
+    if target.suffix.lower() not in _FORMATS:
+        raise PidRuntimeError(
+            f"expected an image name ending in {', '.join(_FORMATS)}, but got {str(target)!r}"
+        )
+    if not target.parent.is_dir():
+        raise PidRuntimeError(
+            f"expected a folder to write {target.name} in, but got {str(target.parent)!r}, "
+            f"which is not one"
+        )
+    if target.is_dir():
+        raise PidRuntimeError(f"expected an image's name, but got the folder {str(target)!r}")
+    if not os.access(target.parent, os.W_OK | os.X_OK):
+        raise PidRuntimeError(f"expected a writable folder, but got {str(target.parent)!r}")
+
+
+def save_image(path: str | os.PathLike[str], pixels: NDArray[np.uint8]) -> None:
+    """Write 8-bit pixels `[H, W, 3]` as PNG, JPEG or WebP, by the suffix of `path`.
+
+    An existing file is replaced. The file appears whole or not at all. Raises `PidRuntimeError`
+    for what `check_image_path` refuses and for images the format cannot hold, `OSError` when
+    writing fails half-way (no space on the disk).
+    """
+    check_image_path(path)
+    target = Path(path)
+    _check_pixels(pixels)
+    kind = _FORMATS[target.suffix.lower()]
+    height, width, _ = pixels.shape
+    if max(height, width) > kind.largest_side:
+        raise PidRuntimeError(
+            f"expected at most {kind.largest_side} pixels along a side of a {kind.name} file, "
+            f"but got {height}x{width}; write a PNG"
+        )
+    aside = target.with_name(f".{target.name}.{os.getpid()}.part")
+    try:
+        with aside.open("wb") as file:
+            Image.fromarray(pixels).save(file, kind.name, **kind.options)
+        os.replace(aside, target)
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            aside.unlink()
+
+
+def side_by_side(images: Sequence[tuple[str, NDArray[np.uint8]]]) -> NDArray[np.uint8]:
+    """A contact sheet `[H', W', 3]` of labelled images `[H, W, 3]`, from left to right.
+
+    Smaller images are enlarged to the height of the tallest, so that the same part of a scene
+    has the same size; none is reduced. Labels too long for their image are cut. Raises
+    `PidRuntimeError` when there is no image, or one of another shape or dtype.
+    """
+    if not images:
+        raise PidRuntimeError("expected at least one image for a sheet, but got none")
+    for _, pixels in images:
+        _check_pixels(pixels)
+    height = max(pixels.shape[0] for _, pixels in images)
+    font = ImageFont.load_default(size=max(12, height // 32))
+    label_height = int(font.getbbox("Ag")[3]) + 2 * _MARGIN
+    tiles = [_enlarged(pixels, height) for _, pixels in images]
+    width = sum(tile.width for tile in tiles) + _MARGIN * (len(tiles) + 1)
+    sheet = Image.new("RGB", (width, label_height + height + _MARGIN), _SHEET_BACKGROUND)
+    draw = ImageDraw.Draw(sheet)
+    left = _MARGIN
+    for (label, _), tile in zip(images, tiles, strict=True):
+        draw.text((left, _MARGIN), _cut(label, tile.width, font), _SHEET_TEXT, font)
+        sheet.paste(tile, (left, label_height))
+        left += tile.width + _MARGIN
+    return np.array(sheet)
+
+
+def _check_pixels(pixels: NDArray[np.uint8]) -> None:
+    if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3 or not pixels.size:
+        raise PidRuntimeError(
+            f"expected uint8 pixels of shape (H, W, 3), but got {pixels.dtype} {pixels.shape}"
+        )
+
+
+def _enlarged(pixels: NDArray[np.uint8], height: int) -> Image.Image:
+    image = Image.fromarray(pixels)
+    if image.height == height:
+        return image
+    width = max(1, round(image.width * height / image.height))
+    return image.resize((width, height), Image.Resampling.BICUBIC)
+
+
+def _cut(label: str, width: int, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> str:
+    """`label`, or as much of it as is at most `width` pixels wide, with dots at the end."""
+    if font.getlength(label) <= width:
+        return label
+    for length in range(len(label) - 1, 0, -1):
+        short = label[:length].rstrip() + "..."
+        if font.getlength(short) <= width:
+            return short
+    return ""

@@ -1,0 +1,188 @@
+"""Runs a manifest's program on a session: the whole of the runtime that is not a backend.
+
+A program is bound to one set of sizes at a time. Binding lays the buffers out in the arena,
+resolves every operand to a contiguous part of it, and turns each instruction into the calls it
+stands for; running is then a walk over those calls. The C++ runtime follows this module.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pid_runtime.manifest import (
+    ITEM_BYTES,
+    Bucket,
+    Copy,
+    Instruction,
+    Manifest,
+    Noise,
+    Operand,
+    Port,
+    Run,
+    Sizes,
+)
+from pid_runtime.session import Block, Session, Tensor
+from pid_runtime.tables import compute_table
+
+Call = Callable[[], None]
+
+NoiseSource = Callable[[Session, "Program", Noise, int], None]
+"""Fills the target of a noise instruction with draw number k; see `Program.run_step`."""
+
+
+class Program:
+    """A manifest's program bound to one set of sizes."""
+
+    def __init__(
+        self,
+        manifest: Manifest,
+        session: Session,
+        bucket: Bucket,
+        sizes: Sizes,
+        block: Block,
+        constants: Mapping[str, NDArray[np.float32]],
+    ) -> None:
+        """Bind the program. `block` has at least `arena_bytes(bucket, sizes)` bytes.
+
+        constants: values of the buffers of kind "constant", by buffer.
+        """
+        self.manifest, self.session, self.bucket, self.sizes = manifest, session, bucket, sizes
+        self.block = block
+        self._calls: dict[tuple[str, int, int], list[Call | Noise]] = {}
+        self._patchify: dict[Noise, list[Call]] = {}
+        for name, buffer in manifest.buffers.items():
+            if buffer.kind == "table":
+                session.write(self.buffer(name), compute_table(buffer.source, sizes))
+            elif buffer.kind == "constant":
+                session.write(self.buffer(name), constants[name])
+
+    @staticmethod
+    def arena_bytes(bucket: Bucket, sizes: Sizes) -> int:
+        """Bytes of the one allocation a decode needs: the planned arena for every image of a batch."""
+        return bucket.arena_bytes * sizes.value("B")
+
+    def buffer(self, name: str) -> Tensor:
+        """A whole buffer."""
+        buffer = self.manifest.buffers[name]
+        return self._tensor(name, 0, self.sizes.shape(buffer.shape))
+
+    def run(
+        self, section: str, row: int = 0, step: int = 0, noise: NoiseSource | None = None
+    ) -> None:
+        """Run a section of the program.
+
+        row: row of the modulation table; step: row of the schedule. noise: called for each noise
+        instruction.
+        """
+        key = (section, row, step)
+        if key not in self._calls:
+            sizes = self.sizes.extended({}, row=row, step=step)
+            self._calls[key] = [
+                call
+                for instruction in self.manifest.program.get(section, ())
+                for call in self._bind(instruction, sizes)
+            ]
+        for call in self._calls[key]:
+            if not isinstance(call, Noise):
+                call()
+            elif noise is not None:
+                noise(self.session, self, call, step)
+
+    def load_noise(self, instruction: Noise, image: Tensor) -> None:
+        """Fill a noise instruction's target from an image `[B, 3, H, W]` float32."""
+        self.session.write(self.buffer(instruction.image), image)
+        if instruction not in self._patchify:
+            run = Run(
+                instruction.graph,
+                {"image": Operand(instruction.image)},
+                {"tokens": Operand(instruction.target)},
+            )
+            self._patchify[instruction] = list(self._bind_run(run, self.sizes))
+        for call in self._patchify[instruction]:
+            call()
+
+    def fill_noise(self, instruction: Noise, seeds: Sequence[int], draw: int) -> None:
+        """Fill a noise instruction's target with draw number `draw`, each image from its own seed."""
+        buffer = self.manifest.buffers[instruction.target]
+        _, *shape = self.sizes.shape(buffer.shape)
+        for image, seed in enumerate(seeds):
+            part = self._tensor(instruction.target, image * math.prod(shape), (1, *shape))
+            self.session.fill_normal(part, seed, draw)
+
+    def _bind(self, instruction: Instruction, sizes: Sizes) -> Iterator[Call | Noise]:
+        if isinstance(instruction, Noise):
+            yield instruction
+        elif isinstance(instruction, Copy):
+            source, target = self.buffer(instruction.source), self.buffer(instruction.target)
+            yield lambda: self.session.copy(source, target)
+        else:
+            yield from self._bind_run(instruction, sizes)
+
+    def _bind_run(self, run: Run, sizes: Sizes) -> Iterator[Call]:
+        """One call per slice: of the chunked axis, and of the batch where slices are not contiguous."""
+        local = sizes.extended(run.dims)
+        graph = self.manifest.graphs[run.graph]
+        ports = {**graph.inputs, **graph.outputs}
+        operands = {**run.inputs, **run.outputs}
+        slices = [(0, 0)]
+        if run.chunk is not None:
+            slices = even_slices(local.value(run.chunk), self.bucket.chunk_tokens)
+        chunked = len(slices) > 1
+        whole = not chunked and all(
+            self._covers_batch(operands[name], port, local) for name, port in ports.items()
+        )
+        for image in [None] if whole else range(local.value("B")):
+            for begin, end in slices:
+                dims = dict(local.values)
+                if image is not None:
+                    dims["B"] = 1
+                if chunked and run.chunk is not None:
+                    dims[run.chunk] = end - begin
+                tensors = {
+                    name: self._slice(
+                        operands[name], port, sizes, Sizes(dims), image or 0, run.chunk, begin
+                    )
+                    for name, port in ports.items()
+                }
+                yield self.session.bind(run.graph, tensors)
+
+    def _covers_batch(self, operand: Operand, port: Port, local: Sizes) -> bool:
+        """Whether the batch elements of an operand lie next to each other."""
+        if "B" not in port.shape or local.value("B") == 1:
+            return True
+        buffer_shape = self.manifest.buffers[operand.buffer].shape
+        return math.prod(local.shape(port.shape)) == math.prod(self.sizes.shape(buffer_shape))
+
+    def _slice(
+        self,
+        operand: Operand,
+        port: Port,
+        sizes: Sizes,
+        local: Sizes,
+        image: int,
+        chunk: str | None,
+        begin: int,
+    ) -> Tensor:
+        """The part of a buffer an operand means for one image of the batch and one chunk."""
+        shape = local.shape(port.shape)
+        buffer_shape = self.manifest.buffers[operand.buffer].shape
+        at = sizes.index(buffer_shape, operand.start)
+        if "B" in port.shape:
+            at += image * math.prod(sizes.shape(buffer_shape[1:]))
+        if chunk in port.shape:
+            at += begin * math.prod(shape[port.shape.index(chunk) + 1 :])
+        return self._tensor(operand.buffer, at, shape)
+
+    def _tensor(self, name: str, first: int, shape: Sequence[int]) -> Tensor:
+        dtype = self.manifest.buffers[name].dtype
+        offset = self.bucket.offsets[name] * self.sizes.value("B") + first * ITEM_BYTES[dtype]
+        return self.session.tensor(self.block, offset, dtype, tuple(shape))
+
+
+def even_slices(count: int, largest: int) -> list[tuple[int, int]]:
+    """Cut `range(count)` into as few slices as `largest` allows, as even as can be."""
+    parts = -(-count // largest)
+    bounds = np.linspace(0, count, parts + 1).astype(int).tolist()
+    return list(zip(bounds[:-1], bounds[1:], strict=True))
