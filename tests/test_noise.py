@@ -105,7 +105,7 @@ def test_chunks_threads_and_starts_do_not_show(
     whole = noise.standard_normal(3, 1, 600)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(noise, "_CHUNK_BLOCKS", chunk)
-        patch.setattr(noise, "_core_count", lambda: cores)
+        patch.setattr(noise, "core_count", lambda: cores)
         part = noise.standard_normal(3, 1, count, start=start)
     np.testing.assert_array_equal(part, whole[start : start + count])
 

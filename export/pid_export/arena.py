@@ -26,20 +26,24 @@ class Lifetime:
 def lifetimes(
     buffers: dict[str, Buffer], sections: dict[str, tuple[Instruction, ...]]
 ) -> dict[str, Lifetime]:
-    """When each buffer is in use. A value that one step leaves to the next lasts through all steps."""
+    """When each buffer is in use, from its first instruction to its last.
+
+    What a step reads and an earlier step or section left there lasts through all steps.
+    """
     uses: dict[str, list[int]] = {name: [] for name in buffers}
     carried: set[str] = set()
     position = 0
     step_range = (0, 0)
     for section in SECTIONS:
         begin = position
+        before = {name for name, at in uses.items() if at}
         written: set[str] = set()
         for instruction in sections.get(section, ()):
             reads, writes = _reads_writes(instruction)
             for name in (*reads, *writes):
                 uses[name].append(position)
             if section == "step":
-                carried |= reads - written
+                carried |= (reads - written) | (reads & before)
             written |= writes
             position += 1
         if section == "step":
@@ -61,16 +65,31 @@ def plan_arena(
 ) -> tuple[dict[str, int], int]:
     """Offsets in bytes of every buffer, and the arena's size, at the given sizes.
 
-    Greedy by size: the largest buffer first, each at the lowest offset where nothing it lives
-    together with lies.
+    Greedy: buffers one by one, each at the lowest offset where nothing it lives together with
+    lies. The order decides how well they fit, so several are tried.
     """
     alive = lifetimes(buffers, sections)
     length = {
         name: -(-sizes.bytes(b.dtype, b.shape) // ALIGNMENT) * ALIGNMENT
         for name, b in buffers.items()
     }
+    by_size = sorted(alive, key=lambda n: (-length[n], alive[n].first, n))
+    orders = (
+        by_size,
+        sorted(by_size, key=lambda n: alive[n].first),
+        sorted(by_size, key=lambda n: alive[n].first - alive[n].last),
+        sorted(by_size, key=lambda n: length[n] * (alive[n].first - alive[n].last - 1)),
+    )
+    plans = [_place(order, alive, length) for order in orders]
+    return min(plans, key=lambda plan: plan[1])
+
+
+def _place(
+    order: list[str], alive: dict[str, Lifetime], length: dict[str, int]
+) -> tuple[dict[str, int], int]:
+    """Offsets of buffers placed in this order, and the end of the last one."""
     offsets: dict[str, int] = {}
-    for name in sorted(alive, key=lambda n: (-length[n], alive[n].first, n)):
+    for name in order:
         taken = sorted(
             (offsets[other], offsets[other] + length[other])
             for other in offsets

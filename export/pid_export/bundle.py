@@ -90,14 +90,14 @@ def export_bundle(
     options: ExportOptions,
     *,
     checkpoint: Checkpoint | None = None,
-    weights: str,
+    weights: Mapping[str, Any],
     progress: Progress = lambda fraction: None,
 ) -> Manifest:
     """Write a bundle to the new folder `output`, whole or not at all.
 
     source: the checkpoint's tensors by name, read one at a time. checkpoint: what it is a decoder
-    for; None for a small configuration. weights: where the values come from, such as "random:0" or
-    a file name, recorded in the manifest. progress: called with the fraction done.
+    for; None for a small configuration. weights: where the values come from, recorded in the
+    manifest: {"random_seed": 0} or {"file": name, "sha256": hash}. progress: called with the fraction done.
     Raises `ExportInputError` when `output` exists or an option is impossible.
     """
     if options.precision not in PRECISIONS:
@@ -234,8 +234,8 @@ def _sampler(options: ExportOptions, times: Sequence[float]) -> Sampler:
     return Sampler(options.steps, len(times), tuple(times), schedules)
 
 
-def _model(config: PidConfig, checkpoint: Checkpoint | None, weights: str) -> dict[str, Any]:
-    model: dict[str, Any] = {"version": config.version, "weights": weights}
+def _model(config: PidConfig, checkpoint: Checkpoint | None, weights: Mapping[str, Any]) -> dict[str, Any]:
+    model: dict[str, Any] = {"version": config.version, "weights": dict(weights)}
     if checkpoint is None:
         return {"name": "custom", **model, "latent_convention": "as the network was trained"}
     return {

@@ -3,8 +3,8 @@
 import logging
 import warnings
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
 
 import onnx
 import onnx_ir as ir
@@ -43,19 +43,15 @@ class Placed:
 class GraphExporter:
     """Traces every distinct stage once and writes a graph for each place it is used in."""
 
+    _templates: ClassVar[list[tuple[GraphSpec, Dimensions, str, bytes]]] = []
+    """Traced stages, for every exporter of the process: a trace takes a second or two."""
+
     def __init__(self, network: Dimensions, precision: str) -> None:
         self._network, self._precision = network, precision
-        self._templates: list[tuple[GraphSpec, bytes]] = []
 
     def export(self, name: str, spec: GraphSpec, placed: Mapping[str, Placed]) -> bytes:
         """The ONNX file of a graph, whose weights are where `placed` says (by full name)."""
-        for known, template in self._templates:
-            if known == spec:
-                break
-        else:
-            template = self._trace(spec)
-            self._templates.append((spec, template))
-        model = onnx.load_from_string(template)
+        model = onnx.load_from_string(self._template(spec))
         model.graph.name = name
         for tensor in model.graph.initializer:
             if tensor.data_location == onnx.TensorProto.EXTERNAL:
@@ -65,6 +61,19 @@ class GraphExporter:
                 for key, value in entries.items():
                     tensor.external_data.add(key=key, value=str(value))
         return model.SerializeToString(deterministic=True)
+
+    def _template(self, spec: GraphSpec) -> bytes:
+        network = self._network
+        if spec.stage != "latent" and not spec.options.get("inject"):
+            # Other stages do not see the latent branch: decoders of all spaces share them.
+            network = replace(network, latent_channels=0, latent_hidden=0, latent_ratio=0)
+            network = replace(network, latent_padding="zeros", latent_gate="token")
+            network = replace(network, latent_unpatchify=1, latent_res_blocks=0)
+        for known, dimensions, precision, template in self._templates:
+            if (known, dimensions, precision) == (spec, network, self._precision):
+                return template
+        self._templates.append((spec, network, self._precision, self._trace(spec)))
+        return self._templates[-1][-1]
 
     def _trace(self, spec: GraphSpec) -> bytes:
         with torch.device("meta"):

@@ -139,7 +139,7 @@ def build_program(config: PidConfig, precision: str, known_times: int | None) ->
     sections = {
         "prologue": tuple(prologue),
         "timestep": tuple(timestep),
-        "step": tuple([*_patch_blocks(b), *_pixel_blocks(b)]),
+        "step": (*_patch_blocks(b), *_pixel_blocks(b)),
         "image": (
             _fold(
                 b, "unpatchify", "image", ("B", 3, "Hs", config.patch_size, "Ws", config.patch_size)
@@ -173,7 +173,9 @@ def _declare_inputs(b: _Builder, known_times: int | None) -> None:
     b.buffer("caption", FLOAT, "B", "T", c.text_dim, kind="input")
     b.buffer("sigma", FLOAT, "B", kind="input")
     b.buffer("update", FLOAT, "N", 3, kind="schedule")
-    b.buffer("noise_image", FLOAT, "B", 3, "H", "W")
+    # Two, as neither holds anything between draws: one would take up memory all that while.
+    for name in ("noise_image", "step_noise_image"):
+        b.buffer(name, FLOAT, "B", 3, "H", "W")
     b.buffer("image", FLOAT, "B", 3, "H", "W", kind="output")
     b.buffer("image_bytes", "uint8", "B", "H", "W", 3, kind="output")
     rows = MODULATION * c.patch_depth
@@ -402,7 +404,7 @@ def _pixel_blocks(b: _Builder) -> list[Instruction]:
         b.buffer("noise", FLOAT, "B", "L", state)
         b.buffer("next_state", FLOAT, "B", "L", state)
         program += [
-            Noise("noise", "noise_image", "patchify"),
+            Noise("noise", "step_noise_image", "patchify"),
             b.run(
                 "update",
                 "update",

@@ -1,6 +1,5 @@
 """The ONNX Runtime backend: the bundle's graphs through IoBinding, on the CPU or another provider."""
 
-import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from numpy.typing import NDArray
 from pid_runtime.dlpack import CPU, CUDA, RawTensor
 from pid_runtime.errors import PidRuntimeError
 from pid_runtime.manifest import Manifest
-from pid_runtime.noise import standard_normal
+from pid_runtime.noise import core_count, standard_normal
 from pid_runtime.session import as_array
 
 PROVIDERS = {
@@ -175,7 +174,7 @@ def _share_environment(threads: int | None) -> None:
     """Give the process's sessions one thread pool and one scratch arena; only the first call counts."""
     if _environment_threads:
         return
-    wanted = threads or len(os.sched_getaffinity(0))
+    wanted = threads or core_count()
     ort.set_global_thread_pool_sizes(wanted, 1)
     memory = ort.OrtMemoryInfo(
         "Cpu", ort.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, ort.OrtMemType.DEFAULT

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from pid_runtime.errors import PidRuntimeError
 from pid_runtime.manifest import WEIGHTS_FILE, Manifest
@@ -19,8 +19,15 @@ from pid_runtime.stages import DTYPES, Dimensions, build_stage
 class TorchSession:
     """Runs a bundle's stages in PyTorch. Weights are loaded to the device when the session opens."""
 
-    def __init__(self, bundle: Path, manifest: Manifest, device: str = "cpu") -> None:
-        """Raises `PidRuntimeError` when torch knows no such device or has none."""
+    def __init__(
+        self, bundle: Path, manifest: Manifest, device: str = "cpu", threads: int | None = None
+    ) -> None:
+        """threads: CPU threads of the process, all when None.
+
+        Raises `PidRuntimeError` when torch knows no such device or has none.
+        """
+        if threads is not None:
+            torch.set_num_threads(threads)
         try:
             self.device = torch.device(device)
             torch.empty(0, device=self.device)
@@ -34,13 +41,20 @@ class TorchSession:
         self._outputs = {name: tuple(graph.outputs) for name, graph in manifest.graphs.items()}
         self._inputs = {name: tuple(graph.inputs) for name, graph in manifest.graphs.items()}
         self._stages: dict[str, torch.nn.Module] = {}
-        with safe_open(bundle / WEIGHTS_FILE, "pt", device=str(self.device)) as weights:
-            for name, graph in manifest.graphs.items():
-                with torch.device("meta"):
-                    stage = build_stage(graph.stage, graph.options, network, manifest.precision)
-                state = {key: weights.get_tensor(f"{name}.{key}") for key in stage.state_dict()}
-                stage.load_state_dict(state, assign=True)
-                self._stages[name] = stage.eval().requires_grad_(False)
+        try:
+            with safe_open(bundle / WEIGHTS_FILE, "pt", device=str(self.device)) as weights:
+                for name, graph in manifest.graphs.items():
+                    with torch.device("meta"):
+                        stage = build_stage(graph.stage, graph.options, network, manifest.precision)
+                    state = {key: weights.get_tensor(f"{name}.{key}") for key in stage.state_dict()}
+                    stage.load_state_dict(state, assign=True)
+                    self._stages[name] = stage.eval().requires_grad_(False)
+        except (OSError, SafetensorError, RuntimeError) as error:
+            reason = str(error).splitlines()[0]
+            raise PidRuntimeError(
+                f"expected the bundle's weights in {bundle / WEIGHTS_FILE}, but got: {reason}; "
+                "export or copy the bundle again"
+            ) from error
 
     def allocate(self, size_bytes: int) -> torch.Tensor:
         return torch.empty(size_bytes, dtype=torch.uint8, device=self.device)
@@ -53,6 +67,8 @@ class TorchSession:
         return block[offset_bytes : offset_bytes + count].view(kind).view(shape)
 
     def write(self, tensor: torch.Tensor, source: Any) -> None:
+        if isinstance(source, np.ndarray) and not source.flags.writeable:
+            source = source.copy()  # numpy exports no read-only array
         array = torch.from_dlpack(source) if hasattr(source, "__dlpack__") else torch.tensor(source)
         tensor.copy_(array.reshape(tensor.shape))
 

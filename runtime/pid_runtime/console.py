@@ -17,7 +17,9 @@ import json
 import logging
 import math
 import os
+import signal
 import sys
+import threading
 from argparse import Namespace
 from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import Any, NoReturn
@@ -65,6 +67,7 @@ def run(
     try:
         arguments = parser.parse_args(argv)
         _set_up_logging(quiet=getattr(arguments, "quiet", False))
+        _unwind_when_terminated()
         return body(arguments) or 0
     except KeyboardInterrupt:
         return _fail(parser.prog, "interrupted", INTERRUPTED)
@@ -136,6 +139,16 @@ def _set_up_logging(*, quiet: bool) -> None:
     if not any(isinstance(handler, _NoteHandler) for handler in root.handlers):
         root.addHandler(_NoteHandler())
     root.setLevel(logging.WARNING if quiet else logging.INFO)
+
+
+def _unwind_when_terminated() -> None:
+    """Let SIGTERM clean up as Ctrl-C does."""
+
+    def interrupt(*_: object) -> NoReturn:
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, interrupt)
 
 
 def _fail(prog: str, message: str, code: int = BAD_INPUT) -> int:

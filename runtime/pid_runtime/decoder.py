@@ -10,17 +10,10 @@ from numpy.typing import NDArray
 
 from pid_runtime.errors import PidRuntimeError
 from pid_runtime.interpreter import Program
-from pid_runtime.manifest import (
-    Manifest,
-    Noise,
-    Sizes,
-    read_constants,
-    read_manifest,
-    sizes_of_request,
-)
-from pid_runtime.session import Block, Session, as_array
+from pid_runtime.manifest import Manifest, Noise, Sizes, read_constants, read_manifest
+from pid_runtime.request import Request, Rule, check_request, empty_caption
+from pid_runtime.session import Block, Session
 
-Rule = Literal["sde", "ode"]
 Progress = Callable[[int, int], None]
 
 BACKENDS = ("onnxruntime", "torch")
@@ -59,31 +52,13 @@ class Decoder:
 
         backend: "onnxruntime" or "torch". device: for onnxruntime a provider, "cpu" (default),
         "cuda", "cuda:1" or a provider's full name; for torch a torch device. threads: CPU threads
-        of ONNX Runtime, set by the first decoder of a process; all when None. verify: check the
-        SHA-256 of every file, not only its size.
+        of the whole process, all when None; ONNX Runtime keeps the number of the first decoder.
+        verify: check the SHA-256 of every file, not only its size.
         Raises `PidRuntimeError` for a broken bundle or a backend that is not there.
         """
         path = Path(bundle)
         manifest = read_manifest(path, verify)
-        if backend == "onnxruntime":
-            from pid_runtime.backend_onnxruntime import OnnxRuntimeSession
-
-            provider, _, ordinal = (device or "cpu").partition(":")
-            if not (ordinal or "0").isdecimal():
-                raise PidRuntimeError(f"expected a device such as cuda:0, but got {device!r}")
-            session = OnnxRuntimeSession(path, manifest, provider, int(ordinal or 0), threads)
-        elif backend == "torch":
-            try:
-                from pid_runtime.backend_torch import TorchSession
-            except ImportError:
-                raise PidRuntimeError(
-                    "the torch backend needs PyTorch: pip install 'pid-trt[torch]'"
-                ) from None
-            session = TorchSession(path, manifest, device or "cpu")
-        else:
-            raise PidRuntimeError(
-                f"expected a backend of {', '.join(BACKENDS)}, but got {backend!r}"
-            )
+        session = open_session(path, manifest, backend, device, threads=threads)
         return cls(manifest, session, read_constants(path, manifest))
 
     def __enter__(self) -> "Decoder":
@@ -123,8 +98,8 @@ class Decoder:
         Arrays are numpy or anything with DLPack.
 
         latent: float `[B, C, h, w]`, normalised as `manifest.model["latent_convention"]` says.
-        caption: float `[B, T, text_dim]`, T at most `text_max_length`; or `[1, T, text_dim]` for the
-        whole batch; None for the empty embedding (see `empty_caption`), which costs quality.
+        caption: float `[B, T, text_dim]`, T at most `text_max_length`; or `[1, T, text_dim]` for
+        the whole batch; None for the empty embedding (see `empty_caption`), which costs quality.
         sigma: noise level of the latent in [0, 1], one or B of them; 0 is clean, trained to 0.8.
         seed: 64-bit; image b of a batch uses seed + b, or give B seeds. Every backend draws the
         same noise from it. noise: `[B, 3, H, W]` float32 standard normal, in place of the seed's
@@ -139,68 +114,45 @@ class Decoder:
         """
         if output not in ("float32", "uint8"):
             raise PidRuntimeError(f"expected output float32 or uint8, but got {output!r}")
-        if rule not in ("sde", "ode"):
-            raise PidRuntimeError(f"expected rule sde or ode, but got {rule!r}")
-        network = self.manifest.network
-        latent = self._check_array(latent, "latent", 4, 1, network["latent_channels"])
-        batch = latent.shape[0]
-        if caption is None:
-            caption = self.empty_caption()
-        caption = self._check_array(caption, "caption", 3, 2, network["text_dim"])
-        if caption.shape[0] == 1:
-            caption = np.broadcast_to(as_array(caption), (batch, *caption.shape[1:]))
-        if caption.shape[0] != batch or not 1 <= caption.shape[1] <= network["text_max_length"]:
-            raise PidRuntimeError(
-                f"expected a caption of shape ({batch}, 1 to {network['text_max_length']}, "
-                f"{network['text_dim']}), but got {tuple(caption.shape)}"
-            )
-        sigmas = self._check_sigma(sigma, batch)
-        seeds = _check_seeds(seed, batch)
-        rows, updates = self._schedule(steps, times, rule)
-        sizes = sizes_of_request(
-            network,
-            self.manifest.tokens_per_latent,
-            batch=batch,
-            latent_height=latent.shape[2],
-            latent_width=latent.shape[3],
-            text_tokens=caption.shape[1],
-            rows=self._table_rows(len(rows)),
+        request = check_request(
+            self.manifest,
+            latent,
+            caption,
+            sigma=sigma,
+            seed=seed,
+            noise=noise,
+            step_noise=step_noise,
+            steps=steps,
+            times=times,
+            rule=rule,
         )
-        image_shape = (batch, 3, sizes.value("H"), sizes.value("W"))
-        given = _check_noise(noise, step_noise, image_shape, len(rows), rule)
-        program = self._bind(sizes)
+        session, schedule = self._session, request.schedule
+        program = self._bind(request.sizes)
 
-        def fill(session: Session, bound: Program, instruction: Noise, draw: int) -> None:
-            if draw and updates[draw - 1, 2] == 0:  # not used, but must not hold a NaN
+        def fill(_: Session, bound: Program, instruction: Noise, draw: int) -> None:
+            if draw and schedule.updates[draw - 1, 2] == 0:  # not used, but must not hold a NaN
                 session.fill_zero(bound.buffer(instruction.target))
-            elif given[draw] is not None:
-                bound.load_noise(instruction, given[draw])
+            elif request.noises[draw] is not None:
+                bound.load_noise(instruction, request.noises[draw])
             else:
-                bound.fill_noise(instruction, seeds, draw)
+                bound.fill_noise(instruction, request.seeds, draw)
 
-        session = self._session
-        session.write(program.buffer("latent"), latent)
-        session.write(program.buffer("caption"), caption)
-        session.write(program.buffer("sigma"), sigmas)
-        session.write(program.buffer("update"), _padded(updates, sizes.value("N")))
+        self._write(program, request)
         program.run("prologue", noise=lambda s, p, i, _: fill(s, p, i, 0))
-        if not self.manifest.sampler.times:
-            moments = np.asarray(times, np.float32)[:-1, None] * np.float32(1000)
-            session.write(program.buffer("timestep"), _padded(moments, sizes.value("N")))
-            for row in rows:
+        if schedule.moments is not None:
+            for row in schedule.rows:
                 program.run("timestep", row=row, step=row)
-        for step, row in enumerate(rows):
+        for step, row in enumerate(schedule.rows):
             program.run("step", row, step, lambda s, p, i, k: fill(s, p, i, k + 1))
             if progress is not None:
-                progress(step + 1, len(rows))
+                progress(step + 1, schedule.steps)
         program.run("image" if output == "float32" else "image_bytes")
         image = program.buffer("image" if output == "float32" else "image_bytes")
         return session.clone(image) if dlpack else session.read(image)
 
     def empty_caption(self) -> NDArray[np.float32]:
         """The caption embedding that stands for none: zeros `[1, text_max_length, text_dim]`."""
-        network = self.manifest.network
-        return np.zeros((1, network["text_max_length"], network["text_dim"]), np.float32)
+        return empty_caption(self.manifest)
 
     def state(self) -> NDArray[np.float32]:
         """The sampler's state after the last step run, `[B, L, P * P, 3]` float32 in token layout.
@@ -233,81 +185,55 @@ class Decoder:
         )
         return self._program
 
-    def _check_array(self, source: Any, name: str, rank: int, axis: int, size: int) -> Any:
-        """An input as an array on the host, or as it is when it lives on a device."""
-        if "bfloat16" in str(getattr(source, "dtype", "")) and hasattr(source, "float"):
-            source = source.float()  # numpy has no bfloat16
-        on_host = not hasattr(source, "__dlpack_device__") or source.__dlpack_device__()[0] == 1
-        array = as_array(source) if on_host else source
-        shape = tuple(array.shape)
-        if len(shape) != rank or shape[axis] != size or 0 in shape:
-            wanted = ["B", "C", "h", "w"] if rank == 4 else ["B", "T", "D"]
-            wanted[axis] = str(size)
-            raise PidRuntimeError(
-                f"expected a {name} of shape [{', '.join(wanted)}], but got {list(shape)}"
-            )
-        if "float" not in str(array.dtype):
-            raise PidRuntimeError(f"expected a {name} of floats, but got {array.dtype}")
-        if on_host and not np.isfinite(array).all():
-            raise PidRuntimeError(f"expected a finite {name}, but it holds NaN or infinity")
-        return array
-
-    def _check_sigma(self, sigma: Any, batch: int) -> NDArray[np.float32]:
-        sigmas = np.asarray(sigma, np.float32)
-        if sigmas.shape not in ((), (1,), (batch,)):
-            raise PidRuntimeError(f"expected one sigma or {batch}, but got shape {sigmas.shape}")
-        if not ((sigmas >= 0) & (sigmas <= 1)).all():
-            raise PidRuntimeError(f"expected sigma in [0, 1], but got {sigma}")
-        return np.ascontiguousarray(np.broadcast_to(sigmas, (batch,)))
-
-    def _schedule(
-        self, steps: int | None, times: Sequence[float] | None, rule: Rule
-    ) -> tuple[tuple[int, ...], NDArray[np.float32]]:
-        """The table rows a decode visits and, per step, the three factors of the update."""
-        sampler = self.manifest.sampler
-        if sampler.times:
-            if times is not None:
-                raise PidRuntimeError(
-                    "this bundle knows only its own times; export with --arbitrary-timesteps"
-                )
-            rows = sampler.schedules.get(str(sampler.steps if steps is None else steps))
-            if rows is None:
-                raise PidRuntimeError(
-                    f"expected {', '.join(sampler.schedules)} steps, but got {steps}"
-                )
-            visited = [*(sampler.times[row] for row in rows), 0.0]
+    def _write(self, program: Program, request: Request) -> None:
+        """Put a decode's inputs into the arena."""
+        session, schedule = self._session, request.schedule
+        batch, rows = request.sizes.value("B"), request.sizes.value("N")
+        session.write(program.buffer("latent"), request.latent)
+        if request.caption.shape[0] == batch:
+            session.write(program.buffer("caption"), request.caption)
         else:
-            if times is None:
-                raise PidRuntimeError("this bundle takes any times: give `times`, ending in 0")
-            visited = [float(t) for t in times]
-            rows = tuple(range(len(visited) - 1))
-            descending = all(a > b for a, b in zip(visited[:-1], visited[1:], strict=True))
-            if not rows or visited[-1] != 0 or visited[0] > 1 or not descending:
-                raise PidRuntimeError(
-                    f"expected times descending from at most 1 to 0, but got {times}"
-                )
-            if len(rows) > sampler.max_steps:
-                raise PidRuntimeError(
-                    f"expected at most {sampler.max_steps} steps, but got {len(rows)}"
-                )
-        updates = [
-            update_factors(t, u, rule) for t, u in zip(visited[:-1], visited[1:], strict=True)
-        ]
-        return rows, np.array(updates, np.float32)
-
-    def _table_rows(self, steps: int) -> int:
-        """N: rows of the modulation table, known times or this decode's own."""
-        return len(self.manifest.sampler.times) or steps
+            for image in range(batch):
+                session.write(program.image_part("caption", image), request.caption)
+        session.write(program.buffer("sigma"), request.sigmas)
+        session.write(program.buffer("update"), _padded(schedule.updates, rows))
+        if schedule.moments is not None:
+            session.write(program.buffer("timestep"), _padded(schedule.moments, rows))
 
 
-def update_factors(t: float, t_next: float, rule: Rule) -> tuple[float, float, float]:
-    """Factors of state, velocity and noise in the sampler's update from t to t_next.
+def open_session(
+    bundle: Path,
+    manifest: Manifest,
+    backend: str,
+    device: str | None = None,
+    *,
+    threads: int | None = None,
+) -> Session:
+    """A backend with a bundle's graphs loaded; arguments as of `Decoder.open`.
 
-    sde: x0 = x - t v, then (1 - t_next) x0 + t_next noise. ode: x + (t_next - t) v.
+    Raises `PidRuntimeError` for a backend, provider or device that is not there.
     """
-    if rule == "ode":
-        return 1.0, t_next - t, 0.0
-    return 1.0 - t_next, -(1.0 - t_next) * t, t_next
+    if threads is not None and threads < 1:
+        raise PidRuntimeError(f"expected at least one thread, but got {threads}; leave it out")
+    if backend == "onnxruntime":
+        from pid_runtime.backend_onnxruntime import OnnxRuntimeSession
+
+        provider, colon, ordinal = (device or "cpu").partition(":")
+        if colon and not (ordinal.isascii() and ordinal.isdecimal()):
+            raise PidRuntimeError(f"expected a device such as cuda:0, but got {device!r}")
+        return OnnxRuntimeSession(bundle, manifest, provider, int(ordinal or 0), threads)
+    if backend == "torch":
+        try:
+            from pid_runtime.backend_torch import TorchSession
+        except ImportError:
+            raise PidRuntimeError(
+                "expected PyTorch for the torch backend, but it is not installed; "
+                "pip install 'pid-trt[torch]'"
+            ) from None
+        return TorchSession(bundle, manifest, device or "cpu", threads)
+    raise PidRuntimeError(
+        f"expected a backend of {', '.join(BACKENDS)}, but got {backend!r}; choose one of these"
+    )
 
 
 def _padded(values: NDArray[np.float32], rows: int) -> NDArray[np.float32]:
@@ -315,24 +241,3 @@ def _padded(values: NDArray[np.float32], rows: int) -> NDArray[np.float32]:
     full = np.zeros((rows, *values.shape[1:]), np.float32)
     full[: len(values)] = values
     return full
-
-
-def _check_seeds(seed: int | Sequence[int], batch: int) -> list[int]:
-    seeds = list(seed) if isinstance(seed, Sequence) else [(seed + b) % 2**64 for b in range(batch)]
-    if len(seeds) != batch or not all(0 <= s < 2**64 for s in seeds):
-        raise PidRuntimeError(f"expected one seed or {batch} in [0, 2^64), but got {seed}")
-    return seeds
-
-
-def _check_noise(
-    noise: Any, step_noise: Sequence[Any] | None, shape: tuple[int, ...], steps: int, rule: Rule
-) -> list[Any]:
-    """The noise image of every draw, None where the seed makes it."""
-    later: list[Any] = [None] * (steps - 1) if step_noise is None else list(step_noise)
-    if step_noise is not None and len(later) != steps - 1 and rule == "sde":
-        raise PidRuntimeError(f"expected {steps - 1} step noises, but got {len(later)}")
-    given = [noise, *later, None][: steps + 1]
-    for image in given:
-        if image is not None and tuple(image.shape) != shape:
-            raise PidRuntimeError(f"expected noise of shape {shape}, but got {tuple(image.shape)}")
-    return given

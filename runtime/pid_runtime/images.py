@@ -73,6 +73,16 @@ def check_image_path(path: str | os.PathLike[str]) -> None:
         raise PidRuntimeError(f"expected a writable folder, but got {str(target.parent)!r}")
 
 
+def check_image_size(path: str | os.PathLike[str], height: int, width: int) -> None:
+    """Raise `PidRuntimeError` unless the format of `path`, a known one, holds such an image."""
+    kind = _FORMATS[Path(path).suffix.lower()]
+    if max(height, width) > kind.largest_side:
+        raise PidRuntimeError(
+            f"expected at most {kind.largest_side} pixels along a side of a {kind.name} file, "
+            f"but got {height}x{width}; write a PNG"
+        )
+
+
 def save_image(path: str | os.PathLike[str], pixels: NDArray[np.uint8]) -> None:
     """Write 8-bit pixels `[H, W, 3]` as PNG, JPEG or WebP, by the suffix of `path`.
 
@@ -83,13 +93,8 @@ def save_image(path: str | os.PathLike[str], pixels: NDArray[np.uint8]) -> None:
     check_image_path(path)
     target = Path(path)
     _check_pixels(pixels)
+    check_image_size(path, *pixels.shape[:2])
     kind = _FORMATS[target.suffix.lower()]
-    height, width, _ = pixels.shape
-    if max(height, width) > kind.largest_side:
-        raise PidRuntimeError(
-            f"expected at most {kind.largest_side} pixels along a side of a {kind.name} file, "
-            f"but got {height}x{width}; write a PNG"
-        )
     aside = target.with_name(f".{target.name}.{os.getpid()}.part")
     try:
         with aside.open("wb") as file:
@@ -112,18 +117,36 @@ def side_by_side(images: Sequence[tuple[str, NDArray[np.uint8]]]) -> NDArray[np.
     for _, pixels in images:
         _check_pixels(pixels)
     height = max(pixels.shape[0] for _, pixels in images)
-    font = ImageFont.load_default(size=max(12, height // 32))
-    label_height = int(font.getbbox("Ag")[3]) + 2 * _MARGIN
-    tiles = [_enlarged(pixels, height) for _, pixels in images]
-    width = sum(tile.width for tile in tiles) + _MARGIN * (len(tiles) + 1)
-    sheet = Image.new("RGB", (width, label_height + height + _MARGIN), _SHEET_BACKGROUND)
+    sheet_height, sheet_width = sheet_size([pixels.shape[:2] for _, pixels in images])
+    font, label_height = _label_font(height)
+    sheet = Image.new("RGB", (sheet_width, sheet_height), _SHEET_BACKGROUND)
     draw = ImageDraw.Draw(sheet)
+    tiles = (_enlarged(pixels, height) for _, pixels in images)
     left = _MARGIN
     for (label, _), tile in zip(images, tiles, strict=True):
         draw.text((left, _MARGIN), _cut(label, tile.width, font), _SHEET_TEXT, font)
         sheet.paste(tile, (left, label_height))
         left += tile.width + _MARGIN
     return np.array(sheet)
+
+
+def sheet_size(sizes: Sequence[tuple[int, int]]) -> tuple[int, int]:
+    """Height and width of the sheet `side_by_side` makes of images of these heights and widths."""
+    height = max(height for height, _ in sizes)
+    _, label_height = _label_font(height)
+    width = sum(_enlarged_width(size, height) for size in sizes) + _MARGIN * (len(sizes) + 1)
+    return label_height + height + _MARGIN, width
+
+
+def _label_font(height: int) -> tuple[ImageFont.FreeTypeFont | ImageFont.ImageFont, int]:
+    """The font of the labels above images of `height`, and the pixels they take."""
+    font = ImageFont.load_default(size=max(12, height // 32))
+    return font, int(font.getbbox("Ag")[3]) + 2 * _MARGIN
+
+
+def _enlarged_width(size: tuple[int, int], height: int) -> int:
+    """Width of an image of `size` (height, width) once it has `height`."""
+    return max(1, round(size[1] * height / size[0]))
 
 
 def _check_pixels(pixels: NDArray[np.uint8]) -> None:
@@ -137,7 +160,7 @@ def _enlarged(pixels: NDArray[np.uint8], height: int) -> Image.Image:
     image = Image.fromarray(pixels)
     if image.height == height:
         return image
-    width = max(1, round(image.width * height / image.height))
+    width = _enlarged_width(pixels.shape[:2], height)
     return image.resize((width, height), Image.Resampling.BICUBIC)
 
 

@@ -68,6 +68,11 @@ class Program:
         buffer = self.manifest.buffers[name]
         return self._tensor(name, 0, self.sizes.shape(buffer.shape))
 
+    def image_part(self, name: str, image: int) -> Tensor:
+        """The part `[1, ..]` of a buffer `[B, ..]` that belongs to one image of the batch."""
+        _, *shape = self.sizes.shape(self.manifest.buffers[name].shape)
+        return self._tensor(name, image * math.prod(shape), (1, *shape))
+
     def run(
         self, section: str, row: int = 0, step: int = 0, noise: NoiseSource | None = None
     ) -> None:
@@ -99,17 +104,21 @@ class Program:
                 {"image": Operand(instruction.image)},
                 {"tokens": Operand(instruction.target)},
             )
-            self._patchify[instruction] = list(self._bind_run(run, self.sizes))
+            self._patchify[instruction] = list(self.bind_run(run, self.sizes))
         for call in self._patchify[instruction]:
             call()
 
     def fill_noise(self, instruction: Noise, seeds: Sequence[int], draw: int) -> None:
         """Fill a noise instruction's target with draw number `draw`, each image from its own seed."""
-        buffer = self.manifest.buffers[instruction.target]
-        _, *shape = self.sizes.shape(buffer.shape)
         for image, seed in enumerate(seeds):
-            part = self._tensor(instruction.target, image * math.prod(shape), (1, *shape))
-            self.session.fill_normal(part, seed, draw)
+            self.session.fill_normal(self.image_part(instruction.target, image), seed, draw)
+
+    def view(self, run: Run, name: str, sizes: Sizes) -> Tensor:
+        """All of what a run reads or writes under a port's name, for a batch of one image."""
+        graph = self.manifest.graphs[run.graph]
+        port = {**graph.inputs, **graph.outputs}[name]
+        operand = {**run.inputs, **run.outputs}[name]
+        return self._slice(operand, port, sizes, sizes.extended(run.dims), 0, None, 0)
 
     def _bind(self, instruction: Instruction, sizes: Sizes) -> Iterator[Call | Noise]:
         if isinstance(instruction, Noise):
@@ -118,9 +127,9 @@ class Program:
             source, target = self.buffer(instruction.source), self.buffer(instruction.target)
             yield lambda: self.session.copy(source, target)
         else:
-            yield from self._bind_run(instruction, sizes)
+            yield from self.bind_run(instruction, sizes)
 
-    def _bind_run(self, run: Run, sizes: Sizes) -> Iterator[Call]:
+    def bind_run(self, run: Run, sizes: Sizes) -> Iterator[Call]:
         """One call per slice: of the chunked axis, and of the batch where slices are not contiguous."""
         local = sizes.extended(run.dims)
         graph = self.manifest.graphs[run.graph]
@@ -184,5 +193,4 @@ class Program:
 def even_slices(count: int, largest: int) -> list[tuple[int, int]]:
     """Cut `range(count)` into as few slices as `largest` allows, as even as can be."""
     parts = -(-count // largest)
-    bounds = np.linspace(0, count, parts + 1).astype(int).tolist()
-    return list(zip(bounds[:-1], bounds[1:], strict=True))
+    return [(i * count // parts, (i + 1) * count // parts) for i in range(parts)]

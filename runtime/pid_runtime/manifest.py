@@ -3,14 +3,17 @@
 import hashlib
 import json
 import math
+import re
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
+from functools import cache
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Any, get_args, get_origin, get_type_hints
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from pid_runtime.errors import PidRuntimeError
 
@@ -19,7 +22,14 @@ FORMAT_VERSION = (1, 0)
 """Major and minor version; a reader takes any minor version of its own major version."""
 
 MANIFEST_FILE = "manifest.json"
+MANIFEST_MAX_BYTES = 1 << 24
 WEIGHTS_FILE = "weights.safetensors"
+
+NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}")
+"""What files, graphs, ports, buffers, buckets and sections may be called: never a path."""
+
+LARGEST_INTEGER = 2**53 - 1
+"""No integer of a manifest is larger, so that any JSON reader gets it exactly."""
 
 ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "uint8": 1}
 
@@ -76,7 +86,10 @@ class Operand:
 
 @dataclass(frozen=True)
 class Run:
-    """Run a graph; over slices of its axis `chunk`, if given. `dims` names the graph's own symbols."""
+    """Run a graph, over slices of its axis `chunk` if given.
+
+    dims: what the graph's own symbols stand for.
+    """
 
     graph: str
     inputs: dict[str, Operand]
@@ -95,7 +108,7 @@ class Copy:
 
 @dataclass(frozen=True)
 class Noise:
-    """Fill `target` with the next draw of noise: generated, or given as an image through `graph`."""
+    """Fill `target` with the next draw of noise, generated or put by `graph` from an image."""
 
     target: str
     image: str
@@ -105,7 +118,7 @@ class Noise:
 Instruction = Run | Copy | Noise
 
 SECTIONS = ("prologue", "timestep", "step", "image", "image_bytes")
-"""The parts of a program: once; once per step before the first; per step; then one of the last two."""
+"""Parts of a program: once; once per step before the first; per step; then one of the last two."""
 
 
 @dataclass(frozen=True)
@@ -168,8 +181,9 @@ class Manifest:
         if not fitting:
             largest = max(self.buckets.values(), key=lambda b: b.max_tokens).max_tokens
             raise PidRuntimeError(
-                f"expected at most {largest} patch tokens (H/16 x W/16), the largest bucket of this "
-                f"bundle, but got {tokens}; export with a larger bucket or decode a smaller latent"
+                f"expected at most {largest} patch tokens (H/16 x W/16), the largest bucket of "
+                f"this bundle, but got {tokens}; export with a larger bucket or decode a smaller "
+                "latent"
             )
         name = min(fitting)[1]
         return name, self.buckets[name]
@@ -192,95 +206,27 @@ class Manifest:
     def from_json(cls, text: str) -> "Manifest":
         """Read and check manifest.json. Raises `PidRuntimeError` when it is not one we can run."""
         try:
-            raw = json.loads(text)
-        except (json.JSONDecodeError, RecursionError) as error:
+            raw = json.loads(text, parse_constant=_no_constant)
+        except (ValueError, RecursionError) as error:
             raise PidRuntimeError(f"expected {MANIFEST_FILE} to be JSON, but got {error}") from None
         if not isinstance(raw, dict) or raw.get("format") != FORMAT:
             raise PidRuntimeError(f"expected a {FORMAT} manifest, but {MANIFEST_FILE} is none")
-        version = raw.get("format_version")
-        if not (
-            isinstance(version, list) and len(version) == 2 and version[0] == FORMAT_VERSION[0]
-        ):
+        version = _read(tuple[int, ...], raw.get("format_version"), "format_version")
+        if len(version) != 2 or version[0] != FORMAT_VERSION[0]:
             raise PidRuntimeError(
-                f"expected bundle format {FORMAT_VERSION[0]}.x, but got version {version}; "
+                f"expected bundle format {FORMAT_VERSION[0]}.x, but got version "
+                f"{'.'.join(map(str, version))}; "
                 "update pid-trt, or export the bundle again with this version"
             )
-        try:
-            manifest = _decode(raw)
-            manifest.check()
-        except (KeyError, TypeError, AttributeError, ValueError) as error:
-            if isinstance(error, PidRuntimeError):
-                raise
-            raise PidRuntimeError(
-                f"expected a complete {MANIFEST_FILE}, but reading it failed: {error!r}; "
-                "export the bundle again"
-            ) from None
+        manifest: Manifest = _read(cls, raw, MANIFEST_FILE)
+        manifest.check()
         return manifest
 
     def check(self) -> None:
-        """Raise `PidRuntimeError` when a name leads nowhere or a view leaves its buffer.
+        """Raise `PidRuntimeError` when the manifest contradicts itself; see `check_manifest`."""
+        from pid_runtime.manifest_check import check_manifest
 
-        After this an interpreter can run the program at any shape a bucket holds without
-        touching memory outside the arena.
-        """
-        for name in (MANIFEST_FILE, *self.files, *(g.file for g in self.graphs.values())):
-            if Path(name).name != name:
-                raise PidRuntimeError(
-                    f"expected plain file names in the manifest, but got {name!r}"
-                )
-        for graph in self.graphs.values():
-            if graph.file not in self.files:
-                raise PidRuntimeError(f"the manifest lists no file {graph.file!r}")
-        for name, bucket in self.buckets.items():
-            sizes = self.largest_sizes(bucket)
-            for buffer_name, buffer in self.buffers.items():
-                end = bucket.offsets[buffer_name] + sizes.bytes(buffer.dtype, buffer.shape)
-                if bucket.offsets[buffer_name] < 0 or end > bucket.arena_bytes:
-                    raise PidRuntimeError(
-                        f"buffer {buffer_name!r} leaves the arena of bucket {name!r}"
-                    )
-            for instruction in self.instructions():
-                self._check_instruction(instruction, sizes)
-
-    def largest_sizes(self, bucket: Bucket) -> "Sizes":
-        """The sizes a bucket's arena is planned for: one image of `max_tokens` tokens in a row."""
-        return sizes_for(
-            self.network, self.tokens_per_latent, self.sampler.max_steps, bucket.max_tokens
-        )
-
-    def _check_instruction(self, instruction: Instruction, sizes: "Sizes") -> None:
-        if isinstance(instruction, Copy):
-            source, target = self.buffers[instruction.source], self.buffers[instruction.target]
-            if (source.dtype, source.shape) != (target.dtype, target.shape):
-                raise PidRuntimeError(
-                    f"copy of {instruction.source!r} to a different kind of buffer"
-                )
-            return
-        if isinstance(instruction, Noise):
-            self.buffers[instruction.target], self.buffers[instruction.image]
-            self.graphs[instruction.graph]
-            return
-        graph = self.graphs[instruction.graph]
-        local = sizes.extended(instruction.dims)
-        for ports, operands in (
-            (graph.inputs, instruction.inputs),
-            (graph.outputs, instruction.outputs),
-        ):
-            if set(ports) != set(operands):
-                raise PidRuntimeError(f"graph {instruction.graph!r} is run with the wrong operands")
-            for name, port in ports.items():
-                buffer = self.buffers[operands[name].buffer]
-                count = math.prod(local.shape(port.shape))
-                begin = sizes.index(buffer.shape, operands[name].start)
-                if (
-                    port.dtype != buffer.dtype
-                    or begin < 0
-                    or begin + count > math.prod(sizes.shape(buffer.shape))
-                ):
-                    raise PidRuntimeError(
-                        f"input or output {name!r} of graph {instruction.graph!r} does not fit buffer "
-                        f"{operands[name].buffer!r}"
-                    )
+        check_manifest(self)
 
 
 @dataclass(frozen=True)
@@ -340,12 +286,16 @@ def sizes_of_request(
 
 
 def sizes_for(network: Mapping[str, Any], tokens_per_latent: int, rows: int, tokens: int) -> Sizes:
-    """The sizes of the largest decode of one image within a budget of `tokens` patch tokens."""
+    """The sizes of the largest decode of one image within a budget of `tokens` patch tokens.
+
+    All in one column: every product of sizes is at its largest then, or with h and w, Hs and Ws, H
+    and W exchanged.
+    """
     p = network["patch_size"]
     text = network["text_max_length"]
     values = {"B": 1, "T": text, "h": -(-tokens // tokens_per_latent**2), "w": 1}
     values |= {"Hs": tokens, "Ws": 1, "H": tokens * p, "W": p, "L": tokens, "S": text + tokens}
-    return Sizes({**values, "N": rows, "row": rows - 1, "step": 0})
+    return Sizes({**values, "N": rows, "row": rows - 1, "step": rows - 1})
 
 
 def read_manifest(bundle: Path, verify: bool = True) -> Manifest:
@@ -356,12 +306,15 @@ def read_manifest(bundle: Path, verify: bool = True) -> Manifest:
     """
     path = bundle / MANIFEST_FILE
     try:
-        text = path.read_text("utf-8")
+        with path.open("rb") as stream:
+            text = stream.read(MANIFEST_MAX_BYTES + 1)
+        if len(text) > MANIFEST_MAX_BYTES:
+            raise PidRuntimeError(f"expected {path} to have at most {MANIFEST_MAX_BYTES} bytes")
+        manifest = Manifest.from_json(text.decode())
     except (OSError, UnicodeDecodeError) as error:
         raise PidRuntimeError(
             f"expected a bundle (a folder with {MANIFEST_FILE}), but cannot read {path}: {error}"
         ) from None
-    manifest = Manifest.from_json(text)
     for name, file in manifest.files.items():
         part = bundle / name
         if not part.is_file():
@@ -381,21 +334,37 @@ def read_manifest(bundle: Path, verify: bool = True) -> Manifest:
 
 
 def read_constants(bundle: Path, manifest: Manifest) -> dict[str, NDArray[np.float32]]:
-    """Values of the buffers of kind "constant", float32, by buffer."""
-    with safe_open(bundle / WEIGHTS_FILE, "np") as weights:
-        return {
-            name: weights.get_tensor(buffer.source["tensor"])
-            for name, buffer in manifest.buffers.items()
-            if buffer.kind == "constant"
-        }
+    """Values of the buffers of kind "constant", float32, by buffer.
+
+    Raises `PidRuntimeError` when the weights file lacks one or holds it in another shape.
+    """
+    constants: dict[str, NDArray[np.float32]] = {}
+    try:
+        with safe_open(bundle / WEIGHTS_FILE, "np") as weights:
+            for name, buffer in manifest.buffers.items():
+                if buffer.kind == "constant":
+                    constants[name] = weights.get_tensor(buffer.source["tensor"])
+    except (OSError, SafetensorError, TypeError) as error:
+        raise PidRuntimeError(f"cannot read constants from {WEIGHTS_FILE}: {error}") from None
+    for name, values in constants.items():
+        shape = manifest.buffers[name].shape
+        if values.dtype != np.float32 or values.shape != shape:
+            raise PidRuntimeError(
+                f"expected constant {name!r} in {WEIGHTS_FILE} to be float32 of shape {shape}, but "
+                f"got {values.dtype} {values.shape}"
+            )
+    return constants
 
 
 def file_sha256(path: Path) -> str:
-    """SHA-256 of a file, as hexadecimal."""
+    """SHA-256 of a file, as hexadecimal. Raises `PidRuntimeError` if it cannot be read."""
     digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 22):
-            digest.update(block)
+    try:
+        with path.open("rb") as file:
+            while block := file.read(1 << 22):
+                digest.update(block)
+    except OSError as error:
+        raise PidRuntimeError(f"cannot read {path}: {error.strerror}") from None
     return digest.hexdigest()
 
 
@@ -417,57 +386,85 @@ def _encode(instruction: Instruction) -> dict[str, Any]:
     return encoded
 
 
-def _decode_instruction(raw: dict[str, Any]) -> Instruction:
-    if "copy" in raw:
-        return Copy(raw["copy"], raw["to"])
-    if "noise" in raw:
-        return Noise(raw["noise"], raw["image"], raw["graph"])
-
-    def operands(part: dict[str, Any]) -> dict[str, Operand]:
-        return {
-            name: Operand(o) if isinstance(o, str) else Operand(o["buffer"], tuple(o["start"]))
-            for name, o in part.items()
-        }
-
-    return Run(
-        raw["run"],
-        operands(raw["inputs"]),
-        operands(raw["outputs"]),
-        raw.get("chunk"),
-        raw.get("dims", {}),
-    )
+_MEMBERS: dict[str, tuple[type[Any], dict[str, str]]] = {
+    "run": (Run, {"run": "graph"}),
+    "copy": (Copy, {"copy": "source", "to": "target"}),
+    "noise": (Noise, {"noise": "target"}),
+}
+"""By the member that tells instructions apart: its class, and fields by members of other names."""
 
 
-def _decode(raw: dict[str, Any]) -> Manifest:
-    def ports(part: dict[str, Any]) -> dict[str, Port]:
-        return {name: Port(p["dtype"], tuple(p["shape"])) for name, p in part.items()}
+def _read(kind: Any, raw: Any, where: str) -> Any:
+    """JSON as a value of the type `kind`, checked; without members this version does not know."""
+    kinds = get_args(kind) if get_origin(kind) is UnionType else (kind,)
+    if isinstance(raw, dict):
+        if kind == dict[str, Any]:
+            return raw
+        if get_origin(kind) is dict:
+            return {_name(name, where): _read(get_args(kind)[1], raw[name], where) for name in raw}
+        if kind == Instruction:
+            return _read_instruction(raw, where)
+        if is_dataclass(kind):
+            return _read_object(kind, raw, where)
+    elif isinstance(raw, list):
+        if get_origin(kind) is tuple:
+            return tuple(_read(get_args(kind)[0], item, where) for item in raw)
+    elif isinstance(raw, str):
+        if str in kinds:
+            return raw
+        if kind is Operand:
+            return Operand(raw)
+    elif raw is None:
+        if type(None) in kinds:
+            return None
+    elif type(raw) is int and int in kinds:
+        if 0 <= raw <= LARGEST_INTEGER:
+            return raw
+    elif type(raw) in (int, float) and float in kinds and abs(raw) <= LARGEST_INTEGER:
+        return float(raw)
+    wanted = _DESCRIPTIONS.get(kind) or _DESCRIPTIONS.get(get_origin(kind), "an object")
+    raise PidRuntimeError(f"expected {wanted} in {where}, but got {repr(raw)[:80]}")
 
-    sampler = raw["sampler"]
-    return Manifest(
-        producer=raw["producer"],
-        model=raw["model"],
-        precision=raw["precision"],
-        network=raw["network"],
-        tokens_per_latent=raw["tokens_per_latent"],
-        sampler=Sampler(
-            steps=sampler["steps"],
-            max_steps=sampler["max_steps"],
-            times=tuple(sampler["times"]),
-            schedules={steps: tuple(rows) for steps, rows in sampler["schedules"].items()},
-        ),
-        files={name: File(**file) for name, file in raw["files"].items()},
-        graphs={
-            name: Graph(**{**g, "inputs": ports(g["inputs"]), "outputs": ports(g["outputs"])})
-            for name, g in raw["graphs"].items()
-        },
-        buffers={
-            name: Buffer(b["dtype"], tuple(b["shape"]), b["kind"], b["source"])
-            for name, b in raw["buffers"].items()
-        },
-        buckets={name: Bucket(**bucket) for name, bucket in raw["buckets"].items()},
-        program={
-            name: tuple(_decode_instruction(i) for i in section)
-            for name, section in raw["program"].items()
-        },
-        engines=raw.get("engines", {}),
-    )
+
+_DESCRIPTIONS: dict[Any, str] = {
+    int: "an integer of at least 0",
+    float: "a number",
+    str: "a string",
+    tuple: "a list",
+    UnionType: "a name or an integer of at least 0",
+    Instruction: "an instruction",
+}
+
+
+def _read_object(kind: Any, raw: dict[str, Any], where: str) -> Any:
+    values: dict[str, Any] = {}
+    types = _types(kind)
+    for each in fields(kind):
+        if each.name in raw:
+            values[each.name] = _read(types[each.name], raw[each.name], f"{where}, {each.name}")
+        elif each.default is MISSING and each.default_factory is MISSING:
+            raise PidRuntimeError(f"expected a member {each.name!r} in {where}, but it is absent")
+    return kind(**values)
+
+
+def _read_instruction(raw: dict[str, Any], where: str) -> Instruction:
+    found = [member for member in _MEMBERS if member in raw]
+    if len(found) != 1:
+        raise PidRuntimeError(f"expected run, copy or noise in {where}, but got {list(raw)}")
+    kind, names = _MEMBERS[found[0]]
+    return _read_object(kind, {names.get(key, key): value for key, value in raw.items()}, where)
+
+
+def _name(name: str, where: str) -> str:
+    if not NAME.fullmatch(name):
+        raise PidRuntimeError(f"expected a plain name in {where}, but got {name[:80]!r}")
+    return name
+
+
+@cache
+def _types(kind: type[Any]) -> dict[str, Any]:
+    return get_type_hints(kind)
+
+
+def _no_constant(name: str) -> None:
+    raise ValueError(f"{name}, which is no number")

@@ -83,7 +83,7 @@ def standard_normal(
     flat = out.reshape(-1)
     end_block = -(-(start + count) // 4)
     chunks = range(start // 4, end_block, _CHUNK_BLOCKS)
-    threads = min(_core_count(), len(chunks))
+    threads = min(core_count(), len(chunks))
 
     def fill(thread: int) -> None:
         """Write every chunk of `out` that is this thread's."""
@@ -223,7 +223,7 @@ def _cos_sin_turns(
     return cosine, sine
 
 
-def _core_count() -> int:
+def core_count() -> int:
     """Cores this process may run on."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))

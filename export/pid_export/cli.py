@@ -1,0 +1,165 @@
+"""`pid-export`: a checkpoint becomes a bundle."""
+
+import logging
+import resource
+import time
+from argparse import Namespace
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pid_export.errors import ExportInputError
+from pid_ref.config import PidConfig
+from pid_ref.errors import PidInputError
+from pid_ref.registry import Checkpoint, find_checkpoint
+from pid_runtime import console
+from pid_runtime.errors import PidRuntimeError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_log = logging.getLogger(__name__)
+
+_EXAMPLES = """\
+examples:
+  pid-export --space flux --variant 2kto4k -o flux-4k
+      download the released checkpoint (the weights' licence is non-commercial) and export it
+  pid-export --space sd3 --variant 2k --checkpoint model_ema_bf16.pth --precision bf16 -o sd3-2k
+  pid-export --config small.json --random-weights 0 --buckets preview=1024 -o small
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run `pid-export`; returns its exit code."""
+    errors = (ExportInputError, PidInputError, PidRuntimeError)
+    return console.run(_parser(), _export, errors, argv)
+
+
+def _parser() -> console.ArgumentParser:
+    parser = console.ArgumentParser(
+        "pid-export", "Export a PiD checkpoint as a bundle: ONNX stages and a manifest.", _EXAMPLES
+    )
+    what = parser.add_argument_group("what to export")
+    what.add_argument("--space", help="latent space or generator: flux, flux2, sd3, sdxl, ...")
+    what.add_argument("--variant", help="2k, 2kto4k (the newest checkpoint) or 2kto4k-v1")
+    what.add_argument(
+        "--config", type=Path, metavar="FILE.json", help="a network of other dimensions"
+    )
+    weights = parser.add_argument_group("weights (default: download from the hub)")
+    weights.add_argument(
+        "--checkpoint", type=Path, metavar="PATH", help="official .pth or a safetensors repack"
+    )
+    weights.add_argument(
+        "--random-weights", type=int, metavar="SEED", help="random values: speed and memory only"
+    )
+    how = parser.add_argument_group("how")
+    how.add_argument("--precision", default="fp32", help="fp32 (default), fp16 or bf16")
+    how.add_argument(
+        "--buckets",
+        default="2k,3k,4k",
+        metavar="LIST",
+        help="token budgets: 2k, 3k, 4k or NAME=TOKENS (default: 2k,3k,4k)",
+    )
+    how.add_argument("--steps", type=int, default=4, help="default steps of a decode: 1, 2 or 4")
+    how.add_argument(
+        "--arbitrary-timesteps",
+        action="store_true",
+        help="keep the timestep network in the graph, for undistilled models",
+    )
+    parser.add_argument("-o", "--output", type=Path, required=True, help="the new bundle's folder")
+    return parser
+
+
+def _export(args: Namespace) -> None:
+    config, checkpoint = _network(args)
+    if args.output.exists():
+        raise ExportInputError(f"{args.output} exists already; choose a new folder or remove it")
+    # Loading torch takes seconds: not before the arguments are known to make sense.
+    from pid_export.bundle import ExportOptions, export_bundle, parse_buckets
+
+    options = ExportOptions(
+        args.precision, parse_buckets(args.buckets), args.steps, args.arbitrary_timesteps
+    )
+    if checkpoint is not None and not checkpoint.distilled and not args.arbitrary_timesteps:
+        raise ExportInputError(
+            f"{checkpoint.name} is undistilled and needs more than four steps; "
+            "add --arbitrary-timesteps"
+        )
+    source, weights = _weights(args, config, checkpoint)
+    begin, done = time.monotonic(), 0.0
+    with console.progress("Exporting", 1.0, quiet=args.quiet) as advance:
+
+        def progress(fraction: float) -> None:
+            nonlocal done
+            advance(fraction - done)
+            done = fraction
+
+        manifest = export_bundle(
+            args.output,
+            config,
+            source,
+            options,
+            checkpoint=checkpoint,
+            weights=weights,
+            progress=progress,
+        )
+    total = sum(file.bytes for file in manifest.files.values())
+    result = {
+        "bundle": str(args.output),
+        "model": manifest.model["name"],
+        "precision": manifest.precision,
+        "bytes": total,
+        "graphs": len(manifest.graphs),
+        "arena_bytes": {name: bucket.arena_bytes for name, bucket in manifest.buckets.items()},
+        "seconds": round(time.monotonic() - begin, 1),
+        "peak_rss_bytes": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
+    }
+    arenas = ", ".join(f"{name} {size / 1e9:.2f} GB" for name, size in result["arena_bytes"].items())
+    text = (
+        f"{args.output}: {manifest.model['name']}, {manifest.precision}, {total / 1e9:.2f} GB, "
+        f"{len(manifest.graphs)} graphs, {result['seconds']:.0f} s\narena per image: {arenas}"
+    )
+    console.emit(result, text, as_json=args.json)
+
+
+def _network(args: Namespace) -> tuple[PidConfig, Checkpoint | None]:
+    """The network's dimensions, and the released checkpoint they are of, if one was named."""
+    if args.config is not None:
+        if args.space or args.variant:
+            raise ExportInputError("expected --config or --space and --variant, but got both")
+        try:
+            return PidConfig.from_json(args.config.read_text("utf-8")), None
+        except (OSError, UnicodeDecodeError) as error:
+            raise ExportInputError(f"cannot read {args.config}: {error}") from None
+    if not args.space or not args.variant:
+        raise ExportInputError("expected --space and --variant (or --config FILE.json)")
+    checkpoint = find_checkpoint(args.space, args.variant)
+    return checkpoint.config, checkpoint
+
+
+def _weights(
+    args: Namespace, config: PidConfig, checkpoint: Checkpoint | None
+) -> tuple[Mapping[str, "Tensor"], dict[str, Any]]:
+    """The checkpoint's tensors, and what the manifest says of where they came from."""
+    from pid_ref.checkpoint import read_checkpoint, state_shapes
+    from pid_ref.hub import download
+    from pid_ref.weights import RandomWeights
+    from pid_runtime.manifest import file_sha256
+
+    if args.random_weights is not None:
+        if args.checkpoint is not None:
+            raise ExportInputError("expected --checkpoint or --random-weights, but got both")
+        if not 0 <= args.random_weights < 2**32:
+            raise ExportInputError(f"expected a seed in [0, 2^32), but got {args.random_weights}")
+        _log.info("random weights: images will be noise, speed and memory are the real ones")
+        return RandomWeights(state_shapes(config), args.random_weights), {
+            "random_seed": args.random_weights
+        }
+    path = args.checkpoint
+    if path is None:
+        if checkpoint is None:
+            raise ExportInputError("expected --checkpoint PATH or --random-weights SEED with --config")
+        path = download(checkpoint)
+    source = read_checkpoint(path, checkpoint or config)
+    file = path / "model_ema_bf16.pth" if path.is_dir() else path
+    return source, {"file": file.name, "sha256": file_sha256(file)}

@@ -1,0 +1,241 @@
+"""Compares a bundle, stage by stage and as a whole, with the reference network.
+
+A stage is given the reference's own inputs, so its error is its own; the whole decode then shows
+how errors add up. The reference runs first and is released before the bundle is opened.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from pid_export.bundle import config_of
+from pid_export.errors import ExportInputError
+from pid_export.reference import Values, reference_buffers
+from pid_ref.checkpoint import read_checkpoint, state_shapes
+from pid_ref.network import PidNet
+from pid_ref.sampler import sample
+from pid_ref.weights import RandomWeights
+from pid_runtime.decoder import Decoder
+from pid_runtime.interpreter import Program
+from pid_runtime.manifest import (
+    Manifest,
+    Noise,
+    Run,
+    Sizes,
+    file_sha256,
+    read_constants,
+    sizes_of_request,
+)
+from pid_runtime.request import update_factors
+from pid_runtime.session import Session
+
+TOLERANCES = {"fp32": 1e-4, "fp16": 2e-2, "bf16": 1e-1}
+"""Largest error relative to the reference's root mean square (at least 1) that passes, by precision."""
+
+PERCENTILES = (50, 90, 99, 100)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The error of one output against the reference."""
+
+    name: str
+    max_abs_error: float
+    """Infinite when the output holds a NaN or infinity."""
+    percentiles: tuple[float, ...]
+    """Absolute error at `PERCENTILES`."""
+    scale: float
+    """Root mean square of the reference's values."""
+    worst: tuple[int, ...]
+    """Index of the largest error."""
+    passed: bool
+
+
+@dataclass(frozen=True)
+class Case:
+    """One decode to verify: its inputs as numpy arrays, float32."""
+
+    latent: NDArray[np.float32]
+    caption: NDArray[np.float32]
+    sigma: NDArray[np.float32]
+    noise: list[NDArray[np.float32]]
+    """The initial noise `[B, 3, H, W]`, then what is added after each step but the last."""
+
+
+def compare(
+    name: str, got: NDArray[Any], want: NDArray[np.float32], tolerance: float
+) -> Comparison:
+    """Error distribution of an output; `tolerance` is relative to the reference's scale if above 1."""
+    want = want.reshape(got.shape)
+    scale = float(np.sqrt(np.mean(np.square(want, dtype=np.float64))))
+    error = np.abs(got.astype(np.float32) - want)
+    finite = bool(np.isfinite(error).all())
+    error = np.nan_to_num(error, nan=np.inf)
+    largest = float(error.max())
+    return Comparison(
+        name,
+        largest,
+        tuple(float(p) for p in np.percentile(error, PERCENTILES)) if finite else (math.inf,) * 4,
+        scale,
+        tuple(int(i) for i in np.unravel_index(int(error.argmax()), error.shape)),
+        finite and largest <= tolerance * max(1.0, scale),
+    )
+
+
+def reference_network(manifest: Manifest, checkpoint: Path | None) -> PidNet:
+    """The network a bundle was made from, in float32, with the same weights.
+
+    checkpoint: the file it was exported from; not needed for random weights.
+    Raises `ExportInputError` when the weights are needed and not given, or are others.
+    """
+    config = config_of(manifest.network)
+    origin = manifest.model["weights"]
+    if "random_seed" in origin:
+        source: Mapping[str, Tensor] = RandomWeights(state_shapes(config), origin["random_seed"])
+    elif checkpoint is None:
+        raise ExportInputError(
+            f"expected --checkpoint PATH: the bundle was made from {origin['file']}, "
+            "which the reference needs too"
+        )
+    else:
+        file = checkpoint / origin["file"] if checkpoint.is_dir() else checkpoint
+        source = read_checkpoint(file, config)
+        if file_sha256(file) != origin["sha256"]:
+            raise ExportInputError(f"{file} is not the file this bundle was exported from")
+    return load_network(config_of(manifest.network), source)
+
+
+def load_network(config: Any, source: Mapping[str, Tensor]) -> PidNet:
+    """A float32 network with these weights."""
+    with torch.device("meta"):
+        net = PidNet(config)
+    net.load_state_dict({name: source[name].float() for name in source}, assign=True)
+    return net.eval().requires_grad_(False)
+
+
+def random_case(manifest: Manifest, height: int, width: int, seed: int, steps: int) -> Case:
+    """A decode of normal random inputs at `height` x `width` pixels.
+
+    Raises `ExportInputError` for a size the network cannot make.
+    """
+    config = config_of(manifest.network)
+    if height < 1 or width < 1 or height % config.size_multiple or width % config.size_multiple:
+        raise ExportInputError(
+            f"expected H and W to be multiples of {config.size_multiple}, but got {height}x{width}"
+        )
+    rng = np.random.default_rng(seed)
+    h, w = height // config.size_multiple, width // config.size_multiple
+    normal: Callable[..., NDArray[np.float32]] = lambda *shape: rng.standard_normal(  # noqa: E731
+        shape, np.float32
+    )
+    return Case(
+        normal(1, config.latent_channels, h, w),
+        normal(1, config.text_max_length, config.text_dim),
+        np.array([0.2], np.float32),
+        [normal(1, 3, height, width) for _ in range(steps)],
+    )
+
+
+def reference_images(net: PidNet, case: Case, times: list[float]) -> list[NDArray[np.float32]]:
+    """The reference's state `[B, 3, H, W]` after every step."""
+    states: list[NDArray[np.float32]] = []
+    noise = [torch.from_numpy(n) for n in case.noise]
+    sample(
+        net,
+        torch.from_numpy(case.latent),
+        torch.from_numpy(case.caption),
+        torch.from_numpy(case.sigma),
+        noise[0],
+        noise[1:],
+        times=times,
+        on_step=lambda _step, _v, x: states.append(x.numpy().copy()),
+    )
+    return states
+
+
+def stage_values(
+    manifest: Manifest, net: PidNet, case: Case, times: list[float]
+) -> tuple[Values, Sizes]:
+    """Reference values of every buffer in the first step of a decode of one image."""
+    _, _, h, w = case.latent.shape
+    known = manifest.sampler.times
+    sizes = sizes_of_request(
+        manifest.network,
+        manifest.tokens_per_latent,
+        batch=1,
+        latent_height=h,
+        latent_width=w,
+        text_tokens=case.caption.shape[1],
+        rows=len(known) or len(times) - 1,
+    ).extended({}, row=known.index(times[0]) if known else 0)
+    values = reference_buffers(
+        net,
+        sizes,
+        torch.from_numpy(case.noise[0]),
+        times[0],
+        torch.from_numpy(case.caption),
+        torch.from_numpy(case.latent),
+        torch.from_numpy(case.sigma),
+        torch.from_numpy(case.noise[-1]),
+        torch.tensor(update_factors(times[0], times[1], "sde")),
+    )
+    return values, sizes
+
+
+def verify_stages(
+    bundle: Path, manifest: Manifest, session: Session, values: Values, sizes: Sizes
+) -> Iterator[Comparison]:
+    """Run every graph on the reference's inputs and compare its outputs, one after another."""
+    _, bucket = manifest.bucket_for(sizes.value("L"))
+    block = session.allocate(Program.arena_bytes(bucket, sizes))
+    constants = read_constants(bundle, manifest)
+    program = Program(manifest, session, bucket, sizes, block, constants)
+    tolerance = TOLERANCES[manifest.precision]
+    for instruction in manifest.instructions():
+        if isinstance(instruction, Noise):
+            program.load_noise(instruction, values[f"{instruction.target}_image"].numpy())
+            got = session.read(program.buffer(instruction.target))
+            yield compare(instruction.graph, got, values[instruction.target].numpy(), tolerance)
+        if not isinstance(instruction, Run):
+            continue
+        graph = manifest.graphs[instruction.graph]
+        for operand in instruction.inputs.values():
+            if manifest.buffers[operand.buffer].kind not in ("table", "constant"):
+                session.write(program.buffer(operand.buffer), values[operand.buffer].numpy())
+        views = {
+            name: program.view(instruction, name, sizes) for name in instruction.outputs
+        }
+        for name, view in views.items():  # what a graph leaves unwritten must not pass
+            garbage = np.float32(np.nan) if graph.outputs[name].dtype != "uint8" else np.uint8(0)
+            session.write(view, np.full(tuple(view.shape), garbage))
+        for call in program.bind_run(instruction, sizes):
+            call()
+        for name, view in views.items():
+            operand = instruction.outputs[name]
+            buffer = manifest.buffers[operand.buffer]
+            got = session.read(view)
+            at = sizes.index(buffer.shape, operand.start)
+            want = values[operand.buffer].numpy().reshape(-1)[at : at + got.size]
+            yield compare(f"{instruction.graph} {operand.buffer}", got, want, tolerance)
+
+
+def verify_decode(decoder: Decoder, case: Case, times: list[float], want: NDArray[np.float32]) -> Comparison:
+    """Compare a whole decode's final image with the reference's."""
+    free = {"times": times} if not decoder.manifest.sampler.times else {"steps": len(times) - 1}
+    got = decoder.decode(
+        case.latent,
+        case.caption,
+        sigma=case.sigma,
+        noise=case.noise[0],
+        step_noise=case.noise[1:],
+        **free,
+    )
+    tolerance = TOLERANCES[decoder.manifest.precision]
+    return compare("whole decode", got, np.clip(want, -1, 1), tolerance)

@@ -1,0 +1,158 @@
+"""`pid-verify`: is this bundle right?"""
+
+import gc
+from argparse import Namespace
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pid_export.errors import ExportInputError
+from pid_ref.errors import PidInputError
+from pid_runtime import console
+from pid_runtime.decoder import BACKENDS, Decoder, open_session
+from pid_runtime.errors import PidRuntimeError
+from pid_runtime.manifest import Manifest, read_constants, read_manifest
+
+if TYPE_CHECKING:
+    from pid_export.verify import Comparison
+
+_EXAMPLES = """\
+examples:
+  pid-verify flux-4k --backend onnxruntime --checkpoint model_ema_bf16.pth
+      every stage, then a whole decode, against the reference network
+  pid-verify --golden tests/golden/*.safetensors --backend onnxruntime
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run `pid-verify`; returns its exit code: 0 when all passed, 1 when not, 2 for bad input."""
+    errors = (ExportInputError, PidInputError, PidRuntimeError)
+    return console.run(_parser(), _verify, errors, argv)
+
+
+def _parser() -> console.ArgumentParser:
+    parser = console.ArgumentParser(
+        "pid-verify", "Compare a bundle, or golden files, with the reference network.", _EXAMPLES
+    )
+    parser.add_argument("bundle", type=Path, nargs="?", metavar="BUNDLE")
+    parser.add_argument(
+        "--golden", type=Path, nargs="+", metavar="FILE", help="golden files instead of a bundle"
+    )
+    parser.add_argument("--backend", default="onnxruntime", help="onnxruntime (default) or torch")
+    parser.add_argument("--device", help="provider of onnxruntime or device of torch (default: cpu)")
+    parser.add_argument(
+        "--checkpoint", type=Path, metavar="PATH", help="the weights the bundle was exported from"
+    )
+    parser.add_argument("--size", default=None, metavar="WxH", help="of the decode (default: small)")
+    parser.add_argument("--seed", type=int, default=0, help="of the random inputs")
+    return parser
+
+
+def _verify(args: Namespace) -> int:
+    if (args.bundle is None) == (args.golden is None):
+        raise ExportInputError("expected either a BUNDLE or --golden FILE")
+    if args.backend not in BACKENDS:
+        raise ExportInputError(f"expected a backend of {', '.join(BACKENDS)}, but got {args.backend!r}")
+    return _verify_golden(args) if args.golden else _verify_bundle(args)
+
+
+def _verify_golden(args: Namespace) -> int:
+    from pid_export.golden import TOLERANCE, program_error, read_golden, reference_error
+
+    golden_files = [read_golden(path) for path in args.golden]
+    rows: list[dict[str, Any]] = []
+    with console.progress("Verifying", len(golden_files), quiet=args.quiet) as advance:
+        for golden in golden_files:
+            errors = {"program": program_error(golden, args.backend, args.device)}
+            if args.backend == "torch":
+                errors["reference"] = reference_error(golden)
+            worst = max(errors.values())
+            rows.append(
+                {
+                    "file": str(golden.path),
+                    "max_abs_error": worst,
+                    "passed": worst <= TOLERANCE,
+                    "errors": errors,
+                }
+            )
+            advance(1)
+    lines = [
+        f"{'ok  ' if row['passed'] else 'FAIL'} {row['max_abs_error']:.2e}  {row['file']}"
+        for row in rows
+    ]
+    console.emit(
+        {"backend": args.backend, "tolerance": TOLERANCE, "files": rows},
+        "\n".join([*lines, f"tolerance {TOLERANCE:.0e}, float32, {args.backend}"]),
+        as_json=args.json,
+    )
+    return 0 if all(row["passed"] for row in rows) else 1
+
+
+def _verify_bundle(args: Namespace) -> int:
+    from pid_export import verify
+
+    manifest = read_manifest(args.bundle)
+    height, width = _size(args.size, manifest)
+    times = _times(manifest)
+    case = verify.random_case(manifest, height, width, args.seed, len(times) - 1)
+    with console.progress("Verifying", 2 + len(list(manifest.instructions())), quiet=args.quiet) as advance:
+        net = verify.reference_network(manifest, args.checkpoint)
+        values, sizes = verify.stage_values(manifest, net, case, times)
+        advance(1)
+        want = verify.reference_images(net, case, times)[-1]
+        del net  # a full-size reference takes 5.4 GB that the bundle can use
+        gc.collect()
+        advance(1)
+        comparisons: list[Comparison] = []
+        session = open_session(args.bundle, manifest, args.backend, args.device)
+        for comparison in verify.verify_stages(args.bundle, manifest, session, values, sizes):
+            comparisons.append(comparison)
+            advance(1)
+        with Decoder(manifest, session, read_constants(args.bundle, manifest)) as decoder:
+            comparisons.append(verify.verify_decode(decoder, case, times, want))
+    passed = all(comparison.passed for comparison in comparisons)
+    tolerance = verify.TOLERANCES[manifest.precision]
+    result = {
+        "bundle": str(args.bundle),
+        "backend": args.backend,
+        "precision": manifest.precision,
+        "size": [width, height],
+        "tolerance": tolerance,
+        "passed": passed,
+        "comparisons": [asdict(comparison) for comparison in comparisons],
+    }
+    header = f"     {'output':32} {'median':>9} {'p90':>9} {'p99':>9} {'max':>9} {'rms':>9}"
+    lines = [_line(comparison) for comparison in comparisons]
+    summary = (
+        f"{'passed' if passed else 'FAILED'}: {width}x{height}, {manifest.precision}, {args.backend}, "
+        f"tolerance {tolerance:.0e} x rms (at least 1) of the reference"
+    )
+    console.emit(result, "\n".join([header, *lines, summary]), as_json=args.json)
+    return 0 if passed else 1
+
+
+def _line(comparison: "Comparison") -> str:
+    numbers = "".join(f" {value:9.1e}" for value in (*comparison.percentiles, comparison.scale))
+    return f"{'ok  ' if comparison.passed else 'FAIL'} {comparison.name:32}{numbers}"
+
+
+def _times(manifest: Manifest) -> list[float]:
+    """The times of the bundle's default decode; the student's, for a bundle that takes any."""
+    from pid_ref.sampler import timesteps
+
+    sampler = manifest.sampler
+    if not sampler.times:
+        return list(timesteps(sampler.steps))
+    return [*(sampler.times[row] for row in sampler.schedules[str(sampler.steps)]), 0.0]
+
+
+def _size(text: str | None, manifest: Manifest) -> tuple[int, int]:
+    """Height and width to verify at: as asked, or the smallest with two latent rows and three columns."""
+    if text is None:
+        multiple = manifest.network["patch_size"] * manifest.tokens_per_latent
+        return 2 * multiple, 3 * multiple
+    width, x, height = text.lower().partition("x")
+    if not (x and width.isdecimal() and height.isdecimal()):
+        raise ExportInputError(f"expected a size such as 512x512, but got {text!r}")
+    return int(height), int(width)

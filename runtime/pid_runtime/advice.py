@@ -1,0 +1,59 @@
+"""What to tell a user about a decode that will run, but not as well as it could."""
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+Size = tuple[int, int]
+"""Width and height in pixels."""
+
+TRAINED_SIGMA = 0.8
+"""Largest noise level the decoders were trained on."""
+
+LARGEST_2K_AREA = 2688 * 1792
+"""Up to this many pixels the 2k decoders were trained; the 2kto4k ones are worse there."""
+
+
+def advice(model: Mapping[str, Any], sizes: Iterable[Size], largest_sigma: float) -> list[str]:
+    """Warnings, one line each, about decodes to these sizes; empty if all is well.
+
+    model: what the manifest says the decoder is; a network of one's own promises nothing.
+    largest_sigma: the highest noise level among the latents.
+    """
+    name = model.get("name", "this decoder")
+    lines: list[str] = []
+    if model.get("distilled") is False:
+        lines.append(
+            f"{name} is not distilled: a few steps give poor images; use a distilled variant, or "
+            "many steps by --times"
+        )
+    for size in sorted(set(sizes)):
+        lines += _about_size(model, name, size)
+    if largest_sigma > TRAINED_SIGMA:
+        lines.append(
+            f"sigma {largest_sigma:g} is beyond {TRAINED_SIGMA}, the highest in training; "
+            "denoise the latent further for a faithful image"
+        )
+    return lines
+
+
+def _about_size(model: Mapping[str, Any], name: str, size: Size) -> list[str]:
+    width, height = size
+    lines: list[str] = []
+    if str(model.get("variant")).startswith("2kto4k") and width * height <= LARGEST_2K_AREA:
+        lines.append(
+            f"at {width}x{height} a 2kto4k decoder is worse than a 2k one; "
+            "use the 2k variant if this latent space has one"
+        )
+    trained = [(w, h) for w, h in model.get("trained_sizes", ())]
+    if trained and size not in trained:
+        near = min(trained, key=lambda t: math.dist(_logarithms(t), _logarithms(size)))
+        lines.append(
+            f"{name} was not trained at {width}x{height} and may give green or blocky artifacts; "
+            f"the nearest trained size is {near[0]}x{near[1]}"
+        )
+    return lines
+
+
+def _logarithms(size: Size) -> tuple[float, float]:
+    return math.log(size[0]), math.log(size[1])

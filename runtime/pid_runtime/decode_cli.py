@@ -1,0 +1,305 @@
+"""The `pid-decode` command: latents in safetensors files to image files."""
+
+import argparse
+import contextlib
+import itertools
+import logging
+import time
+from argparse import Namespace
+from collections.abc import Callable, Generator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pid_runtime import console
+from pid_runtime.advice import advice
+from pid_runtime.decode_jobs import (
+    Job,
+    Settings,
+    Source,
+    check_target,
+    check_targets,
+    find_sources,
+    plan_jobs,
+)
+from pid_runtime.decoder import BACKENDS, Decoder
+from pid_runtime.errors import PidRuntimeError
+from pid_runtime.images import save_image, sheet_size, side_by_side
+from pid_runtime.manifest import read_manifest
+from pid_runtime.request import RULES, check_schedule
+
+FORMATS = ("png", "jpg", "webp")
+
+Pixels = NDArray[np.uint8]
+
+_log = logging.getLogger(__name__)
+
+_EXAMPLES = """examples:
+  pid-decode flux-2k --latent latent.safetensors --caption caption.safetensors -o image.png
+  pid-decode flux-2k --latents latents/ --captions captions/ --seed 7 --format webp -o images/
+
+files:
+  A latent file has one tensor, or one named "latent": [C, h, w] or [B, C, h, w] in float32,
+  float16 or bfloat16, normalised as the bundle's manifest says. It may also hold "caption",
+  [T, D] or [B, T, D], and "sigma", a number or [B]. A batch makes image-0.png, image-1.png, ..
+  Image b of a file is decoded with seed + b, so a file gives the same images alone or among
+  others. Every input is checked before the first decode, and images appear whole or not at all.
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns its exit code (see `console.run`)."""
+    return console.run(_parser(), _decode, (PidRuntimeError, OSError), argv)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = console.ArgumentParser(
+        "pid-decode", "Decode latents to images with a bundle made by pid-export.", _EXAMPLES
+    )
+    add = parser.add_argument
+    add("bundle", type=Path, help="the bundle's folder")
+    inputs = parser.add_mutually_exclusive_group(required=True)
+    inputs.add_argument("--latent", type=Path, metavar="FILE", help="a latent file")
+    inputs.add_argument("--latents", type=Path, metavar="DIR", help="a folder of latent files")
+    add("-o", "--output", type=Path, required=True, help="an image, or with --latents a folder")
+    captions = parser.add_mutually_exclusive_group()
+    captions.add_argument("--caption", type=Path, metavar="FILE", help="one caption for all")
+    captions.add_argument(
+        "--captions", type=Path, metavar="DIR", help="a folder of captions named as the latents"
+    )
+    add("--latent-key", metavar="NAME", help="the latent's tensor, if it has another name")
+    add("--caption-key", metavar="NAME", help="the caption's tensor, if it has another name")
+    add("--sigma", type=_sigma, help="noise level of the latents, 0 to 1 (the files', or 0)")
+    add("--seed", type=_seed, default=0, help="of the first image of every file (0)")
+    schedule = parser.add_mutually_exclusive_group()
+    schedule.add_argument("--steps", type=int, help="1, 2 or 4 (what the bundle says)")
+    schedule.add_argument(
+        "--times", type=_times, help="for bundles of any times: 1.0,0.75,0.5,0.25,0"
+    )
+    add("--rule", choices=RULES, default=RULES[0], help="sde adds noise between steps (sde)")
+    add("--format", choices=FORMATS, help="of the images in a folder (png)")
+    add("--sheet", type=Path, metavar="FILE", help="also write all images side by side")
+    add("--overwrite", action="store_true", help="replace images that exist")
+    add("--backend", default=BACKENDS[0], help=f"{' or '.join(BACKENDS)} ({BACKENDS[0]})")
+    add(
+        "--device",
+        "--provider",
+        metavar="NAME",
+        help="cpu, cuda:0, or an ONNX Runtime provider (cpu)",
+    )
+    add("--threads", type=_threads, metavar="N", help="CPU threads (all)")
+    add("--no-verify", action="store_true", help="do not hash the bundle's files first")
+    return parser
+
+
+def _decode(arguments: Namespace) -> None:
+    many = arguments.latents is not None
+    _check_kinds(arguments, many)
+    settings = Settings(
+        arguments.latent_key,
+        arguments.caption_key,
+        arguments.sigma,
+        arguments.seed,
+        arguments.steps,
+        arguments.times,
+        arguments.rule,
+    )
+    manifest = read_manifest(arguments.bundle, verify=False)
+    schedule = check_schedule(
+        manifest.sampler, steps=settings.steps, times=settings.times, rule=settings.rule
+    )
+    sources = find_sources(
+        arguments.latents if many else arguments.latent, arguments.caption, arguments.captions
+    )
+    jobs = plan_jobs(manifest, sources, settings, _namer(arguments, many))
+    folder = _folder(arguments.output) if many else contextlib.nullcontext()
+    with folder:
+        check_targets(jobs, overwrite=arguments.overwrite)
+        _check_sheet(arguments, jobs)
+        decoder = Decoder.open(
+            arguments.bundle,
+            arguments.backend,
+            arguments.device,
+            threads=arguments.threads,
+            verify=not arguments.no_verify,
+        )
+        with decoder:
+            _warn(decoder.manifest.model, jobs)
+            total = schedule.steps * len(jobs)
+            with console.progress("Decoding", total, quiet=arguments.quiet) as advance:
+                seconds, tiles = _run(decoder, jobs, settings, advance, bool(arguments.sheet))
+        if arguments.sheet:
+            save_image(arguments.sheet, side_by_side(tiles))
+    _report(arguments, jobs, seconds)
+
+
+def _run(
+    decoder: Decoder,
+    jobs: Sequence[Job],
+    settings: Settings,
+    advance: Callable[[float], None],
+    keep: bool,
+) -> tuple[list[float], list[tuple[str, Pixels]]]:
+    """Decode and write every image; seconds of each decode, and with `keep` the images."""
+    seconds: list[float] = []
+    tiles: list[tuple[str, Pixels]] = []
+    for source, group in itertools.groupby(jobs, lambda job: job.source):
+        inputs = source.read(settings)
+        for job in group:
+            own = inputs.image(job.index)
+            begin = time.perf_counter()
+            images: Pixels = decoder.decode(
+                own.latent,
+                own.caption,
+                sigma=own.sigma,
+                seed=job.seed,
+                steps=settings.steps,
+                times=settings.times,
+                rule=settings.rule,
+                output="uint8",
+                progress=lambda _done, _total: advance(1),
+            )
+            seconds.append(time.perf_counter() - begin)
+            if not np.isfinite(decoder.state()).all():
+                raise PidRuntimeError(
+                    f"expected a finite image of {source.latent}, but got NaN or infinity; "
+                    "check the bundle with pid-verify, or export it with --precision fp32"
+                )
+            save_image(job.target, images[0])
+            if keep:
+                tiles.append((job.target.stem, images[0]))
+    return seconds, tiles
+
+
+def _report(arguments: Namespace, jobs: Sequence[Job], seconds: Sequence[float]) -> None:
+    images = [
+        {
+            "latent": str(job.source.latent),
+            "index": job.index,
+            "image": str(job.target),
+            "width": job.width,
+            "height": job.height,
+            "seed": job.seed,
+            "sigma": job.sigma,
+            "seconds": round(taken, 4),
+        }
+        for job, taken in zip(jobs, seconds, strict=True)
+    ]
+    result = {
+        "bundle": str(arguments.bundle),
+        "backend": arguments.backend,
+        "device": arguments.device or "cpu",
+        "images": images,
+        "sheet": str(arguments.sheet) if arguments.sheet else None,
+    }
+    lines = [
+        f"{image['image']}: {image['width']}x{image['height']}, seed {image['seed']}, "
+        f"{image['seconds']:.2f} s"
+        for image in images
+    ]
+    if arguments.sheet:
+        lines.append(f"{arguments.sheet}: all of them side by side")
+    console.emit(result, "\n".join(lines), as_json=arguments.json)
+
+
+def _warn(model: dict[str, Any], jobs: Sequence[Job]) -> None:
+    sizes = [(job.width, job.height) for job in jobs]
+    for line in advice(model, sizes, max(job.sigma for job in jobs)):
+        _log.warning("%s", line)
+    bare = sum(not job.has_caption for job in jobs)
+    if bare:
+        _log.warning(
+            "%s of %s images have no caption and get the empty embedding (zeros), which costs "
+            "quality; give the prompt's Gemma-2-2b-it embedding by --caption",
+            bare,
+            len(jobs),
+        )
+
+
+def _check_kinds(arguments: Namespace, many: bool) -> None:
+    """Raise `PidRuntimeError` for options that do not belong together."""
+    for name in ("captions", "format"):
+        if getattr(arguments, name) is not None and not many:
+            raise PidRuntimeError(f"expected --{name} with --latents, but got --latent; drop it")
+    for name in ("latents", "captions"):
+        folder = getattr(arguments, name)
+        if folder is not None and not folder.is_dir():
+            raise PidRuntimeError(f"expected a folder for --{name}, but {folder} is none")
+
+
+def _namer(arguments: Namespace, many: bool) -> Callable[[Source], Path]:
+    """What to call the image of a source."""
+    output: Path = arguments.output
+    if not many:
+        return lambda source: output
+    return lambda source: output / f"{source.latent.stem}.{arguments.format or FORMATS[0]}"
+
+
+def _check_sheet(arguments: Namespace, jobs: Sequence[Job]) -> None:
+    if arguments.sheet is None:
+        return
+    if arguments.sheet.resolve() in {job.target.resolve() for job in jobs}:
+        raise PidRuntimeError(
+            f"expected another name for the sheet, but {arguments.sheet} is that of an image"
+        )
+    size = sheet_size([(job.height, job.width) for job in jobs])
+    check_target(arguments.sheet, *size, overwrite=arguments.overwrite)
+
+
+@contextlib.contextmanager
+def _folder(path: Path) -> Generator[None, None, None]:
+    """Make a folder of which nothing is left if nothing was put into it."""
+    try:
+        path.mkdir()
+    except FileExistsError:
+        if not path.is_dir():
+            raise PidRuntimeError(
+                f"expected a folder for the images, but {path} is a file; choose another name"
+            ) from None
+        yield
+        return
+    except OSError as error:
+        raise PidRuntimeError(
+            f"expected to make the folder {path}, but got: {error.strerror}; choose another place"
+        ) from None
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            path.rmdir()  # refused unless it is empty
+
+
+def _sigma(text: str) -> float:
+    value = _number(text)
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"expected a number in [0, 1], but got {text!r}")
+    return value
+
+
+def _times(text: str) -> tuple[float, ...]:
+    return tuple(_number(part) for part in text.split(","))
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected a number, but got {text!r}") from None
+
+
+def _seed(text: str) -> int:
+    return _integer(text, 0, 2**64 - 1, "2^64 - 1")
+
+
+def _threads(text: str) -> int:
+    return _integer(text, 1, 4096, "4096")
+
+
+def _integer(text: str, least: int, most: int, most_text: str) -> int:
+    if not (text.isascii() and text.isdecimal() and least <= int(text) <= most):
+        raise argparse.ArgumentTypeError(
+            f"expected a whole number from {least} to {most_text}, but got {text!r}"
+        )
+    return int(text)

@@ -1,0 +1,186 @@
+"""What `pid-decode` is to do: found and checked in full before the first decode."""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pid_runtime.errors import PidRuntimeError
+from pid_runtime.images import check_image_path, check_image_size
+from pid_runtime.latents import read_caption_file, read_latent_file
+from pid_runtime.manifest import Manifest
+from pid_runtime.noise import image_seed
+from pid_runtime.request import Rule, check_request
+
+LATENT_SUFFIX = ".safetensors"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What holds for every latent."""
+
+    latent_key: str | None = None
+    """Name of the latent's tensor; None to find it."""
+    caption_key: str | None = None
+    """Name of the caption's tensor in a caption file; None to find it."""
+    sigma: float | None = None
+    """Noise level, in place of what the files say; None for theirs, or 0."""
+    seed: int = 0
+    """Of the first image of every file; the next have the next seeds."""
+    steps: int | None = None
+    times: tuple[float, ...] | None = None
+    rule: Rule = "sde"
+
+
+@dataclass(frozen=True)
+class Source:
+    """A latent file and the file of its caption, if that is another one."""
+
+    latent: Path
+    caption: Path | None
+
+    def read(self, settings: Settings) -> "Inputs":
+        """Read both. Raises `PidRuntimeError` for files that hold something else."""
+        file = read_latent_file(
+            self.latent, settings.latent_key, embedded_caption=self.caption is None
+        )
+        caption = file.caption
+        if self.caption is not None:
+            caption = read_caption_file(self.caption, settings.caption_key)
+        sigma = np.zeros(1, np.float32) if file.sigma is None else file.sigma
+        if settings.sigma is not None:
+            sigma = np.array([settings.sigma], np.float32)
+        return Inputs(file.latent, caption, sigma)
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """The content of a source, float32."""
+
+    latent: NDArray[np.float32]
+    """`[B, C, h, w]`."""
+    caption: NDArray[np.float32] | None
+    """`[B, T, D]`, `[1, T, D]` for all, or None."""
+    sigma: NDArray[np.float32]
+    """`[B]`, or `[1]` for all."""
+
+    def image(self, index: int) -> "Inputs":
+        """What belongs to one image of the batch."""
+
+        def part(array: NDArray[np.float32]) -> NDArray[np.float32]:
+            return array if len(array) == 1 else array[index : index + 1]
+
+        caption = None if self.caption is None else part(self.caption)
+        return Inputs(part(self.latent), caption, part(self.sigma))
+
+
+@dataclass(frozen=True)
+class Job:
+    """One image to decode."""
+
+    source: Source
+    index: int
+    """Of the image in its file."""
+    target: Path
+    width: int
+    height: int
+    seed: int
+    sigma: float
+    has_caption: bool
+
+
+def find_sources(
+    latents: Path, caption: Path | None = None, captions: Path | None = None
+) -> list[Source]:
+    """Pair latents with captions.
+
+    latents: a file, or a folder of `*.safetensors`, taken in the order of their names.
+    caption: one caption file for all. captions: a folder with files named as the latents'.
+    Raises `PidRuntimeError` for a folder without latents, or a latent without its caption file.
+    """
+    if not latents.is_dir():
+        return [Source(latents, caption)]
+    files = sorted(f for f in latents.iterdir() if f.suffix == LATENT_SUFFIX and f.is_file())
+    if not files:
+        raise PidRuntimeError(
+            f"expected *{LATENT_SUFFIX} files, but got none in {latents}; give another folder"
+        )
+    if captions is None:
+        return [Source(file, caption) for file in files]
+    for file in files:
+        if not (captions / file.name).is_file():
+            raise PidRuntimeError(
+                f"expected a caption for every latent, but got no {file.name} in {captions}; "
+                "add it, or use --caption FILE for all"
+            )
+    return [Source(file, captions / file.name) for file in files]
+
+
+def plan_jobs(
+    manifest: Manifest,
+    sources: Iterable[Source],
+    settings: Settings,
+    name: Callable[[Source], Path],
+) -> list[Job]:
+    """Read every source, check it against the bundle, and list the images to make of it.
+
+    name: the image file of a source; sources of several images get `-0`, `-1`, .. in front of the
+    suffix. Raises `PidRuntimeError` for an input that does not fit, or two images of one name.
+    """
+    jobs: list[Job] = []
+    for source in sources:
+        inputs = source.read(settings)
+        try:
+            request = check_request(
+                manifest,
+                inputs.latent,
+                inputs.caption,
+                sigma=inputs.sigma,
+                seed=settings.seed,
+                steps=settings.steps,
+                times=settings.times,
+                rule=settings.rule,
+            )
+        except PidRuntimeError as error:
+            raise PidRuntimeError(f"{source.latent}: {error}") from None
+        target, batch = name(source), len(inputs.latent)
+        height, width = request.sizes.value("H"), request.sizes.value("W")
+        jobs += [
+            Job(
+                source,
+                index,
+                target if batch == 1 else target.with_stem(f"{target.stem}-{index}"),
+                width,
+                height,
+                image_seed(settings.seed, index),
+                float(request.sigmas[index]),
+                inputs.caption is not None,
+            )
+            for index in range(batch)
+        ]
+    return jobs
+
+
+def check_targets(jobs: Sequence[Job], *, overwrite: bool) -> None:
+    """Raise `PidRuntimeError` unless every image may be written, under a name of its own."""
+    sources: dict[Path, Source] = {}
+    for job in jobs:
+        if job.target in sources:
+            raise PidRuntimeError(
+                f"expected every image to have its own name, but got {job.target} from both "
+                f"{sources[job.target].latent} and {job.source.latent}; rename one of these"
+            )
+        sources[job.target] = job.source
+        check_target(job.target, job.height, job.width, overwrite=overwrite)
+
+
+def check_target(path: Path, height: int, width: int, *, overwrite: bool) -> None:
+    """Raise `PidRuntimeError` unless an image of this size may be written to `path`."""
+    check_image_path(path)
+    check_image_size(path, height, width)
+    if not overwrite and (path.exists() or path.is_symlink()):
+        raise PidRuntimeError(
+            f"expected a new file, but {path} exists; choose another name or add --overwrite"
+        )

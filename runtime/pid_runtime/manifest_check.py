@@ -1,0 +1,338 @@
+"""What a manifest must keep to before anything is allocated; "checks" of docs/bundle-format.md.
+
+A manifest that passes can be run at any shape its buckets hold: no name leads nowhere, no value
+is missing, and nothing reads or writes outside the arena.
+"""
+
+import math
+import re
+from collections.abc import Iterable, Mapping
+from itertools import pairwise
+from typing import Any, TypeVar
+
+from pid_runtime.errors import PidRuntimeError
+from pid_runtime.manifest import (
+    ITEM_BYTES,
+    MANIFEST_FILE,
+    NAME,
+    PRECISIONS,
+    SECTIONS,
+    WEIGHTS_FILE,
+    Bucket,
+    Buffer,
+    Copy,
+    Graph,
+    Instruction,
+    Manifest,
+    Noise,
+    Operand,
+    Port,
+    Run,
+    Sampler,
+    Shape,
+    Sizes,
+    sizes_for,
+)
+
+ALIGNMENT = 256
+"""Every buffer starts at a multiple of this many bytes."""
+
+LARGEST_SIZE = 1 << 24
+"""Most of anything a shape counts along one axis: tokens, channels, rows."""
+
+LARGEST_RANK = 8
+LARGEST_STEPS = 1000
+LARGEST_ARENA = 1 << 40
+
+SIZE_SYMBOLS = frozenset(("B", "T", "h", "w", "Hs", "Ws", "H", "W", "L", "S", "N"))
+INDEX_SYMBOLS = frozenset(("row", "step"))
+"""May start an operand, but be no size."""
+
+WRITABLE_KINDS = ("temporary", "output")
+"""Kinds of buffers that instructions write; the runtime fills the others."""
+
+BUFFER_KINDS = ("input", "schedule", "table", "constant", *WRITABLE_KINDS)
+
+TABLE_OPTIONS = {
+    "rope_2d_cos": ("head_dim", "reference", "extent", "theta"),
+    "rope_2d_sin": ("head_dim", "reference", "extent", "theta"),
+    "rope_1d_cos": ("head_dim", "theta"),
+    "rope_1d_sin": ("head_dim", "theta"),
+    "pixel_axis": ("axis", "size", "patch_size", "theta"),
+}
+
+Part = TypeVar("Part")
+
+
+def check_manifest(manifest: Manifest) -> None:
+    """Raise `PidRuntimeError` when the manifest contradicts itself or promises the impossible."""
+    _check_files(manifest)
+    _check_network(manifest)
+    _check_sampler(manifest.sampler)
+    for name, buffer in manifest.buffers.items():
+        _check_buffer(name, buffer)
+    _check_interface(manifest)
+    for name, graph in manifest.graphs.items():
+        for port_name, port in (*graph.inputs.items(), *graph.outputs.items()):
+            _check_shape(f"{port_name!r} of graph {name!r}", port.dtype, port.shape, None)
+    _require(
+        set(manifest.program) == set(SECTIONS),
+        f"program sections {', '.join(SECTIONS)}",
+        list(manifest.program),
+    )
+    for section, instructions in manifest.program.items():
+        for instruction in instructions:
+            _check_instruction(manifest, section, instruction)
+    _require(bool(manifest.buckets), "a bucket", "none")
+    for name, bucket in manifest.buckets.items():
+        _check_bucket(manifest, name, bucket)
+
+
+def _check_files(manifest: Manifest) -> None:
+    for name, file in manifest.files.items():
+        _require(name != MANIFEST_FILE, "a manifest that does not list itself", name)
+        _require(
+            re.fullmatch(r"[0-9a-f]{64}", file.sha256) is not None,
+            f"a SHA-256 in hexadecimal for {name}",
+            file.sha256,
+        )
+    for name in (WEIGHTS_FILE, *(graph.file for graph in manifest.graphs.values())):
+        _named(manifest.files, name, "file")
+
+
+def _check_network(manifest: Manifest) -> None:
+    _named(PRECISIONS, manifest.precision, "precision")
+    for name in ("patch_size", "text_max_length", "latent_channels", "text_dim"):
+        size = manifest.network.get(name)
+        _require(type(size) is int and 0 < size <= LARGEST_SIZE, f"a positive {name}", size)
+    _require(0 < manifest.tokens_per_latent <= 1024, "tokens_per_latent from 1 to 1024", "another")
+
+
+def _check_sampler(sampler: Sampler) -> None:
+    _require(0 < sampler.max_steps <= LARGEST_STEPS, "from 1 to 1000 steps", sampler.max_steps)
+    if not sampler.times:
+        _require(not sampler.schedules, "no schedules where there are no times", "some")
+        _require(0 < sampler.steps <= sampler.max_steps, "steps up to max_steps", sampler.steps)
+        return
+    count = len(sampler.times)
+    _require(count == sampler.max_steps, "as many times as max_steps", count)
+    _require(all(0 < t <= 1 for t in sampler.times), "times in (0, 1]", sampler.times)
+    _named(sampler.schedules, str(sampler.steps), "schedule")
+    for steps, rows in sampler.schedules.items():
+        _require(steps == str(len(rows)) and len(rows) <= count, f"{steps} rows", len(rows))
+        _require(len(rows) > 0 and max(rows) < count, f"rows below {count}", rows)
+        visited = [sampler.times[row] for row in rows]
+        descending = all(a > b for a, b in pairwise(visited))
+        _require(descending, f"descending times in schedule {steps}", visited)
+
+
+def _check_buffer(name: str, buffer: Buffer) -> None:
+    what = f"buffer {name!r}"
+    _check_shape(what, buffer.dtype, buffer.shape, SIZE_SYMBOLS)
+    _require(buffer.kind in BUFFER_KINDS, f"{what} of a known kind", buffer.kind)
+    if buffer.kind == "table":
+        expected: Any = ("float32", _table_shape(what, buffer.source))
+        _require((buffer.dtype, buffer.shape) == expected, f"{what} as its table", buffer.shape)
+    elif buffer.kind == "constant":
+        _require(isinstance(buffer.source.get("tensor"), str), f"a tensor for {what}", "none")
+        fixed = buffer.dtype == "float32" and all(isinstance(size, int) for size in buffer.shape)
+        _require(fixed, f"{what} to be float32 and of fixed shape", buffer.shape)
+
+
+def _table_shape(what: str, source: Mapping[str, Any]) -> Shape:
+    """The shape a table has, after a check of its options."""
+    table = source.get("table")
+    options = _named(TABLE_OPTIONS, table if isinstance(table, str) else "", "table")
+    _require(set(source) == {"table", *options}, f"options {', '.join(options)} of {what}", source)
+    for option in options:
+        value = source[option]
+        if option == "axis":
+            good = value in ("column", "row")
+        elif option in ("reference", "extent", "theta"):
+            good = type(value) in (int, float) and 1e-6 <= value <= 1e9
+        else:
+            good = type(value) is int and 0 < value <= LARGEST_SIZE
+        _require(good, f"a usable {option} of {what}", value)
+    if table == "pixel_axis":
+        _require(source["size"] % 4 == 0, f"a size of {what} divisible by 4", source["size"])
+        return ("L", source["patch_size"], source["size"] // 2)
+    head_dim = source["head_dim"]
+    if source["table"].startswith("rope_1d"):
+        _require(head_dim % 2 == 0, f"an even head_dim of {what}", head_dim)
+        return ("T", head_dim // 2)
+    _require(head_dim % 4 == 0 and head_dim > 4, f"a head_dim of {what} in 8, 12, ..", head_dim)
+    return ("L", head_dim // 2)
+
+
+def _check_interface(manifest: Manifest) -> None:
+    """The buffers a runtime fills and reads by name are there, and no others wait to be filled."""
+    network = manifest.network
+    p = network["patch_size"]
+    expected: dict[str, tuple[str, str, Shape]] = {
+        "latent": ("input", "float32", ("B", network["latent_channels"], "h", "w")),
+        "caption": ("input", "float32", ("B", "T", network["text_dim"])),
+        "sigma": ("input", "float32", ("B",)),
+        "update": ("schedule", "float32", ("N", 3)),
+        "state": ("temporary", "float32", ("B", "L", 3 * p * p)),
+        "image": ("output", "float32", ("B", 3, "H", "W")),
+        "image_bytes": ("output", "uint8", ("B", "H", "W", 3)),
+    }
+    if not manifest.sampler.times:
+        expected["timestep"] = ("schedule", "float32", ("N", 1))
+    for name, wanted in expected.items():
+        buffer = _named(manifest.buffers, name, "buffer")
+        _require(
+            (buffer.kind, buffer.dtype, buffer.shape) == wanted,
+            f"buffer {name!r} as {wanted}",
+            buffer,
+        )
+    for name, buffer in manifest.buffers.items():
+        known = name in expected or buffer.kind not in ("input", "schedule")
+        _require(known, "inputs and schedules this version fills", name)
+
+
+def _check_shape(what: str, dtype: str, shape: Shape, symbols: Iterable[str] | None) -> None:
+    """symbols: those that are sizes; any name when None, as the instruction decides."""
+    _named(ITEM_BYTES, dtype, "dtype")
+    _require(0 < len(shape) <= LARGEST_RANK, f"{what} of 1 to 8 axes", shape)
+    for axis, size in enumerate(shape):
+        if isinstance(size, int):
+            _require(0 < size <= LARGEST_SIZE, f"positive sizes of {what}", shape)
+        else:
+            _require(symbols is None or size in symbols, f"known sizes of {what}", size)
+            _require(size != "B" or axis == 0, f"the batch as the first axis of {what}", shape)
+
+
+def _check_instruction(manifest: Manifest, section: str, instruction: Instruction) -> None:
+    """Names, and everything that does not depend on sizes."""
+    if isinstance(instruction, Copy):
+        source = _named(manifest.buffers, instruction.source, "buffer")
+        target = _written(manifest, instruction.target)
+        alike = (source.dtype, source.shape) == (target.dtype, target.shape)
+        _require(alike, f"a copy of {instruction.source!r} to a buffer like it", instruction.target)
+        return
+    if isinstance(instruction, Noise):
+        _require(section in ("prologue", "step"), "noise in prologue or step", section)
+        target, image = (
+            _written(manifest, instruction.target),
+            _written(manifest, instruction.image),
+        )
+        pixels = ("float32", ("B", 3, "H", "W"))
+        _require((image.dtype, image.shape) == pixels, "a noise image", instruction.image)
+        state = manifest.buffers["state"]
+        alike = (target.dtype, target.shape) == (state.dtype, state.shape)
+        _require(alike, "noise of the state's shape", instruction.target)
+    run = patchify_run(instruction) if isinstance(instruction, Noise) else instruction
+    graph = _named(manifest.graphs, run.graph, "graph")
+    reserved = {"B", *INDEX_SYMBOLS}
+    _require(run.chunk not in reserved, f"graph {run.graph!r} cut along a size", run.chunk)
+    for local, symbol in run.dims.items():
+        known = symbol in SIZE_SYMBOLS - reserved and local not in reserved
+        _require(known, f"sizes for graph {run.graph!r}", f"{local} = {symbol}")
+    for ports, operands in ((graph.inputs, run.inputs), (graph.outputs, run.outputs)):
+        same = set(ports) == set(operands)
+        _require(same, f"graph {run.graph!r} run with {list(ports)}", list(operands))
+        for name, port in ports.items():
+            buffer = _named(manifest.buffers, operands[name].buffer, "buffer")
+            what = f"{name!r} of graph {run.graph!r}"
+            _require(port.dtype == buffer.dtype, f"{what} to be {port.dtype}", buffer.dtype)
+            _check_shape(what, port.dtype, port.shape, SIZE_SYMBOLS | set(run.dims))
+            _check_start(what, operands[name], buffer)
+            if run.chunk is not None and run.chunk in port.shape:
+                leading = tuple(size for size in port.shape if size != "B")
+                first = leading[0] == run.chunk and leading.count(run.chunk) == 1
+                _require(first, f"{what} to have {run.chunk} first", port.shape)
+    for operand in run.outputs.values():
+        _written(manifest, operand.buffer)
+    if run.chunk is not None:
+        cut = all(run.chunk in port.shape for port in graph.outputs.values())
+        _require(cut, f"outputs of {run.graph!r} cut along {run.chunk}", "others")
+
+
+def _check_start(what: str, operand: Operand, buffer: Buffer) -> None:
+    start = operand.start
+    _require(len(start) in (0, len(buffer.shape)), f"{what} to start in its buffer", start)
+    for at in start:
+        known = isinstance(at, int) or at in SIZE_SYMBOLS - {"B"} | INDEX_SYMBOLS
+        _require(known, f"{what} to start at a known index", at)
+
+
+def patchify_run(noise: Noise) -> Run:
+    """The run a noise instruction stands for when noise is given as an image."""
+    inputs, outputs = {"image": Operand(noise.image)}, {"tokens": Operand(noise.target)}
+    return Run(noise.graph, inputs, outputs)
+
+
+def _check_bucket(manifest: Manifest, name: str, bucket: Bucket) -> None:
+    what = f"bucket {name!r}"
+    least = manifest.tokens_per_latent**2
+    _require(
+        least <= bucket.max_tokens <= LARGEST_SIZE,
+        f"{what} of {least} to {LARGEST_SIZE} tokens",
+        bucket.max_tokens,
+    )
+    _require(
+        0 < bucket.chunk_tokens <= bucket.max_tokens,
+        f"chunk_tokens of {what} from 1 to max_tokens",
+        bucket.chunk_tokens,
+    )
+    _require(bucket.arena_bytes <= LARGEST_ARENA, f"an arena of {what} of at most 1 TiB", "more")
+    same = set(bucket.offsets) == set(manifest.buffers)
+    _require(same, f"an offset of {what} for every buffer", "other names")
+    # Byte counts are products of sizes: within the bucket they are largest at one of these two.
+    column = sizes_for(
+        manifest.network, manifest.tokens_per_latent, manifest.sampler.max_steps, bucket.max_tokens
+    )
+    row = column.extended({"h": "w", "w": "h", "Hs": "Ws", "Ws": "Hs", "H": "W", "W": "H"})
+    total = 0
+    for buffer_name, buffer in manifest.buffers.items():
+        size = max(sizes.bytes(buffer.dtype, buffer.shape) for sizes in (column, row))
+        offset = bucket.offsets[buffer_name]
+        inside = offset % ALIGNMENT == 0 and offset + size <= bucket.arena_bytes
+        _require(inside, f"buffer {buffer_name!r} aligned in the arena of {what}", offset)
+        total += -(-size // ALIGNMENT) * ALIGNMENT
+    _require(bucket.arena_bytes <= total, f"an arena of {what} of {total} bytes or less", "more")
+    for instructions in manifest.program.values():
+        for instruction in instructions:
+            if not isinstance(instruction, Copy):
+                for sizes in (column, row):
+                    _check_extent(manifest, instruction, sizes)
+
+
+def _check_extent(manifest: Manifest, instruction: Run | Noise, sizes: Sizes) -> None:
+    """Every operand lies in its buffer."""
+    run = patchify_run(instruction) if isinstance(instruction, Noise) else instruction
+    graph: Graph = manifest.graphs[run.graph]
+    local = sizes.extended(run.dims)
+    ports: dict[str, Port] = {**graph.inputs, **graph.outputs}
+    for name, operand in {**run.inputs, **run.outputs}.items():
+        shape = manifest.buffers[operand.buffer].shape
+        end = sizes.index(shape, operand.start) + math.prod(local.shape(ports[name].shape))
+        _require(
+            end <= math.prod(sizes.shape(shape)),
+            f"{name!r} of graph {run.graph!r} inside buffer {operand.buffer!r}",
+            f"its end at element {end}",
+        )
+
+
+def _written(manifest: Manifest, name: str) -> Buffer:
+    """The buffer of that name, which an instruction may write."""
+    buffer = _named(manifest.buffers, name, "buffer")
+    _require(
+        buffer.kind in WRITABLE_KINDS, f"buffer {name!r} to be one a program writes", buffer.kind
+    )
+    return buffer
+
+
+def _named(parts: Mapping[str, Part], name: str, what: str) -> Part:
+    if name not in parts or not NAME.fullmatch(name):
+        raise PidRuntimeError(f"expected a {what} the manifest knows, but got {name[:80]!r}")
+    return parts[name]
+
+
+def _require(condition: bool, wanted: str, got: object) -> None:
+    if not condition:
+        shown = " ".join(str(got).split())[:80]
+        raise PidRuntimeError(
+            f"expected {wanted}, but the manifest has {shown}; export the bundle again"
+        )

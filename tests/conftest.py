@@ -1,0 +1,77 @@
+"""Small bundles, exported once per session."""
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors import safe_open
+
+from pid_export.bundle import ExportOptions, export_bundle
+from pid_ref.checkpoint import state_shapes
+from pid_ref.config import PidConfig
+from pid_ref.weights import RandomWeights
+
+GOLDEN = Path(__file__).parent / "golden"
+
+SMALL_BUCKETS = (("tiny", 64), ("small", 1024))
+"""Of the bundles here: up to 128 x 128 and 512 x 512 pixels."""
+
+EditBundle = Callable[[Callable[[dict[str, Any]], object]], Path]
+
+
+def golden_config(name: str) -> PidConfig:
+    """The network of a golden file, such as "flux_2k"."""
+    with safe_open(GOLDEN / f"{name}.safetensors", "np") as file:
+        return PidConfig.from_upstream(json.loads(file.metadata()["config"]))
+
+
+def export_golden(folder: Path, name: str, **options: Any) -> Path:
+    """A bundle of a golden file's network and weights, in float32 unless the options say else."""
+    with safe_open(GOLDEN / f"{name}.safetensors", "np") as file:
+        seed = int(file.metadata()["seed"])
+    config = golden_config(name)
+    weights = RandomWeights(state_shapes(config), seed)
+    chosen = replace(ExportOptions(buckets=SMALL_BUCKETS), **options)
+    bundle = folder / name
+    export_bundle(bundle, config, weights, chosen, weights={"random_seed": seed})
+    return bundle
+
+
+@pytest.fixture(scope="session")
+def golden_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The network of golden file flux_2k: not to be changed (see `edit_bundle`)."""
+    return export_golden(tmp_path_factory.mktemp("golden_bundle"), "flux_2k")
+
+
+@pytest.fixture(scope="session")
+def chunked_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same as `golden_bundle`, but its per-token stages take at most 5 tokens at a time."""
+    return export_golden(tmp_path_factory.mktemp("chunked_bundle"), "flux_2k", chunk_tokens=5)
+
+
+@pytest.fixture(scope="session")
+def free_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same as `golden_bundle`, but for any timesteps."""
+    folder = tmp_path_factory.mktemp("free_bundle")
+    return export_golden(folder, "flux_2k", arbitrary_timesteps=True)
+
+
+@pytest.fixture
+def edit_bundle(golden_bundle: Path, tmp_path: Path) -> EditBundle:
+    """A function that copies `golden_bundle`, with its manifest as an edit leaves it."""
+
+    def copy(edit: Callable[[dict[str, Any]], object] = lambda manifest: None) -> Path:
+        bundle = tmp_path / "edited_bundle"
+        shutil.rmtree(bundle, ignore_errors=True)
+        shutil.copytree(golden_bundle, bundle)
+        manifest = bundle / "manifest.json"
+        fields = json.loads(manifest.read_text())
+        edit(fields)
+        manifest.write_text(json.dumps(fields))
+        return bundle
+
+    return copy

@@ -1,0 +1,411 @@
+"""`Decoder` on small bundles, on both backends."""
+
+import shutil
+from collections.abc import Callable, Iterator
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from safetensors.numpy import load_file
+
+from pid_runtime.decoder import BACKENDS, Decoder
+from pid_runtime.errors import PidRuntimeError
+from pid_runtime.images import to_uint8
+from pid_runtime.manifest import read_manifest
+from pid_runtime.noise import image_noise
+
+GOLDEN = Path(__file__).parent / "golden"
+CHANNELS, TEXT, DIM = 16, 12, 32
+EXACT = 1e-5
+"""Largest difference between two ways to the same image on one backend."""
+
+CLOSE = 1e-4
+"""Largest difference to another implementation, over states that reach 6."""
+
+Floats = NDArray[np.float32]
+
+
+def normal(*shape: int, seed: int = 0) -> Floats:
+    return np.random.default_rng(seed).standard_normal(shape, np.float32)
+
+
+LATENT, CAPTION = normal(3, CHANNELS, 2, 3, seed=1), normal(3, TEXT, DIM, seed=2)
+SIGMAS = [0.0, 0.3, 0.8]
+
+
+@pytest.fixture(scope="module")
+def ort(golden_bundle: Path) -> Iterator[Decoder]:
+    with Decoder.open(golden_bundle, threads=2) as decoder:
+        yield decoder
+
+
+@pytest.fixture(scope="module")
+def eager(golden_bundle: Path) -> Iterator[Decoder]:
+    with Decoder.open(golden_bundle, "torch") as decoder:
+        yield decoder
+
+
+@pytest.fixture(params=BACKENDS)
+def pid(request: pytest.FixtureRequest, ort: Decoder, eager: Decoder) -> Decoder:
+    return ort if request.param == "onnxruntime" else eager
+
+
+def differ(a: Any, b: Any) -> float:
+    return float(np.abs(np.asarray(a, np.float64) - np.asarray(b, np.float64)).max())
+
+
+# Images
+
+
+def test_noise_given_reproduces_the_reference(pid: Decoder) -> None:
+    golden = load_file(GOLDEN / "flux_2k.safetensors")
+    states: list[Floats] = []
+    image = pid.decode(
+        golden["in/latent"],
+        golden["in/caption"],
+        sigma=golden["in/sigma"],
+        noise=golden["in/noise"],
+        step_noise=[golden[f"in/eps{k}"] for k in range(3)],
+        progress=lambda *_: states.append(pid.state()),
+    )
+    assert image.shape == (1, 3, 64, 64) and image.dtype == np.float32
+    assert differ(image, np.clip(golden["out/x4"], -1, 1)) <= CLOSE
+    assert [state.shape for state in states] == [(1, 16, 256, 3)] * 4
+    for k, state in enumerate(states, 1):  # tokens of 16 x 16 pixels, row by row
+        grid = state.reshape(4, 4, 16, 16, 3).transpose(4, 0, 2, 1, 3)
+        assert differ(grid.reshape(3, 64, 64), golden[f"out/x{k}"][0]) <= CLOSE
+
+
+def test_a_seed_gives_the_same_image_on_every_backend(ort: Decoder, eager: Decoder) -> None:
+    arguments: dict[str, Any] = {"sigma": SIGMAS, "seed": 2**64 - 2}
+    images = [d.decode(LATENT, CAPTION, **arguments) for d in (ort, eager, ort)]
+    assert differ(images[0], images[1]) <= CLOSE
+    np.testing.assert_array_equal(images[0], images[2])
+    other = ort.decode(LATENT, CAPTION, sigma=SIGMAS, seed=2**64 - 3)
+    assert differ(other, images[0]) > 0.1
+
+
+def test_an_image_of_a_batch_is_the_image_of_its_own_seed(pid: Decoder) -> None:
+    seed = 2**64 - 2  # the third image's has wrapped around to 0
+    batch = pid.decode(LATENT, CAPTION, sigma=SIGMAS, seed=seed)
+    listed = pid.decode(LATENT, CAPTION, sigma=SIGMAS, seed=[seed, seed + 1, 0])
+    np.testing.assert_array_equal(batch, listed)
+    for b in range(3):
+        alone = pid.decode(
+            LATENT[b : b + 1], CAPTION[b : b + 1], sigma=SIGMAS[b], seed=(seed + b) % 2**64
+        )
+        assert differ(alone[0], batch[b]) <= EXACT
+
+
+def test_shapes_in_turn_are_as_with_fresh_decoders(
+    golden_bundle: Path, pid: Decoder, ort: Decoder
+) -> None:
+    backend = "onnxruntime" if pid is ort else "torch"
+    # within a bucket, into the next, back, another aspect ratio, a batch, a shorter caption
+    shapes = [(1, 2, 2, 12), (1, 8, 16, 12), (1, 2, 2, 12), (1, 4, 1, 12), (2, 1, 3, 12)]
+    for number, (batch, h, w, text) in enumerate([*shapes, (1, 2, 2, 5)]):
+        latent, caption = normal(batch, CHANNELS, h, w), normal(batch, text, DIM)
+        image = pid.decode(latent, caption, seed=number)
+        assert image.shape == (batch, 3, 32 * h, 32 * w)
+        with Decoder.open(golden_bundle, backend, verify=False) as fresh:
+            assert differ(fresh.decode(latent, caption, seed=number), image) <= EXACT
+
+
+def test_memory_is_reused_for_shapes_that_fit(golden_bundle: Path) -> None:
+    with Decoder.open(golden_bundle, verify=False) as pid:
+        pid.decode(normal(1, CHANNELS, 8, 8))
+        block = pid._block
+        for h, w, batch in ((2, 2, 1), (8, 8, 1), (4, 16, 1), (1, 1, 2)):
+            pid.decode(normal(batch, CHANNELS, h, w))
+            assert pid._block is block
+        pid.decode(normal(2, CHANNELS, 8, 8))
+        assert pid._block is not block
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("batch", [1, 3])
+def test_chunks_do_not_change_the_image(
+    chunked_bundle: Path, ort: Decoder, eager: Decoder, backend: str, batch: int
+) -> None:
+    whole = ort if backend == "onnxruntime" else eager
+    assert {b.chunk_tokens for b in read_manifest(chunked_bundle).buckets.values()} == {5}
+    latent, caption, sigma = LATENT[:batch], CAPTION[:batch], SIGMAS[:batch]  # of 24 tokens
+    want = whole.decode(latent, caption, sigma=sigma, seed=5)
+    with Decoder.open(chunked_bundle, backend, verify=False) as chunked:
+        assert differ(chunked.decode(latent, caption, sigma=sigma, seed=5), want) <= EXACT
+        one = normal(batch, CHANNELS, 1, 1)  # 4 tokens: fewer than a chunk
+        assert differ(chunked.decode(one, seed=5), whole.decode(one, seed=5)) <= EXACT
+        np.testing.assert_array_equal(
+            chunked.decode(latent, caption, sigma=sigma, seed=5, output="uint8"),
+            to_uint8(chunked.decode(latent, caption, sigma=sigma, seed=5)),
+        )
+
+
+def test_bytes_are_the_rounded_floats(pid: Decoder) -> None:
+    pixels = pid.decode(LATENT, CAPTION, output="uint8")
+    assert pixels.shape == (3, 64, 96, 3) and pixels.dtype == np.uint8
+    image = pid.decode(LATENT, CAPTION)
+    np.testing.assert_array_equal(pixels, to_uint8(image))
+    assert image.min() >= -1 and image.max() <= 1 and pixels.std() > 10
+
+
+def test_images_are_the_callers_own(pid: Decoder) -> None:
+    for dlpack in (False, True):
+        first = pid.decode(LATENT, CAPTION, seed=1, dlpack=dlpack)
+        before = np.from_dlpack(first).copy()
+        pid.decode(LATENT, CAPTION, seed=2, dlpack=dlpack)
+        np.testing.assert_array_equal(np.from_dlpack(first), before)
+
+
+# Arguments
+
+
+def test_takes_and_gives_dlpack(pid: Decoder) -> None:
+    want = pid.decode(LATENT, CAPTION, seed=3)
+    latent, caption = torch.from_numpy(LATENT), torch.from_numpy(CAPTION)
+    image = torch.from_dlpack(pid.decode(latent, caption, seed=3, dlpack=True))
+    assert image.dtype == torch.float32
+    np.testing.assert_array_equal(image.numpy(), want)
+    pixels = torch.from_dlpack(pid.decode(latent, caption, seed=3, output="uint8", dlpack=True))
+    np.testing.assert_array_equal(pixels.numpy(), to_uint8(want))
+
+
+@pytest.mark.parametrize("kind", [torch.bfloat16, torch.float16, torch.float64])
+def test_takes_other_floats(pid: Decoder, kind: torch.dtype) -> None:
+    latent, caption = torch.from_numpy(LATENT).to(kind), torch.from_numpy(CAPTION).to(kind)
+    image = pid.decode(latent, caption, noise=torch.zeros(3, 3, 64, 96, dtype=kind), steps=1)
+    want = pid.decode(
+        latent.float().numpy(), caption.float().numpy(), noise=np.zeros((3, 3, 64, 96)), steps=1
+    )
+    np.testing.assert_array_equal(image, want)
+
+
+def test_takes_arrays_that_are_read_only_or_not_contiguous(pid: Decoder) -> None:
+    latent = np.asfortranarray(LATENT)
+    latent.flags.writeable = False
+    caption = np.broadcast_to(CAPTION[:1], CAPTION.shape)
+    image = pid.decode(latent, caption, sigma=np.full(1, 0.5, np.float32))
+    np.testing.assert_array_equal(image, pid.decode(LATENT, CAPTION[:1].repeat(3, 0), sigma=[0.5]))
+    np.testing.assert_array_equal(image, pid.decode(LATENT, CAPTION[:1], sigma=[0.5] * 3))
+
+
+def test_no_caption_is_the_empty_one(pid: Decoder) -> None:
+    assert pid.empty_caption().shape == (1, TEXT, DIM) and not pid.empty_caption().any()
+    image = pid.decode(LATENT)
+    np.testing.assert_array_equal(image, pid.decode(LATENT, pid.empty_caption()))
+    assert differ(image, pid.decode(LATENT, CAPTION)) > 0.01
+
+
+def test_noise_of_the_seed_may_be_given(pid: Decoder) -> None:
+    def draw(k: int) -> Floats:
+        return np.stack([image_noise(9 + b, k, 64, 96) for b in range(3)])
+
+    want = pid.decode(LATENT, CAPTION, seed=9)
+    for later in (None, [draw(1), draw(2), draw(3)], [draw(1), None, draw(3)]):
+        image = pid.decode(LATENT, CAPTION, seed=9, noise=draw(0), step_noise=later)
+        assert differ(image, want) <= EXACT
+
+
+def test_sigma_is_per_image(pid: Decoder) -> None:
+    image = pid.decode(LATENT, CAPTION, sigma=SIGMAS)
+    for b, sigma in enumerate(SIGMAS):
+        same = pid.decode(LATENT, CAPTION, sigma=sigma)
+        assert differ(same[b], image[b]) <= EXACT
+        assert differ(same[(b + 1) % 3], image[(b + 1) % 3]) > 1e-4
+
+
+def test_steps_and_rules(pid: Decoder) -> None:
+    done: list[tuple[int, int]] = []
+    images = {
+        (steps, rule): pid.decode(
+            LATENT, CAPTION, steps=steps, rule=rule, progress=lambda k, n: done.append((k, n))
+        )
+        for steps in (1, 2, 4)
+        for rule in ("sde", "ode")
+    }
+    once = [(1, 1)] * 2 + [(1, 2), (2, 2)] * 2 + [(1, 4), (2, 4), (3, 4), (4, 4)] * 2
+    assert done == once
+    assert differ(images[1, "sde"], images[1, "ode"]) <= EXACT  # there is nothing between
+    several = [image for (steps, _), image in images.items() if steps > 1]
+    assert all(differ(a, b) > 0.01 for a, b in pairwise(several))
+    np.testing.assert_array_equal(images[4, "sde"], pid.decode(LATENT, CAPTION))
+    noise = [np.full((3, 3, 64, 96), np.inf, np.float32)] * 3  # ode uses none
+    ode = pid.decode(LATENT, CAPTION, rule="ode", step_noise=noise)
+    np.testing.assert_array_equal(images[4, "ode"], ode)
+
+
+def test_a_nan_of_an_earlier_decode_leaves_no_trace(pid: Decoder) -> None:
+    with pytest.raises(PidRuntimeError, match="finite noise"):
+        pid.decode(LATENT, CAPTION, noise=np.full((3, 3, 64, 96), np.nan, np.float32))
+    poison = np.full((3, 3, 64, 96), 3e38, np.float32)
+    pid.decode(LATENT, CAPTION, noise=poison, steps=2, step_noise=[poison])
+    assert np.isfinite(pid.decode(LATENT, CAPTION, steps=1)).all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_any_times(free_bundle: Path, ort: Decoder, backend: str) -> None:
+    with Decoder.open(free_bundle, backend, verify=False) as free:
+        for steps in (1, 2, 4):
+            sampler = ort.manifest.sampler
+            times = [*(sampler.times[row] for row in sampler.schedules[str(steps)]), 0.0]
+            image = free.decode(LATENT, CAPTION, sigma=SIGMAS, times=times, seed=4)
+            want = ort.decode(LATENT, CAPTION, sigma=SIGMAS, steps=steps, seed=4)
+            assert differ(image, want) <= CLOSE
+        done: list[int] = []
+        times = np.linspace(1, 0, 8).tolist()
+        free.decode(LATENT, CAPTION, times=times, progress=lambda k, _: done.append(k))
+        assert done == [1, 2, 3, 4, 5, 6, 7]
+        for times in (None, [], [0.0], [1.0], [0.5, 0.5, 0], [0, 1], [1.5, 0], [np.nan, 0]):
+            with pytest.raises(PidRuntimeError, match=r"expected times.*; "):
+                free.decode(LATENT, times=times)
+        with pytest.raises(PidRuntimeError, match="at most 100 steps, but got 101"):
+            free.decode(LATENT, times=np.linspace(1, 0, 102).tolist())
+        with pytest.raises(PidRuntimeError, match="expected 4 steps, but got times of 1"):
+            free.decode(LATENT, times=[1, 0], steps=4)
+
+
+# Mistakes
+
+
+def changed(array: Floats, value: float) -> Floats:
+    array = array.copy()
+    array.flat[7] = value
+    return array
+
+
+WRONG: dict[str, tuple[str, dict[str, Any]]] = {
+    "channels": (r"latent shape \[B, 16, h, w\], but got", {"latent": LATENT[:, :4]}),
+    "rank": (r"latent shape \[B, 16, h, w\], but got", {"latent": LATENT[0]}),
+    "no image": ("latent shape", {"latent": LATENT[:0]}),
+    "no height": ("latent shape", {"latent": LATENT[:, :, :0]}),
+    "integers": ("latent values of float16", {"latent": LATENT.astype(np.int32)}),
+    "NaN": ("finite latent", {"latent": changed(LATENT, np.nan)}),
+    "infinity": ("finite latent", {"latent": torch.from_numpy(changed(LATENT, np.inf)).half()}),
+    "tokens": ("at most 1024 patch tokens", {"latent": normal(3, CHANNELS, 17, 16)}),
+    "caption width": (r"caption shape \[B, T, 32\]", {"caption": CAPTION[..., :31]}),
+    "caption length": ("T at most 12", {"caption": normal(3, 13, DIM)}),
+    "no text": ("caption shape", {"caption": CAPTION[:, :0]}),
+    "caption rank": ("caption shape", {"caption": CAPTION[0]}),
+    "caption batch": ("that of the latent, 3", {"caption": CAPTION[:2]}),
+    "caption NaN": ("finite caption", {"caption": changed(CAPTION, np.nan)}),
+    "caption integers": ("caption values", {"caption": CAPTION.astype(np.int64)}),
+    "sigma above": (r"sigma in \[0, 1\]", {"sigma": 1.01}),
+    "sigma below": (r"sigma in \[0, 1\]", {"sigma": [0, -0.1, 0]}),
+    "sigma NaN": (r"sigma in \[0, 1\]", {"sigma": np.nan}),
+    "sigmas": ("one sigma or 3", {"sigma": [0, 0]}),
+    "seed below": ("seed from 0", {"seed": -1}),
+    "seed above": ("seed from 0", {"seed": 2**64}),
+    "seeds": ("one seed or 3", {"seed": [1, 2]}),
+    "steps": ("expected 1, 2, 4 steps, but got 3", {"steps": 3}),
+    "no steps": ("expected 1, 2, 4 steps, but got 0", {"steps": 0}),
+    "times": ("knows only its own", {"times": [1, 0]}),
+    "rule": ("rule sde or ode", {"rule": "euler"}),
+    "output": ("output float32 or uint8", {"output": "float16"}),
+    "noise shape": (r"noise shape \[3, 3, 64, 96\]", {"noise": normal(1, 3, 64, 96)}),
+    "noise count": ("expected 3 step noises", {"step_noise": [normal(3, 3, 64, 96)] * 2}),
+}
+
+
+@pytest.mark.parametrize(("message", "arguments"), WRONG.values(), ids=WRONG)
+def test_wrong_arguments_are_refused_before_anything_runs(
+    ort: Decoder, message: str, arguments: dict[str, Any]
+) -> None:
+    chosen: dict[str, Any] = {"latent": LATENT, "caption": CAPTION, "seed": 0, **arguments}
+    with pytest.raises(PidRuntimeError, match=message) as caught:
+        ort.decode(**chosen, progress=lambda *_: pytest.fail("a step was run"))
+    assert "\n" not in str(caught.value)
+
+
+def test_no_state_before_a_decode(golden_bundle: Path) -> None:
+    with (
+        Decoder.open(golden_bundle, "torch", verify=False) as pid,
+        pytest.raises(PidRuntimeError, match="expected a decode"),
+    ):
+        pid.state()
+
+
+@pytest.mark.parametrize(
+    ("message", "arguments"),
+    [
+        ("backend of onnxruntime, torch, but got 'tensorflow'", {"backend": "tensorflow"}),
+        ("providers .*CPUExecutionProvider.* but got 'abacus'", {"device": "abacus"}),
+        ("device such as cuda:0, but got 'cpu:x'", {"device": "cpu:x"}),
+        ("device such as cuda:0, but got 'cpu:'", {"device": "cpu:"}),
+        ("device torch can use", {"backend": "torch", "device": "abacus"}),
+        ("at least one thread, but got 0", {"threads": 0}),
+        ("at least one thread, but got -1", {"backend": "torch", "threads": -1}),
+    ],
+)
+def test_unknown_backends_and_devices(
+    golden_bundle: Path, message: str, arguments: dict[str, Any]
+) -> None:
+    with pytest.raises(PidRuntimeError, match=message) as caught:
+        Decoder.open(golden_bundle, **arguments)
+    assert "\n" not in str(caught.value)
+
+
+def test_threads_of_torch(golden_bundle: Path) -> None:
+    before = torch.get_num_threads()
+    try:
+        Decoder.open(golden_bundle, "torch", threads=1, verify=False).close()
+        assert torch.get_num_threads() == 1
+    finally:
+        torch.set_num_threads(before)
+
+
+def alter(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+
+
+def truncate(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-1])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", ["weights.safetensors", "latent.onnx"])
+@pytest.mark.parametrize(
+    ("harm", "message"),
+    [(Path.unlink, "has no file"), (truncate, "bytes, but it has"), (alter, "was altered")],
+)
+def test_damaged_bundles(
+    edit_bundle: Callable[..., Path],
+    backend: str,
+    name: str,
+    harm: Callable[[Path], object],
+    message: str,
+) -> None:
+    bundle = edit_bundle()
+    harm(bundle / name)
+    with pytest.raises(PidRuntimeError, match=message):
+        Decoder.open(bundle, backend)
+
+
+def test_unread_weights_that_are_none(edit_bundle: Callable[..., Path]) -> None:
+    bundle = edit_bundle()
+    weights = bundle / "weights.safetensors"
+    weights.write_bytes(bytes(weights.stat().st_size))
+    for backend in BACKENDS:
+        with pytest.raises(PidRuntimeError, match=r"weights|load") as caught:
+            Decoder.open(bundle, backend, verify=False)
+        assert "\n" not in str(caught.value)
+
+
+def test_precision_the_provider_lacks(edit_bundle: Callable[..., Path]) -> None:
+    bundle = edit_bundle(lambda manifest: manifest.update(precision="bf16"))
+    with pytest.raises(PidRuntimeError, match="CPU provider has no bf16 kernels"):
+        Decoder.open(bundle)
+
+
+def test_bundles_that_are_none(tmp_path: Path, golden_bundle: Path) -> None:
+    (tmp_path / "file").touch()
+    for path in (tmp_path, tmp_path / "missing", tmp_path / "file"):
+        with pytest.raises(PidRuntimeError, match=r"expected a bundle \(a folder with"):
+            Decoder.open(path)
+    moved = shutil.copytree(golden_bundle, tmp_path / "moved here")
+    Decoder.open(str(moved)).close()
