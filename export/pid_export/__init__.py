@@ -1,0 +1,1 @@
+"""Turns PiD checkpoints into bundles, and verifies bundles against the reference."""

@@ -7,6 +7,9 @@ from pid_runtime.manifest import SECTIONS, Buffer, Copy, Instruction, Noise, Siz
 ALIGNMENT = 256
 """Every buffer starts at a multiple of this many bytes, as CUDA allocations do."""
 
+REPEATED = ("timestep", "step")
+"""Sections that run once per step."""
+
 WHOLE_DECODE = ("input", "schedule", "table", "constant")
 """Kinds of buffers the runtime fills before the program runs; their contents must last."""
 
@@ -28,33 +31,30 @@ def lifetimes(
 ) -> dict[str, Lifetime]:
     """When each buffer is in use, from its first instruction to its last.
 
-    What a step reads and an earlier step or section left there lasts through all steps.
+    What a repeated section reads, and found written when it began, lasts through its repetitions.
     """
     uses: dict[str, list[int]] = {name: [] for name in buffers}
-    carried: set[str] = set()
     position = 0
-    step_range = (0, 0)
     for section in SECTIONS:
         begin = position
         before = {name for name, at in uses.items() if at}
         written: set[str] = set()
+        carried: set[str] = set()
         for instruction in sections.get(section, ()):
             reads, writes = _reads_writes(instruction)
-            for name in (*reads, *writes):
+            for name in reads | writes:
                 uses[name].append(position)
-            if section == "step":
-                carried |= (reads - written) | (reads & before)
+            carried |= (reads - written) | (reads & before)
             written |= writes
             position += 1
-        if section == "step":
-            step_range = (begin, position - 1)
+        if section in REPEATED:
+            for name in carried:
+                uses[name] += (begin, position - 1)
     result: dict[str, Lifetime] = {}
     for name, buffer in buffers.items():
-        at = list(uses[name])
+        at = uses[name]
         if buffer.kind in WHOLE_DECODE:
-            at += [0, position]
-        if name in carried:
-            at += step_range
+            at += (0, position)
         if at:
             result[name] = Lifetime(min(at), max(at))
     return result

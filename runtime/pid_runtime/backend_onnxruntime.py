@@ -1,4 +1,4 @@
-"""The ONNX Runtime backend: the bundle's graphs through IoBinding, on the CPU or another provider."""
+"""The ONNX Runtime backend: graphs through IoBinding, on the CPU or another provider."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -51,8 +51,8 @@ class OnnxRuntimeSession:
         on_cpu = self.provider == PROVIDERS["cpu"]
         if on_cpu and manifest.precision == "bf16":
             raise PidRuntimeError(
-                "ONNX Runtime's CPU provider has no bf16 kernels; export with --precision fp32, or use "
-                "--backend torch"
+                "ONNX Runtime's CPU provider has no bf16 kernels; export with --precision fp32, or "
+                "use --backend torch"
             )
         self._device = (CPU, 0) if on_cpu else (CUDA, device_id)
         self._device_name = "cpu" if on_cpu else "cuda"
@@ -161,7 +161,8 @@ def find_provider(name: str) -> str:
     available = ort.get_available_providers()
     if full not in available:
         raise PidRuntimeError(
-            f"expected one of this ONNX Runtime's providers ({', '.join(available)}), but got {name!r}; "
+            f"expected one of this ONNX Runtime's providers ({', '.join(available)}), "
+            f"but got {name!r}; "
             "GPU providers come with onnxruntime-gpu"
         )
     return full
@@ -171,7 +172,7 @@ _environment_threads: list[int] = []
 
 
 def _share_environment(threads: int | None) -> None:
-    """Give the process's sessions one thread pool and one scratch arena; only the first call counts."""
+    """Give all sessions one thread pool and one scratch arena; only the first call counts."""
     if _environment_threads:
         return
     wanted = threads or core_count()

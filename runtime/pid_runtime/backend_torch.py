@@ -17,7 +17,7 @@ from pid_runtime.stages import DTYPES, Dimensions, build_stage
 
 
 class TorchSession:
-    """Runs a bundle's stages in PyTorch. Weights are loaded to the device when the session opens."""
+    """Runs a bundle's stages in PyTorch. Weights go to the device when the session opens."""
 
     def __init__(
         self, bundle: Path, manifest: Manifest, device: str = "cpu", threads: int | None = None
@@ -34,7 +34,8 @@ class TorchSession:
         except (RuntimeError, AssertionError) as error:
             reason = str(error).splitlines()[0]
             raise PidRuntimeError(
-                f"expected a device torch can use, such as cpu or cuda:0, but got {device!r}: {reason}"
+                f"expected a device torch can use, such as cpu or cuda:0, but got {device!r}: "
+                f"{reason}"
             ) from None
         names = {field.name for field in fields(Dimensions)}
         network = Dimensions(**{k: v for k, v in manifest.network.items() if k in names})

@@ -155,7 +155,7 @@ def plan_jobs(
                 width,
                 height,
                 image_seed(settings.seed, index),
-                float(request.sigmas[index]),
+                round(float(request.sigmas[index]), 6),
                 inputs.caption is not None,
             )
             for index in range(batch)

@@ -176,8 +176,9 @@ class Decoder:
             try:
                 self._block, self._block_bytes = self._session.allocate(needed), needed
             except (MemoryError, RuntimeError) as error:
+                reason = str(error).partition("\n")[0]
                 raise PidRuntimeError(
-                    f"expected {needed / 1e9:.2f} GB of memory for the arena, but got {error}; "
+                    f"expected {needed / 1e9:.2f} GB of memory for the arena, but got {reason}; "
                     "decode a smaller shape or batch"
                 ) from None
         self._program = Program(

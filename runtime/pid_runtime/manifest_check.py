@@ -89,13 +89,14 @@ def check_manifest(manifest: Manifest) -> None:
 
 
 def _check_files(manifest: Manifest) -> None:
-    for name, file in manifest.files.items():
-        _require(name != MANIFEST_FILE, "a manifest that does not list itself", name)
-        _require(
-            re.fullmatch(r"[0-9a-f]{64}", file.sha256) is not None,
-            f"a SHA-256 in hexadecimal for {name}",
-            file.sha256,
-        )
+    _require(MANIFEST_FILE not in manifest.files, "a manifest that does not list itself", "one")
+    hashes = {name: file.sha256 for name, file in manifest.files.items()}
+    hashes |= {
+        f"weights of {name}": graph.weights_sha256 for name, graph in manifest.graphs.items()
+    }
+    for name, sha256 in hashes.items():
+        good = re.fullmatch(r"[0-9a-f]{64}", sha256) is not None
+        _require(good, f"a SHA-256 in hexadecimal for {name}", sha256)
     for name in (WEIGHTS_FILE, *(graph.file for graph in manifest.graphs.values())):
         _named(manifest.files, name, "file")
 

@@ -1,0 +1,135 @@
+"""Who imports whom, and that the runtime runs where torch and onnx are not installed."""
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+ABSENT = ("torch", "onnx", "onnxscript", "onnx_ir", "huggingface_hub", "pid_ref", "pid_export")
+"""What the runtime does without."""
+
+BLOCKER = f"""
+import sys
+
+class Blocker:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {ABSENT!r}:
+            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+
+sys.meta_path.insert(0, Blocker())
+"""
+
+FOLDERS = {
+    "pid_ref": ROOT / "pid_ref",
+    "pid_runtime": ROOT / "runtime" / "pid_runtime",
+    "pid_export": ROOT / "export" / "pid_export",
+    "pid_engines": ROOT / "engines" / "pid_engines",
+    "pid_bench": ROOT / "bench" / "pid_bench",
+}
+"""Every package, in an order in which each imports only earlier ones."""
+
+ALLOWED: dict[str, set[str]] = {
+    "pid_ref": set(),
+    "pid_runtime": set(),
+    "pid_export": {"pid_ref", "pid_runtime"},
+    "pid_engines": {"pid_export", "pid_ref", "pid_runtime"},
+    "pid_bench": {"pid_engines", "pid_export", "pid_ref", "pid_runtime"},
+}
+
+TORCH_MODULES = {"backend_torch", "stages"}
+"""Modules of the runtime that only the torch backend loads."""
+
+
+def python(code: str) -> subprocess.CompletedProcess[str]:
+    """Run code where the modules of `ABSENT` cannot be imported."""
+    command = [sys.executable, "-W", "error", "-c", BLOCKER + code]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def imports(file: Path) -> Iterator[str]:
+    """Top-level packages a file imports, anywhere in it."""
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name.partition(".")[0] for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{file} imports relatively"
+            yield str(node.module).partition(".")[0]
+
+
+def modules(package: str) -> list[Path]:
+    return sorted(FOLDERS[package].rglob("*.py"))
+
+
+def runtime_modules() -> list[str]:
+    return [file.stem for file in modules("pid_runtime") if file.stem != "__init__"]
+
+
+@pytest.mark.parametrize("name", ABSENT)
+def test_the_blocker_blocks(name: str) -> None:
+    result = python(f"import {name}")
+    assert result.returncode == 1
+    assert f"ModuleNotFoundError: No module named '{name}'" in result.stderr
+
+
+def test_the_runtime_loads_without_torch_and_onnx() -> None:
+    names = [name for name in runtime_modules() if name not in TORCH_MODULES]
+    assert {"decoder", "decode_cli", "backend_onnxruntime", "interpreter"} <= set(names)
+    lines = "\n".join(f"import pid_runtime.{name}" for name in ["__init__", *names])
+    result = python(lines)
+    assert result.returncode == 0, result.stderr
+
+
+def test_the_torch_backend_does_not_load_without_torch() -> None:
+    """That is, the test above could fail."""
+    for name in TORCH_MODULES:
+        assert "No module named 'torch'" in python(f"import pid_runtime.{name}").stderr
+
+
+def test_decodes_without_torch_and_onnx(golden_bundle: Path) -> None:
+    result = python(f"""
+import numpy as np
+from pid_runtime.decoder import Decoder
+from pid_runtime.errors import PidRuntimeError
+with Decoder.open({str(golden_bundle)!r}) as pid:
+    print(pid.decode(np.zeros((1, 16, 2, 3), np.float32), output="uint8").shape)
+try:
+    Decoder.open({str(golden_bundle)!r}, "torch")
+except PidRuntimeError as error:
+    print(error)
+print([name for name in sys.modules if name.partition(".")[0] in {ABSENT!r}])
+""")
+    assert result.returncode == 0, result.stderr
+    shape, refusal, loaded = result.stdout.splitlines()
+    assert shape == "(1, 64, 96, 3)"
+    assert "pip install 'pid-trt[torch]'" in refusal
+    assert loaded == "[]"
+
+
+@pytest.mark.parametrize("package", FOLDERS)
+def test_packages_import_one_way(package: str) -> None:
+    own = FOLDERS.keys() - {package}
+    for file in modules(package):
+        others = own.intersection(imports(file))
+        assert others <= ALLOWED[package], f"{file} imports {others}"
+
+
+def test_packages_that_must_exist_do() -> None:
+    for package in ("pid_ref", "pid_runtime", "pid_export", "pid_bench"):
+        assert modules(package)
+
+
+def test_imports_are_found_wherever_they_stand(tmp_path: Path) -> None:
+    file = tmp_path / "module.py"
+    file.write_text("import a.b as c, d\ndef f():\n    from e.f import g\n    import h\n")
+    assert sorted(imports(file)) == ["a", "d", "e", "h"]
+
+
+def test_only_the_torch_backend_imports_torch() -> None:
+    assert {file.stem for file in modules("pid_runtime") if "torch" in imports(file)} == (
+        TORCH_MODULES
+    )
