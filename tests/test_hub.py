@@ -90,5 +90,5 @@ def test_an_interrupt_is_not_swallowed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_without_huggingface_hub(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    with pytest.raises(PidInputError, match="not installed.*--checkpoint PATH"):
+    with pytest.raises(PidInputError, match=r"not installed.*--checkpoint PATH"):
         download(CHECKPOINT)

@@ -94,7 +94,11 @@ def test_every_published_state_dict_is_used() -> None:
         ("sdxl", "2kto4k-v1", "PiD_res2kto4k_sr4x_official_sdxl_distill_4step"),
         ("qwenimage", "2kto4k", "PiD_v1pt5_res2kto4k_sr4x_official_qwenimage_distill_4step"),
         ("qwenimage-2512", "2kto4k-v1", "PiD_res2kto4k_sr4x_official_qwenimage_distill_4step"),
-        ("qwenimage", "2kto4k-undistilled", "PiD_v1pt5_res2kto4k_sr4x_official_qwenimage_undistilled"),
+        (
+            "qwenimage",
+            "2kto4k-undistilled",
+            "PiD_v1pt5_res2kto4k_sr4x_official_qwenimage_undistilled",
+        ),
         ("dinov2", "2k", "PiD_res2k_sr4x_official_dinov2_distill_4step"),
         ("siglip", "2k", "PiD_res2k_sr8x_official_siglip_distill_4step"),
     ],

@@ -226,7 +226,7 @@ class Timestep(nn.Module):
 
     def __init__(self, n: Dimensions, dtype: torch.dtype) -> None:
         super().__init__()
-        size, self.depth = n.hidden_size, n.patch_depth
+        size, self.depth, self.dtype = n.hidden_size, n.patch_depth, dtype
         self.mlp_in, self.mlp_out = (
             Linear(256, size, torch.float32),
             Linear(size, size, torch.float32),
@@ -244,7 +244,7 @@ class Timestep(nn.Module):
         features = torch.cat([angles.cos(), angles.sin()])
         embedding = self.mlp_out(F.silu(self.mlp_in(features[None])))
         condition = F.silu(embedding)
-        rows = torch.cat([row(condition.to(row.weight.dtype)).float() for row in self.rows])
+        rows = torch.cat([row(condition.to(self.dtype)).float() for row in self.rows])
         rows = rows.reshape(2, 6 * self.depth, -1)
         return (rows + self.offset) * self.gain, embedding[0]
 
@@ -477,9 +477,9 @@ class Pixels(nn.Module):
         pixel_columns: Tensor | None = None,
         pixel_rows: Tensor | None = None,
     ) -> tuple[Tensor, ...]:
-        pixels = _pixels(self.embed, self.d, pixels, state, pixel_columns, pixel_rows)
-        pixels = self.leave(pixels, s, attended)
-        return (pixels.flatten(2), *self.enter(pixels, s, rope_cos, rope_sin))
+        entering = _pixels(self.embed, self.d, pixels, state, pixel_columns, pixel_rows)
+        leaving = self.leave(entering, s, attended)
+        return (leaving.flatten(2), *self.enter(leaving, s, rope_cos, rope_sin))
 
 
 class Update(nn.Module):
@@ -506,9 +506,9 @@ class Update(nn.Module):
         pixel_columns: Tensor | None = None,
         pixel_rows: Tensor | None = None,
     ) -> Tensor:
-        pixels = _pixels(self.embed, self.d, pixels, state, pixel_columns, pixel_rows)
-        pixels = self.leave(pixels, s, attended)
-        velocity = self.velocity(normalize(pixels).to(s.dtype)).float().flatten(2)
+        entering = _pixels(self.embed, self.d, pixels, state, pixel_columns, pixel_rows)
+        leaving = self.leave(entering, s, attended)
+        velocity = self.velocity(normalize(leaving).to(s.dtype)).float().flatten(2)
         return update[0] * state + update[1] * velocity + update[2] * noise
 
 
