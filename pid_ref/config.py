@@ -3,9 +3,15 @@
 import dataclasses
 import json
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_type_hints
 
 from pid_ref.errors import PidInputError
+
+Padding = Literal["zeros", "replicate"]
+Gate = Literal["channel", "token"]
+
+LARGEST = 1 << 21
+"""No dimension of a network is larger."""
 
 
 @dataclass(frozen=True)
@@ -24,16 +30,16 @@ class PidConfig:
     scale: int = 4
     """Output pixels per pixel of the encoded image, along each axis."""
     latent_unpatchify: int = 1
-    """Side of the patches the latent arrives packed in; 2 turns 4c channels at 1/16 into c at 1/8."""
+    """Side of the patches the latent is packed in; 2 turns 4c channels at 1/16 into c at 1/8."""
     latent_hidden: int = 512
     """r, width of the latent branch's convolutions."""
     latent_res_blocks: int = 4
     """Residual blocks of the latent branch, after its two plain convolutions."""
-    latent_padding: Literal["zeros", "replicate"] = "zeros"
+    latent_padding: Padding = "zeros"
     """Border rule of the latent branch's convolutions: zeros in v1, replicate in v1.5."""
     latent_interval: int = 2
     """A latent feature is injected before every patch block whose index divides by this."""
-    latent_gate: Literal["channel", "token"] = "channel"
+    latent_gate: Gate = "channel"
     """One gate value per token and channel (v1) or one per token (v1.5)."""
     pixel_gate: bool = False
     """Whether the latent is also injected in front of the pixel blocks (v1.5)."""
@@ -61,27 +67,32 @@ class PidConfig:
     """Side in pixels of the image whose token grid the 2-D rotary embedding is scaled from."""
 
     def __post_init__(self) -> None:
+        for name, kind in get_type_hints(PidConfig).items():
+            _check_field(name, kind, getattr(self, name))
         for name, divisor in (
             ("hidden_size", 4 * self.num_heads),
             ("pixel_attn_size", 4 * self.pixel_num_heads),
             ("pixel_hidden_size", 4),
             ("latent_channels", self.latent_unpatchify**2),
             ("latent_hidden", 4),
+            ("rope_reference", self.patch_size),
         ):
             value = getattr(self, name)
-            if value <= 0 or value % divisor:
+            if value % divisor:
                 raise PidInputError(
-                    f"expected {name} to be a positive multiple of {divisor}, but got {value}"
+                    f"expected {name} to be a multiple of {divisor}, but got {value}"
                 )
-        if self.latent_ratio < 1 or self.latent_grid_down * self.scale % self.patch_size:
+        if min(self.head_dim, self.pixel_head_dim) < 8:
+            raise PidInputError(
+                "expected attention heads at least 8 wide, which the rotary embedding needs, "
+                f"but got {self.head_dim} and {self.pixel_head_dim}"
+            )
+        grid = self.latent_down % self.latent_unpatchify
+        if grid or self.latent_ratio < 1 or self.latent_grid_down * self.scale % self.patch_size:
             raise PidInputError(
                 f"expected scale x latent_down / latent_unpatchify to be a multiple of patch_size "
                 f"{self.patch_size}, but got {self.scale} x {self.latent_down} / "
                 f"{self.latent_unpatchify}"
-            )
-        if min(self.patch_depth, self.pixel_depth, self.text_max_length) < 1:
-            raise PidInputError(
-                "expected patch_depth, pixel_depth and text_max_length of at least 1"
             )
 
     @property
@@ -137,20 +148,19 @@ class PidConfig:
         """
         try:
             fields = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise PidInputError(f"expected a JSON network configuration, but got {error}") from None
+        except (ValueError, RecursionError) as error:
+            raise PidInputError(
+                f"expected network dimensions as JSON, but got {error}; mend the file"
+            ) from None
         if not isinstance(fields, dict):
-            raise PidInputError("expected a JSON object of network dimensions")
-        types = {field.name: field.type for field in dataclasses.fields(cls)}
-        for name, value in fields.items():
-            if name not in types:
+            raise PidInputError(
+                f"expected a JSON object of network dimensions, but got {repr(fields)[:80]}"
+            )
+        known = [field.name for field in dataclasses.fields(cls)]
+        for name in fields:
+            if name not in known:
                 raise PidInputError(
-                    f"unknown network dimension {name!r}; known are {', '.join(types)}"
-                )
-            default = getattr(cls, name)
-            if type(value) is not type(default):
-                raise PidInputError(
-                    f"expected {name} to be {type(default).__name__}, but got {value!r}"
+                    f"expected network dimensions ({', '.join(known)}), but got {name[:80]!r}"
                 )
         return cls(**fields)
 
@@ -180,3 +190,16 @@ class PidConfig:
             text_max_length=arguments["txt_max_length"],
             rope_reference=arguments.get("rope_ref_h", 1024),
         )
+
+
+def _check_field(name: str, kind: Any, value: Any) -> None:
+    """Raise `PidInputError` when a dimension is not of its type, or out of range."""
+    if choices := get_args(kind):
+        if value not in choices:
+            wanted = " or ".join(map(repr, choices))
+            raise PidInputError(f"expected {name} to be {wanted}, but got {value!r}")
+        return
+    smallest = 0 if name == "latent_res_blocks" or kind is bool else 1
+    if type(value) is not kind or not smallest <= value <= LARGEST:
+        wanted = "true or false" if kind is bool else f"an integer from {smallest} to {LARGEST}"
+        raise PidInputError(f"expected {name} to be {wanted}, but got {repr(value)[:80]}")

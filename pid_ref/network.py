@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pid_ref.config import PidConfig
+from pid_ref.config import Padding, PidConfig
 from pid_ref.errors import PidInputError
 
 ROPE_EXTENT = 16.0
@@ -147,7 +147,7 @@ class TimestepEmbedder(nn.Module):
         k = torch.arange(half, dtype=torch.float32, device=t.device)
         angles = t.float()[:, None] * torch.exp(-math.log(self.MAX_PERIOD) * k / half)
         features = torch.cat([angles.cos(), angles.sin()], dim=-1)
-        return self.mlp(features.to(self.mlp[0].weight.dtype))
+        return self.mlp(features.to(next(self.mlp.parameters()).dtype))
 
 
 # Latent branch
@@ -156,7 +156,7 @@ class TimestepEmbedder(nn.Module):
 class LatentResBlock(nn.Module):
     """Pre-activation residual block of the latent branch."""
 
-    def __init__(self, size: int, padding: str) -> None:
+    def __init__(self, size: int, padding: Padding) -> None:
         super().__init__()
 
         def conv() -> nn.Conv2d:
@@ -401,14 +401,19 @@ class PidNet(nn.Module):
             self.pit_lq_gate = LatentGate(size, 1)
 
     def check_inputs(self, x: Tensor, caption: Tensor, latent: Tensor) -> None:
-        """Raise `PidInputError` when the shapes of image, caption and latent do not belong together."""
+        """Raise `PidInputError` unless the shapes of image, caption and latent belong together."""
         c = self.config
-        batch, height, width = x.shape[0], x.shape[-2], x.shape[-1]
-        wanted = (batch, c.latent_channels, height // c.size_multiple, width // c.size_multiple)
-        if height % c.size_multiple or width % c.size_multiple:
+        if x.ndim != 4 or x.shape[1] != 3:
+            raise PidInputError(
+                f"expected an image of shape (B, 3, H, W), but got {tuple(x.shape)}"
+            )
+        batch, _, height, width = x.shape
+        h, w = height // c.size_multiple, width // c.size_multiple
+        if min(h, w) < 1 or (h * c.size_multiple, w * c.size_multiple) != (height, width):
             raise PidInputError(
                 f"expected H and W to be multiples of {c.size_multiple}, but got {height}x{width}"
             )
+        wanted = (batch, c.latent_channels, h, w)
         if tuple(latent.shape) != wanted:
             raise PidInputError(
                 f"expected a latent of shape {wanted} for a {height}x{width} image, "

@@ -1,6 +1,7 @@
 """The sampler of the distilled decoder: four steps or fewer from noise to image."""
 
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Literal
 
 import torch
@@ -54,16 +55,27 @@ def sample(
     Raises `PidInputError` for a wrong number of steps, times or step noises.
     """
     schedule = timesteps(steps) if times is None else tuple(times)
-    if len(schedule) < 2 or schedule[-1] != 0 or sorted(schedule, reverse=True) != list(schedule):
-        raise PidInputError(f"expected descending times that end in 0, but got {schedule}")
-    count = len(schedule) - 1
-    if isinstance(step_noise, Sequence) and rule == "sde" and len(step_noise) != count - 1:
-        raise PidInputError(f"expected {count - 1} step noises, but got {len(step_noise)}")
-    if sigma.shape != (latent.shape[0],) or not bool(((sigma >= 0) & (sigma <= 1)).all()):
-        raise PidInputError(f"expected sigma of shape ({latent.shape[0]},) in [0, 1], got {sigma}")
+    descending = all(a > b for a, b in pairwise(schedule))
+    if len(schedule) < 2 or schedule[0] > 1 or schedule[-1] != 0 or not descending:
+        raise PidInputError(
+            f"expected times descending from at most 1 to 0, but got {list(schedule)}"
+        )
+    if rule not in ("sde", "ode"):
+        raise PidInputError(f"expected rule sde or ode, but got {rule!r}")
+    if isinstance(step_noise, Sequence) and rule == "sde":
+        shapes = [tuple(each.shape) for each in step_noise]
+        if shapes != [tuple(noise.shape)] * (len(schedule) - 2):
+            raise PidInputError(
+                f"expected {len(schedule) - 2} step noises of shape {tuple(noise.shape)}, "
+                f"but got {len(shapes)} of {sorted(set(shapes))}"
+            )
+    if sigma.shape != latent.shape[:1] or not bool(((sigma >= 0) & (sigma <= 1)).all()):
+        raise PidInputError(
+            f"expected {latent.shape[0]} sigmas in [0, 1], one per latent, but got {sigma.tolist()}"
+        )
     dtype = net.s_embedder.proj.weight.dtype
     x = noise.float()
-    for step, (t, t_next) in enumerate(zip(schedule[:-1], schedule[1:], strict=True)):
+    for step, (t, t_next) in enumerate(pairwise(schedule)):
         timestep = torch.full((x.shape[0],), 1000.0 * t, device=x.device)
         v = net(x.to(dtype), timestep, caption.to(dtype), latent.to(dtype), sigma).float()
         if rule == "ode":

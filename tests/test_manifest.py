@@ -385,6 +385,7 @@ REFUSED = [
     ("program/prologue/2/graph", "absent", "graph"),
     ("program/prologue/2/image", "image_bytes", "noise image"),
     ("program/prologue/2/noise", "s", "state's shape"),
+    ("program/prologue", [{"noise": "state", "image": "image", "graph": "patchify"}] * 2, "one"),
     ("program/image", [{"noise": "state", "image": "image", "graph": "patchify"}], "noise in"),
     # buckets
     ("buckets", {}, "a bucket"),

@@ -98,11 +98,14 @@ def _benchmark(args: argparse.Namespace) -> int:
         "versions": {name: version(name) for name in ("torch", "onnxruntime", "numpy", "pid-trt")},
         "rows": rows,
     }
-    lines = [f"{result['case']}; {args.threads} threads, {result['hardware']}, median of {args.repeats}"]
-    lines += [
-        f"{row['pipeline']:22} {row['median_ms']:8.0f} ms  "
-        f"(min {row['min_ms']:.0f}, max {row['max_ms']:.0f})  {row['ratio_to_bundle']:5.2f}x the bundle's"
-        for row in rows
+    lines = [
+        f"{result['case']}; {args.threads} threads, {result['hardware']}, median of {args.repeats}",
+        *(
+            f"{row['pipeline']:22} {row['median_ms']:8.0f} ms  "
+            f"(min {row['min_ms']:.0f}, max {row['max_ms']:.0f})  "
+            f"{row['ratio_to_bundle']:5.2f}x the bundle's"
+            for row in rows
+        ),
     ]
     console.emit(result, "\n".join(lines), as_json=args.json)
     return 1 if max(errors.values()) > TOLERANCE else 0
@@ -117,7 +120,8 @@ def _contenders(
     height: int,
 ) -> tuple[dict[str, Callable[[], np.ndarray]], tuple[int, ...]]:
     """The decodes to time, by name, each returning the image `[1, 3, H, W]`."""
-    shape = (1, config.latent_channels, height // config.size_multiple, width // config.size_multiple)
+    multiple = config.size_multiple
+    shape = (1, config.latent_channels, height // multiple, width // multiple)
     rng = np.random.default_rng(0)
     latent = rng.standard_normal(shape, np.float32)
     caption = rng.standard_normal((1, config.text_max_length, config.text_dim), np.float32)

@@ -1,11 +1,8 @@
 """Turns a checkpoint into a bundle: weights folded, graphs exported, memory planned."""
 
 import hashlib
-import os
-import shutil
-import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from importlib.metadata import version
 from pathlib import Path
@@ -18,6 +15,7 @@ from pid_export.arena import plan_arena
 from pid_export.errors import ExportInputError
 from pid_export.fold import fold_graph, fold_tables
 from pid_export.graphs import GraphExporter, Placed, check_graph
+from pid_export.output import check_space, new_folder
 from pid_export.program import ProgramSpec, build_program
 from pid_export.weights_file import Slot, WeightsWriter
 from pid_ref.config import PidConfig
@@ -25,6 +23,7 @@ from pid_ref.registry import WEIGHTS_LICENSE, Checkpoint
 from pid_ref.sampler import timesteps
 from pid_runtime.manifest import (
     MANIFEST_FILE,
+    NAME,
     PRECISIONS,
     WEIGHTS_FILE,
     Bucket,
@@ -39,8 +38,11 @@ from pid_runtime.stages import Dimensions, build_stage
 BUCKETS = {"2k": 18_816, "3k": 36_864, "4k": 65_536}
 """Token budgets: 2688x1792, 3072x3072 and 4096x4096, or any other shape of as many tokens."""
 
+MAX_TOKENS = 1 << 20
+"""Largest token budget, 16384x16384."""
+
 CHUNK_TOKENS = 4096
-"""Tokens of one call of a per-token stage: enough to fill a GPU, few enough to keep scratch small."""
+"""Tokens of one call of a per-token stage: they fill a GPU, and their scratch stays small."""
 
 STEP_COUNTS = (1, 2, 4)
 MAX_FREE_STEPS = 100
@@ -64,6 +66,14 @@ class ExportOptions:
     chunk_tokens: int = CHUNK_TOKENS
     """Largest number of tokens in one call of a per-token stage."""
 
+    def __post_init__(self) -> None:
+        if self.precision not in PRECISIONS:
+            raise ExportInputError(
+                f"expected precision {_listed(PRECISIONS)}, but got {self.precision!r}"
+            )
+        if self.steps not in STEP_COUNTS:
+            raise ExportInputError(f"expected {_listed(STEP_COUNTS)} steps, but got {self.steps}")
+
 
 def parse_buckets(text: str) -> tuple[tuple[str, int], ...]:
     """Read "2k,4k" or "preview=1024,2k". Raises `ExportInputError` for anything else."""
@@ -72,15 +82,26 @@ def parse_buckets(text: str) -> tuple[tuple[str, int], ...]:
         name, given, tokens = part.strip().partition("=")
         if not given and name in BUCKETS:
             buckets.append((name, BUCKETS[name]))
-        elif given and name.isidentifier() and tokens.isdecimal() and 0 < int(tokens) < 1 << 20:
+        elif given and NAME.fullmatch(name) and _is_budget(tokens):
             buckets.append((name, int(tokens)))
         else:
             raise ExportInputError(
                 f"expected buckets of {', '.join(BUCKETS)} or NAME=TOKENS, but got {part.strip()!r}"
+                "; name them as in preview=4096,4k"
             )
     if len({name for name, _ in buckets}) != len(buckets):
-        raise ExportInputError(f"expected every bucket once, but got {text!r}")
+        raise ExportInputError(f"expected every bucket once, but got {text!r}; drop one")
     return tuple(buckets)
+
+
+def _is_budget(tokens: str) -> bool:
+    return re.fullmatch("[0-9]{1,7}", tokens) is not None and 0 < int(tokens) <= MAX_TOKENS
+
+
+def _listed(values: Iterable[object]) -> str:
+    """The values, with "or" before the last."""
+    *others, last = map(str, values)
+    return f"{', '.join(others)} or {last}"
 
 
 def export_bundle(
@@ -97,20 +118,15 @@ def export_bundle(
 
     source: the checkpoint's tensors by name, read one at a time. checkpoint: what it is a decoder
     for; None for a small configuration. weights: where the values come from, recorded in the
-    manifest: {"random_seed": 0} or {"file": name, "sha256": hash}. progress: called with the fraction done.
-    Raises `ExportInputError` when `output` exists or an option is impossible.
+    manifest: {"random_seed": 0} or {"file": name, "sha256": hash}. progress: called with the
+    fraction done.
+    Raises `ExportInputError` when `output` exists or cannot be written.
     """
-    if options.precision not in PRECISIONS:
-        raise ExportInputError(
-            f"expected precision fp32, fp16 or bf16, but got {options.precision!r}"
-        )
-    if options.steps not in STEP_COUNTS:
-        raise ExportInputError(f"expected 1, 2 or 4 steps, but got {options.steps}")
-    if output.exists():
-        raise ExportInputError(f"{output} exists already; choose a new folder or remove it first")
+    if config.text_max_length < 2:  # torch.export makes a constant of an axis that is always 1
+        raise ExportInputError("expected a text_max_length of at least 2, but got 1")
     times = () if options.arbitrary_timesteps else (timesteps(1)[0], *timesteps(4)[:-1])
     program = build_program(config, options.precision, len(times) or None)
-    with _new_folder(output) as folder:
+    with new_folder(output) as folder:
         placed, file, hashes = _write_weights(
             folder, config, program, source, options, times, progress
         )
@@ -164,8 +180,33 @@ def dimensions_of(network: Mapping[str, Any]) -> Dimensions:
 
 
 def config_of(network: Mapping[str, Any]) -> PidConfig:
-    """The configuration a manifest's `network` was written from."""
-    return PidConfig(**{field.name: network[field.name] for field in fields(PidConfig)})
+    """The configuration a manifest's `network` was written from.
+
+    Raises `ExportInputError` when it does not hold all of it.
+    """
+    try:
+        return PidConfig(**{field.name: network[field.name] for field in fields(PidConfig)})
+    except KeyError as error:
+        raise ExportInputError(
+            f"expected {error} among the network's dimensions in the manifest, but it is absent; "
+            "export the bundle again"
+        ) from None
+
+
+def weight_slots(config: PidConfig, program: ProgramSpec, precision: str) -> dict[str, Slot]:
+    """What the weights file holds: the folded tables, if any, then the graphs' weights."""
+    slots: dict[str, Slot] = {}
+    for buffer in program.buffers.values():
+        if buffer.kind == "constant":
+            shape = tuple(int(size) for size in buffer.shape)
+            slots[buffer.source["tensor"]] = Slot(torch.float32, shape)
+    dimensions = dimensions_of(network_of(config))
+    for name, spec in program.graphs.items():
+        with torch.device("meta"):
+            stage = build_stage(spec.stage, spec.options, dimensions, precision)
+        for key, parameter in stage.state_dict().items():
+            slots[f"{name}.{key}"] = Slot(parameter.dtype, tuple(parameter.shape))
+    return slots
 
 
 def _write_weights(
@@ -178,20 +219,10 @@ def _write_weights(
     progress: Progress,
 ) -> tuple[dict[str, Placed], File, dict[str, tuple[int, str]]]:
     """Write the weights of all graphs; where they lie, and each graph's bytes and hash."""
-    dimensions = dimensions_of(network_of(config))
-    slots: dict[str, Slot] = {}
-    if times:
-        for name in ("modulation", "time_embedding"):
-            shape = program.buffers[name].shape
-            slots[f"table.{name}"] = Slot(torch.float32, tuple(int(size) for size in shape))
-    for name, spec in program.graphs.items():
-        with torch.device("meta"):
-            stage = build_stage(spec.stage, spec.options, dimensions, options.precision)
-        for key, parameter in stage.state_dict().items():
-            slots[f"{name}.{key}"] = Slot(parameter.dtype, tuple(parameter.shape))
+    slots = weight_slots(config, program, options.precision)
     total = sum(slot.bytes for slot in slots.values())
     path = folder / WEIGHTS_FILE
-    _check_space(folder, total)
+    check_space(folder, total)
     hashes: dict[str, tuple[int, str]] = {}
     with WeightsWriter(path, slots, {"format": "pid-bundle"}) as writer:
         if times:
@@ -234,7 +265,9 @@ def _sampler(options: ExportOptions, times: Sequence[float]) -> Sampler:
     return Sampler(options.steps, len(times), tuple(times), schedules)
 
 
-def _model(config: PidConfig, checkpoint: Checkpoint | None, weights: Mapping[str, Any]) -> dict[str, Any]:
+def _model(
+    config: PidConfig, checkpoint: Checkpoint | None, weights: Mapping[str, Any]
+) -> dict[str, Any]:
     model: dict[str, Any] = {"version": config.version, "weights": dict(weights)}
     if checkpoint is None:
         return {"name": "custom", **model, "latent_convention": "as the network was trained"}
@@ -249,45 +282,3 @@ def _model(config: PidConfig, checkpoint: Checkpoint | None, weights: Mapping[st
         "trained_sizes": [list(size) for size in checkpoint.trained_sizes],
         "weights_license": WEIGHTS_LICENSE,
     }
-
-
-def _check_space(folder: Path, needed: int) -> None:
-    free = shutil.disk_usage(folder).free
-    if free < needed * 1.02:
-        raise ExportInputError(
-            f"expected {needed / 1e9:.2f} GB of free disk for the bundle, but {folder.parent} has "
-            f"{free / 1e9:.2f} GB; free some or choose another place with -o"
-        )
-
-
-@contextmanager
-def _new_folder(output: Path) -> Iterator[Path]:
-    """A temporary folder beside `output` that takes its name only when all went well."""
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        for left in output.parent.glob(f".{output.name}.*.partial"):
-            if not _alive(left):
-                shutil.rmtree(left, ignore_errors=True)
-        folder = Path(
-            tempfile.mkdtemp(
-                dir=output.parent, prefix=f".{output.name}.{os.getpid()}.", suffix=".partial"
-            )
-        )
-    except OSError as error:
-        raise ExportInputError(f"cannot write {output}: {error.strerror}") from None
-    try:
-        yield folder
-        folder.chmod(0o755)
-        folder.rename(output)
-    except OSError as error:
-        if output.exists():  # somebody else finished first
-            raise ExportInputError(f"{output} exists already") from error
-        raise
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def _alive(partial: Path) -> bool:
-    """Whether the export that writes this partial folder still runs."""
-    pid = partial.name.split(".")[-3]
-    return pid.isdecimal() and Path(f"/proc/{pid}").exists()

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pid_export.errors import ExportInputError
+from pid_export.output import check_new
 from pid_ref.config import PidConfig
 from pid_ref.errors import PidInputError
-from pid_ref.registry import Checkpoint, find_checkpoint
+from pid_ref.registry import CHECKPOINT_FILE, Checkpoint, find_checkpoint
 from pid_runtime import console
 from pid_runtime.errors import PidRuntimeError
 
@@ -72,8 +73,7 @@ def _parser() -> console.ArgumentParser:
 
 def _export(args: Namespace) -> None:
     config, checkpoint = _network(args)
-    if args.output.exists():
-        raise ExportInputError(f"{args.output} exists already; choose a new folder or remove it")
+    check_new(args.output)
     # Loading torch takes seconds: not before the arguments are known to make sense.
     from pid_export.bundle import ExportOptions, export_bundle, parse_buckets
 
@@ -82,7 +82,7 @@ def _export(args: Namespace) -> None:
     )
     if checkpoint is not None and not checkpoint.distilled and not args.arbitrary_timesteps:
         raise ExportInputError(
-            f"{checkpoint.name} is undistilled and needs more than four steps; "
+            f"expected a 4-step decoder, but got {checkpoint.label}, which needs many steps; "
             "add --arbitrary-timesteps"
         )
     source, weights = _weights(args, config, checkpoint)
@@ -104,20 +104,22 @@ def _export(args: Namespace) -> None:
             progress=progress,
         )
     total = sum(file.bytes for file in manifest.files.values())
+    arena_bytes = {name: bucket.arena_bytes for name, bucket in manifest.buckets.items()}
+    seconds = time.monotonic() - begin
     result = {
         "bundle": str(args.output),
         "model": manifest.model["name"],
         "precision": manifest.precision,
         "bytes": total,
         "graphs": len(manifest.graphs),
-        "arena_bytes": {name: bucket.arena_bytes for name, bucket in manifest.buckets.items()},
-        "seconds": round(time.monotonic() - begin, 1),
+        "arena_bytes": arena_bytes,
+        "seconds": round(seconds, 1),
         "peak_rss_bytes": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
     }
-    arenas = ", ".join(f"{name} {size / 1e9:.2f} GB" for name, size in result["arena_bytes"].items())
+    arenas = ", ".join(f"{name} {size / 1e9:.2f} GB" for name, size in arena_bytes.items())
     text = (
         f"{args.output}: {manifest.model['name']}, {manifest.precision}, {total / 1e9:.2f} GB, "
-        f"{len(manifest.graphs)} graphs, {result['seconds']:.0f} s\narena per image: {arenas}"
+        f"{len(manifest.graphs)} graphs, {seconds:.0f} s\narena per image: {arenas}"
     )
     console.emit(result, text, as_json=args.json)
 
@@ -126,13 +128,20 @@ def _network(args: Namespace) -> tuple[PidConfig, Checkpoint | None]:
     """The network's dimensions, and the released checkpoint they are of, if one was named."""
     if args.config is not None:
         if args.space or args.variant:
-            raise ExportInputError("expected --config or --space and --variant, but got both")
+            raise ExportInputError(
+                "expected --config or --space and --variant, but got both; leave one out"
+            )
         try:
             return PidConfig.from_json(args.config.read_text("utf-8")), None
         except (OSError, UnicodeDecodeError) as error:
-            raise ExportInputError(f"cannot read {args.config}: {error}") from None
+            raise ExportInputError(
+                f"expected a file of network dimensions, but got {error}; check --config"
+            ) from None
     if not args.space or not args.variant:
-        raise ExportInputError("expected --space and --variant (or --config FILE.json)")
+        got = "only --variant" if args.variant else "only --space" if args.space else "neither"
+        raise ExportInputError(
+            f"expected --space and --variant, but got {got}; or give --config FILE.json"
+        )
     checkpoint = find_checkpoint(args.space, args.variant)
     return checkpoint.config, checkpoint
 
@@ -148,9 +157,13 @@ def _weights(
 
     if args.random_weights is not None:
         if args.checkpoint is not None:
-            raise ExportInputError("expected --checkpoint or --random-weights, but got both")
+            raise ExportInputError(
+                "expected --checkpoint or --random-weights, but got both; leave one out"
+            )
         if not 0 <= args.random_weights < 2**32:
-            raise ExportInputError(f"expected a seed in [0, 2^32), but got {args.random_weights}")
+            raise ExportInputError(
+                f"expected a seed in [0, 2^32), but got {args.random_weights}; 0 is as good as any"
+            )
         _log.info("random weights: images will be noise, speed and memory are the real ones")
         return RandomWeights(state_shapes(config), args.random_weights), {
             "random_seed": args.random_weights
@@ -158,8 +171,11 @@ def _weights(
     path = args.checkpoint
     if path is None:
         if checkpoint is None:
-            raise ExportInputError("expected --checkpoint PATH or --random-weights SEED with --config")
+            raise ExportInputError(
+                "expected weights with --config, but got none; add --checkpoint PATH or "
+                "--random-weights SEED"
+            )
         path = download(checkpoint)
     source = read_checkpoint(path, checkpoint or config)
-    file = path / "model_ema_bf16.pth" if path.is_dir() else path
+    file = path / CHECKPOINT_FILE if path.is_dir() else path
     return source, {"file": file.name, "sha256": file_sha256(file)}

@@ -26,7 +26,7 @@ CONFIG = {
     "text_max_length": 32,
     "latent_hidden": 64,
 }
-"""A v1 decoder of FLUX latents with the released head sizes, 64 and 72, and a thousandth of the work."""
+"""A v1 decoder of FLUX latents with the released head sizes and a thousandth of the work."""
 
 
 def main(folder: Path = Path("demo")) -> int:

@@ -7,6 +7,7 @@ graph's dtype. What is folded where:
 - the softmax scale into the queries' gain;
 - the content half of a latent gate through its feature head: gate(feature(z)) = (WH) z + (Wb + c);
 - a pixel block's output projection into its expansion, which follows without a nonlinearity;
+- a pixel block's attention shift through the compression that follows it;
 - rotary pairs from neighbours (2j, 2j + 1) to halves (j, j + n/2), by reordering channels;
 - patches from channel-major to pixel-major, the layout of the sampler's state.
 """
@@ -48,7 +49,7 @@ def fold_graph(name: str, spec: GraphSpec, source: Source, config: PidConfig) ->
 
 
 def fold_tables(source: Source, config: PidConfig, times: Sequence[float]) -> Weights:
-    """The modulation table `[times, 2, 6 * depth, D]` and timestep embeddings `[times, D]`, float32."""
+    """Modulation table `[times, 2, 6 * depth, D]` and time embeddings `[times, D]`, float32."""
     folder = _Folder(source, config)
     embedder = TimestepEmbedder(config.hidden_size)
     embedder.load_state_dict({key: folder(f"t_embedder.{key}") for key in embedder.state_dict()})
@@ -221,6 +222,8 @@ class _Folder:
     def enter_pixel(self, index: int) -> Weights:
         block = f"pixel_blocks.{index}"
         shift, scale = self.pixel_modulation(index)[:2]
+        compress = self.linear(f"{block}.compress_to_attn")
+        through = compress["weight"].double()
         enter = self.enter(
             self(f"{block}.attn.qkv.weight"),
             self(f"{block}.attn.q_norm.weight"),
@@ -228,9 +231,10 @@ class _Folder:
             self.config.pixel_num_heads,
         )
         return {
-            **_prefixed("shift", shift),
             **_prefixed("scale", scale),
-            **_prefixed("compress", self.linear(f"{block}.compress_to_attn")),
+            "compress.weight": compress["weight"],
+            "shift.weight": (shift["weight"].double() @ through).float(),
+            "shift.bias": (shift["bias"].double() @ through).float() + compress["bias"],
             **_prefixed("enter", enter),
         }
 

@@ -4,7 +4,10 @@ tests/golden/README.md describes the format.
 """
 
 import json
+import math
 import tempfile
+from collections.abc import Generator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +22,7 @@ from pid_export.verify import Case, load_network
 from pid_ref.checkpoint import state_shapes
 from pid_ref.config import PidConfig
 from pid_ref.network import unpatchify
-from pid_ref.sampler import sample
+from pid_ref.sampler import sample, timesteps
 from pid_ref.weights import RandomWeights
 from pid_runtime.decoder import Decoder
 
@@ -34,7 +37,6 @@ class Golden:
     path: Path
     config: PidConfig
     seed: int
-    times: list[float]
     case: Case
     velocity: NDArray[np.float32]
     """First network output `[B, 3, H, W]`."""
@@ -53,24 +55,34 @@ def read_golden(path: Path) -> Golden:
         with safe_open(path, "np") as file:
             metadata = file.metadata() or {}
             config = PidConfig.from_upstream(json.loads(metadata["config"]))
-            steps = int(metadata["steps"])
-            noise = ["in/noise", *(f"in/eps{i}" for i in range(steps - 1))]
-            return Golden(
+            times = timesteps(int(metadata["steps"]))
+            if json.loads(metadata["t_list"]) != list(times):
+                raise ValueError(f"its times are {metadata['t_list']}, not {list(times)}")
+            steps = range(len(times) - 1)
+            names = ["in/noise", *(f"in/eps{i}" for i in steps[:-1])]
+            noise = [file.get_tensor(name) for name in names]
+            states = [file.get_tensor(f"out/x{i + 1}") for i in steps]
+            golden = Golden(
                 path,
                 config,
                 int(metadata["seed"]),
-                json.loads(metadata["t_list"]),
                 Case(
                     file.get_tensor("in/latent"),
                     file.get_tensor("in/caption"),
                     file.get_tensor("in/sigma"),
-                    [file.get_tensor(name) for name in noise],
+                    noise,
                 ),
                 file.get_tensor("out/v0"),
-                [file.get_tensor(f"out/x{i + 1}") for i in range(steps)],
+                states,
             )
-    except (OSError, SafetensorError, KeyError, ValueError) as error:
-        raise ExportInputError(f"expected a golden file, but reading {path} failed: {error}") from None
+            shapes = {array.shape for array in (*noise, golden.velocity, *states)}
+            if len(shapes) != 1:
+                raise ValueError(f"its images have different shapes: {sorted(shapes)}")
+            return golden
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise ExportInputError(
+            f"expected a golden file (see tests/golden), but got {path}: {error}"
+        ) from None
 
 
 def reference_error(golden: Golden) -> float:
@@ -97,35 +109,51 @@ def reference_error(golden: Golden) -> float:
     return max(errors)
 
 
-def program_error(golden: Golden, backend: str, device: str | None = None) -> float:
-    """Largest difference of the exported program from a golden file, over the state of every step."""
+@contextmanager
+def open_program(
+    golden: Golden, backend: str, device: str | None = None
+) -> Generator[Decoder, None, None]:
+    """A decoder of a golden file's network, exported to a temporary folder."""
+    with tempfile.TemporaryDirectory() as folder:
+        bundle = Path(folder) / "bundle"
+        export_golden(golden, bundle)
+        with Decoder.open(bundle, backend, device) as decoder:
+            yield decoder
+
+
+def export_golden(golden: Golden, bundle: Path) -> None:
+    """Export a golden file's network in float32, for decodes up to the file's own size."""
     height, width = golden.velocity.shape[-2:]
     tokens = (height // golden.config.patch_size) * (width // golden.config.patch_size)
     options = ExportOptions(buckets=(("golden", tokens),))
+    origin = {"random_seed": golden.seed}
+    export_bundle(bundle, golden.config, golden.weights, options, weights=origin)
+
+
+def program_error(golden: Golden, decoder: Decoder) -> float:
+    """Largest difference of the exported program from a golden file, over every step's state."""
+    height, width = golden.velocity.shape[-2:]
     errors: list[float] = []
-    with tempfile.TemporaryDirectory() as folder:
-        bundle = Path(folder) / "bundle"
-        origin = {"random_seed": golden.seed}
-        export_bundle(bundle, golden.config, golden.weights, options, weights=origin)
-        with Decoder.open(bundle, backend, device) as decoder:
 
-            def check(step: int, _steps: int) -> None:
-                tokens = torch.from_numpy(decoder.state())
-                state = unpatchify(tokens, height, width, golden.config.patch_size)
-                errors.append(_difference(state.numpy(), golden.states[step - 1]))
+    def check(step: int, _steps: int) -> None:
+        tokens = torch.from_numpy(decoder.state())
+        state = unpatchify(tokens, height, width, golden.config.patch_size)
+        errors.append(_difference(state.numpy(), golden.states[step - 1]))
 
-            decoder.decode(
-                golden.case.latent,
-                golden.case.caption,
-                sigma=golden.case.sigma,
-                noise=golden.case.noise[0],
-                step_noise=golden.case.noise[1:],
-                steps=len(golden.states),
-                progress=check,
-            )
+    decoder.decode(
+        golden.case.latent,
+        golden.case.caption,
+        sigma=golden.case.sigma,
+        noise=golden.case.noise[0],
+        step_noise=golden.case.noise[1:],
+        steps=len(golden.states),
+        progress=check,
+    )
     return max(errors)
 
 
 def _difference(got: NDArray[np.float32], want: NDArray[np.float32]) -> float:
     """Largest absolute difference; infinite when something is not finite."""
-    return float(np.nan_to_num(np.abs(got - want), nan=np.inf).max())
+    if not (np.isfinite(got).all() and np.isfinite(want).all()):
+        return math.inf
+    return float(np.abs(got - want).max())

@@ -64,11 +64,12 @@ class GraphExporter:
 
     def _template(self, spec: GraphSpec) -> bytes:
         network = self._network
-        if spec.stage != "latent" and not spec.options.get("inject"):
-            # Other stages do not see the latent branch: decoders of all spaces share them.
-            network = replace(network, latent_channels=0, latent_hidden=0, latent_ratio=0)
-            network = replace(network, latent_padding="zeros", latent_gate="token")
-            network = replace(network, latent_unpatchify=1, latent_res_blocks=0)
+        if spec.stage != "latent":
+            # Other stages see little of the latent branch: decoders of all spaces share them.
+            network = replace(network, latent_channels=0, latent_ratio=0, latent_unpatchify=1)
+            network = replace(network, latent_padding="zeros", latent_res_blocks=0)
+            if not spec.options.get("inject"):
+                network = replace(network, latent_hidden=0, latent_gate="token")
         for known, dimensions, precision, template in self._templates:
             if (known, dimensions, precision) == (spec, network, self._precision):
                 return template
@@ -168,10 +169,7 @@ def check_graph(name: str, content: bytes, spec: GraphSpec) -> None:
                 )
             if tensor.elem_type != _IR_TYPES.get(DTYPES[port.dtype], ir.DataType.UINT8):
                 raise ExportError(f"graph {name}: {port_name} is not {port.dtype}")
-    constants = sum(
-        onnx.external_data_helper.uses_external_data(t) is False and len(t.raw_data)
-        for t in model.graph.initializer
-    )
+    constants = sum(len(tensor.raw_data) for tensor in model.graph.initializer)
     if constants > 1 << 16:
         raise ExportError(
             f"graph {name} holds {constants} bytes of constants beside the weights file"
@@ -194,11 +192,12 @@ def _without_weights(model: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def _sample_shape(port: Port, network: Dimensions) -> tuple[int, ...]:
-    return tuple(size if isinstance(size, int) else _SAMPLES[size] for size in port.shape)
+    samples = {**_SAMPLES, "T": min(_SAMPLES["T"], network.text_max_length)}
+    return tuple(size if isinstance(size, int) else samples[size] for size in port.shape)
 
 
 def _name_axes(model: ir.Model, spec: GraphSpec) -> None:
-    """Call every symbolic axis what the manifest calls it; sizes are left for the check to compare."""
+    """Call symbolic axes what the manifest calls them; `check_graph` compares the sizes."""
     for ports, values in ((spec.inputs, model.graph.inputs), (spec.outputs, model.graph.outputs)):
         for value, port in zip(values, ports.values(), strict=True):
             traced = value.shape

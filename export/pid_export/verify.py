@@ -5,7 +5,7 @@ how errors add up. The reference runs first and is released before the bundle is
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,9 @@ from pid_export.bundle import config_of
 from pid_export.errors import ExportInputError
 from pid_export.reference import Values, reference_buffers
 from pid_ref.checkpoint import read_checkpoint, state_shapes
+from pid_ref.config import PidConfig
 from pid_ref.network import PidNet
+from pid_ref.registry import CHECKPOINT_FILE
 from pid_ref.sampler import sample
 from pid_ref.weights import RandomWeights
 from pid_runtime.decoder import Decoder
@@ -37,7 +39,7 @@ from pid_runtime.request import update_factors
 from pid_runtime.session import Session
 
 TOLERANCES = {"fp32": 1e-4, "fp16": 2e-2, "bf16": 1e-1}
-"""Largest error relative to the reference's root mean square (at least 1) that passes, by precision."""
+"""Largest error that passes, by precision, relative to the reference's RMS (at least 1)."""
 
 PERCENTILES = (50, 90, 99, 100)
 
@@ -72,13 +74,14 @@ class Case:
 def compare(
     name: str, got: NDArray[Any], want: NDArray[np.float32], tolerance: float
 ) -> Comparison:
-    """Error distribution of an output; `tolerance` is relative to the reference's scale if above 1."""
+    """Error distribution of an output; `tolerance` is relative to the reference's scale (or 1)."""
     want = want.reshape(got.shape)
     scale = float(np.sqrt(np.mean(np.square(want, dtype=np.float64))))
-    error = np.abs(got.astype(np.float32) - want)
-    finite = bool(np.isfinite(error).all())
-    error = np.nan_to_num(error, nan=np.inf)
+    with np.errstate(invalid="ignore", over="ignore"):
+        error = np.abs(got.astype(np.float32) - want)
+    error = np.nan_to_num(error, nan=np.inf, posinf=np.inf)
     largest = float(error.max())
+    finite = math.isfinite(largest)
     return Comparison(
         name,
         largest,
@@ -96,23 +99,30 @@ def reference_network(manifest: Manifest, checkpoint: Path | None) -> PidNet:
     Raises `ExportInputError` when the weights are needed and not given, or are others.
     """
     config = config_of(manifest.network)
-    origin = manifest.model["weights"]
-    if "random_seed" in origin:
-        source: Mapping[str, Tensor] = RandomWeights(state_shapes(config), origin["random_seed"])
-    elif checkpoint is None:
+    origin = manifest.model.get("weights")
+    if not isinstance(origin, dict) or not {"random_seed", "file", "sha256"} & set(origin):
         raise ExportInputError(
-            f"expected --checkpoint PATH: the bundle was made from {origin['file']}, "
-            "which the reference needs too"
+            "expected a bundle that says where its weights came from, but this one does not; "
+            "export it again"
         )
-    else:
-        file = checkpoint / origin["file"] if checkpoint.is_dir() else checkpoint
-        source = read_checkpoint(file, config)
-        if file_sha256(file) != origin["sha256"]:
-            raise ExportInputError(f"{file} is not the file this bundle was exported from")
-    return load_network(config_of(manifest.network), source)
+    if "random_seed" in origin:
+        return load_network(config, RandomWeights(state_shapes(config), origin["random_seed"]))
+    if checkpoint is None:
+        raise ExportInputError(
+            f"expected the checkpoint this bundle was made from, {origin['file']}, but got none; "
+            "add --checkpoint PATH"
+        )
+    source = read_checkpoint(checkpoint, config)
+    file = checkpoint / CHECKPOINT_FILE if checkpoint.is_dir() else checkpoint
+    if file_sha256(file) != origin["sha256"]:
+        raise ExportInputError(
+            f"expected the checkpoint this bundle was made from, {origin['file']}, but got other "
+            f"contents in {file}; pass that file, or export this one"
+        )
+    return load_network(config, source)
 
 
-def load_network(config: Any, source: Mapping[str, Tensor]) -> PidNet:
+def load_network(config: PidConfig, source: Mapping[str, Tensor]) -> PidNet:
     """A float32 network with these weights."""
     with torch.device("meta"):
         net = PidNet(config)
@@ -123,18 +133,23 @@ def load_network(config: Any, source: Mapping[str, Tensor]) -> PidNet:
 def random_case(manifest: Manifest, height: int, width: int, seed: int, steps: int) -> Case:
     """A decode of normal random inputs at `height` x `width` pixels.
 
-    Raises `ExportInputError` for a size the network cannot make.
+    Raises `ExportInputError` for a size the network cannot make, `PidRuntimeError` for one that
+    no bucket holds.
     """
     config = config_of(manifest.network)
-    if height < 1 or width < 1 or height % config.size_multiple or width % config.size_multiple:
+    (h, odd_h), (w, odd_w) = (divmod(side, config.size_multiple) for side in (height, width))
+    if odd_h or odd_w or h < 1 or w < 1:
         raise ExportInputError(
-            f"expected H and W to be multiples of {config.size_multiple}, but got {height}x{width}"
+            f"expected width and height to be multiples of {config.size_multiple}, "
+            f"but got {width}x{height}; {config.size_multiple * max(1, w)}x"
+            f"{config.size_multiple * max(1, h)} is the next smaller size"
         )
+    manifest.bucket_for(h * w * manifest.tokens_per_latent**2)
     rng = np.random.default_rng(seed)
-    h, w = height // config.size_multiple, width // config.size_multiple
-    normal: Callable[..., NDArray[np.float32]] = lambda *shape: rng.standard_normal(  # noqa: E731
-        shape, np.float32
-    )
+
+    def normal(*shape: int) -> NDArray[np.float32]:
+        return rng.standard_normal(shape, np.float32)
+
     return Case(
         normal(1, config.latent_channels, h, w),
         normal(1, config.text_max_length, config.text_dim),
@@ -209,9 +224,7 @@ def verify_stages(
         for operand in instruction.inputs.values():
             if manifest.buffers[operand.buffer].kind not in ("table", "constant"):
                 session.write(program.buffer(operand.buffer), values[operand.buffer].numpy())
-        views = {
-            name: program.view(instruction, name, sizes) for name in instruction.outputs
-        }
+        views = {name: program.view(instruction, name, sizes) for name in instruction.outputs}
         for name, view in views.items():  # what a graph leaves unwritten must not pass
             garbage = np.float32(np.nan) if graph.outputs[name].dtype != "uint8" else np.uint8(0)
             session.write(view, np.full(tuple(view.shape), garbage))
@@ -226,16 +239,19 @@ def verify_stages(
             yield compare(f"{instruction.graph} {operand.buffer}", got, want, tolerance)
 
 
-def verify_decode(decoder: Decoder, case: Case, times: list[float], want: NDArray[np.float32]) -> Comparison:
+def verify_decode(
+    decoder: Decoder, case: Case, times: list[float], want: NDArray[np.float32]
+) -> Comparison:
     """Compare a whole decode's final image with the reference's."""
-    free = {"times": times} if not decoder.manifest.sampler.times else {"steps": len(times) - 1}
+    known = bool(decoder.manifest.sampler.times)
     got = decoder.decode(
         case.latent,
         case.caption,
         sigma=case.sigma,
         noise=case.noise[0],
         step_noise=case.noise[1:],
-        **free,
+        steps=len(times) - 1 if known else None,
+        times=None if known else times,
     )
     tolerance = TOLERANCES[decoder.manifest.precision]
     return compare("whole decode", got, np.clip(want, -1, 1), tolerance)

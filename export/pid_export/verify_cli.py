@@ -40,31 +40,47 @@ def _parser() -> console.ArgumentParser:
         "--golden", type=Path, nargs="+", metavar="FILE", help="golden files instead of a bundle"
     )
     parser.add_argument("--backend", default="onnxruntime", help="onnxruntime (default) or torch")
-    parser.add_argument("--device", help="provider of onnxruntime or device of torch (default: cpu)")
+    parser.add_argument(
+        "--device", help="provider of onnxruntime or device of torch (default: cpu)"
+    )
     parser.add_argument(
         "--checkpoint", type=Path, metavar="PATH", help="the weights the bundle was exported from"
     )
-    parser.add_argument("--size", default=None, metavar="WxH", help="of the decode (default: small)")
+    parser.add_argument(
+        "--size", default=None, metavar="WxH", help="of the decode (default: small)"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the random inputs")
     return parser
 
 
 def _verify(args: Namespace) -> int:
     if (args.bundle is None) == (args.golden is None):
-        raise ExportInputError("expected either a BUNDLE or --golden FILE")
+        got = "neither" if args.bundle is None else "both"
+        raise ExportInputError(f"expected BUNDLE or --golden FILE, but got {got}; give one of them")
     if args.backend not in BACKENDS:
-        raise ExportInputError(f"expected a backend of {', '.join(BACKENDS)}, but got {args.backend!r}")
+        raise ExportInputError(
+            f"expected a backend of {', '.join(BACKENDS)}, but got {args.backend!r}"
+        )
+    if args.seed < 0:
+        raise ExportInputError(f"expected a seed of at least 0, but got {args.seed}")
     return _verify_golden(args) if args.golden else _verify_bundle(args)
 
 
 def _verify_golden(args: Namespace) -> int:
-    from pid_export.golden import TOLERANCE, program_error, read_golden, reference_error
+    from pid_export.golden import (
+        TOLERANCE,
+        open_program,
+        program_error,
+        read_golden,
+        reference_error,
+    )
 
     golden_files = [read_golden(path) for path in args.golden]
     rows: list[dict[str, Any]] = []
     with console.progress("Verifying", len(golden_files), quiet=args.quiet) as advance:
         for golden in golden_files:
-            errors = {"program": program_error(golden, args.backend, args.device)}
+            with open_program(golden, args.backend, args.device) as decoder:
+                errors = {"program": program_error(golden, decoder)}
             if args.backend == "torch":
                 errors["reference"] = reference_error(golden)
             worst = max(errors.values())
@@ -96,7 +112,9 @@ def _verify_bundle(args: Namespace) -> int:
     height, width = _size(args.size, manifest)
     times = _times(manifest)
     case = verify.random_case(manifest, height, width, args.seed, len(times) - 1)
-    with console.progress("Verifying", 2 + len(list(manifest.instructions())), quiet=args.quiet) as advance:
+    with console.progress(
+        "Verifying", 2 + len(list(manifest.instructions())), quiet=args.quiet
+    ) as advance:
         net = verify.reference_network(manifest, args.checkpoint)
         values, sizes = verify.stage_values(manifest, net, case, times)
         advance(1)
@@ -125,8 +143,8 @@ def _verify_bundle(args: Namespace) -> int:
     header = f"     {'output':32} {'median':>9} {'p90':>9} {'p99':>9} {'max':>9} {'rms':>9}"
     lines = [_line(comparison) for comparison in comparisons]
     summary = (
-        f"{'passed' if passed else 'FAILED'}: {width}x{height}, {manifest.precision}, {args.backend}, "
-        f"tolerance {tolerance:.0e} x rms (at least 1) of the reference"
+        f"{'passed' if passed else 'FAILED'}: {width}x{height}, {manifest.precision}, "
+        f"{args.backend}, tolerance {tolerance:.0e} x rms (at least 1) of the reference"
     )
     console.emit(result, "\n".join([header, *lines, summary]), as_json=args.json)
     return 0 if passed else 1
@@ -148,7 +166,7 @@ def _times(manifest: Manifest) -> list[float]:
 
 
 def _size(text: str | None, manifest: Manifest) -> tuple[int, int]:
-    """Height and width to verify at: as asked, or the smallest with two latent rows and three columns."""
+    """Height and width to verify at: as asked, or that of a latent of two rows, three columns."""
     if text is None:
         multiple = manifest.network["patch_size"] * manifest.tokens_per_latent
         return 2 * multiple, 3 * multiple

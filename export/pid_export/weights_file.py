@@ -63,12 +63,13 @@ class WeightsWriter:
         expected, slot = next(self._slots)
         if name != expected or tuple(tensor.shape) != slot.shape:
             raise ValueError(
-                f"expected tensor {expected} of shape {slot.shape}, but got {name} {tuple(tensor.shape)}"
+                f"expected tensor {expected} of shape {slot.shape}, "
+                f"but got {name} {tuple(tensor.shape)}"
             )
-        values = tensor.to(slot.dtype).contiguous().view(-1).view(torch.uint8).numpy()
+        values = tensor.to(slot.dtype).contiguous().view(-1).view(torch.uint8).numpy().data
         self.offsets[name] = self._position
         self._position += slot.bytes
-        self._write(memoryview(values))
+        self._write(values)
         return hashlib.sha256(values).digest()
 
     @property

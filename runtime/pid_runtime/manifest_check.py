@@ -81,6 +81,8 @@ def check_manifest(manifest: Manifest) -> None:
         list(manifest.program),
     )
     for section, instructions in manifest.program.items():
+        draws = sum(isinstance(instruction, Noise) for instruction in instructions)
+        _require(draws <= 1, f"at most one noise in {section}", draws)
         for instruction in instructions:
             _check_instruction(manifest, section, instruction)
     _require(bool(manifest.buckets), "a bucket", "none")

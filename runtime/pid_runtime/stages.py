@@ -376,20 +376,24 @@ class PixelEmbed(nn.Module):
 
 
 class EnterPixelBlock(nn.Module):
-    """The first half of a PiT block: modulate the pixels and compress each patch to q, k, v."""
+    """The first half of a PiT block: modulate the pixels and compress each patch to q, k, v.
+
+    compress(z scale + shift) = compress(z scale) + compress(shift): the shift is made compressed,
+    which is a quarter of the work.
+    """
 
     def __init__(self, n: Dimensions, dtype: torch.dtype) -> None:
         super().__init__()
         flat, size = n.patch_size**2 * n.pixel_hidden_size, n.pixel_attn_size
-        self.shift = Linear(n.hidden_size, flat, dtype)
         self.scale = Linear(n.hidden_size, flat, dtype)
-        self.compress = Linear(flat, size, dtype)
+        self.compress = Linear(flat, size, dtype, bias=False)
+        self.shift = Linear(n.hidden_size, size, dtype)
         self.enter = EnterAttention(size, size, n.pixel_num_heads, dtype)
 
     def forward(self, pixels: Tensor, s: Tensor, cos: Tensor, sin: Tensor) -> list[Tensor]:
         """`pixels` `[B, L, P * P, d]`, `s` `[B, L, D]`; q, k, v `[B, L, A]`."""
-        z = normalize(pixels).flatten(2) * self.scale(s).float() + self.shift(s).float()
-        return self.enter(self.compress(z.to(s.dtype)), cos, sin)
+        z = (normalize(pixels).flatten(2) * self.scale(s).float()).to(s.dtype)
+        return self.enter(self.compress(z) + self.shift(s), cos, sin)
 
 
 class LeavePixelBlock(nn.Module):
