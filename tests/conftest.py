@@ -1,8 +1,10 @@
 """Small bundles, exported once per session."""
 
 import json
+import logging
 import shutil
-from collections.abc import Callable
+import signal
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,9 @@ GOLDEN = Path(__file__).parent / "golden"
 SMALL_BUCKETS = (("tiny", 64), ("small", 1024))
 """Of the bundles here: up to 128 x 128 and 512 x 512 pixels."""
 
+Main = Callable[[Sequence[str]], int]
+RunCommand = Callable[..., tuple[int, str, str]]
+Refusal = Callable[..., str]
 EditBundle = Callable[[Callable[[dict[str, Any]], object]], Path]
 
 
@@ -75,3 +80,43 @@ def edit_bundle(golden_bundle: Path, tmp_path: Path) -> EditBundle:
         return bundle
 
     return copy
+
+
+@pytest.fixture(autouse=True)
+def _undo_console() -> Iterator[None]:
+    """Commands set up logging and signals for their whole process: undo that."""
+    root = logging.getLogger()
+    handlers, level = list(root.handlers), root.level
+    signals = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    yield
+    root.handlers[:], root.level = handlers, level
+    for number, handler in signals.items():
+        signal.signal(number, handler)
+
+
+@pytest.fixture
+def run_command(capsys: pytest.CaptureFixture[str]) -> RunCommand:
+    """A function that runs a command's `main` with arguments: exit code, stdout and stderr."""
+
+    def run(main: Main, *arguments: object) -> tuple[int, str, str]:
+        try:
+            code = main([str(argument) for argument in arguments])
+        except SystemExit as stop:
+            code = stop.code if isinstance(stop.code, int) else -1
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return run
+
+
+@pytest.fixture
+def refusal(run_command: RunCommand) -> Refusal:
+    """A function that runs a command, which must refuse its input, and gives the one line."""
+
+    def run(main: Main, *arguments: object) -> str:
+        code, out, err = run_command(main, *arguments, "--quiet")
+        assert (code, out) == (2, ""), err
+        assert err.startswith("pid-") and err.endswith("\n") and err.count("\n") == 1, err
+        return err
+
+    return run

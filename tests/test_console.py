@@ -1,9 +1,11 @@
 """What every command line shares, seen from outside: exit codes, stdout and stderr."""
 
+import contextlib
 import json
 import logging
 import os
 import pty
+import signal
 import subprocess
 import sys
 import textwrap
@@ -35,14 +37,6 @@ def raising(error: BaseException) -> Callable[[Namespace], int]:
         raise error
 
     return body
-
-
-@pytest.fixture(autouse=True)
-def _restore_root_logger() -> object:
-    root = logging.getLogger()
-    handlers, level = list(root.handlers), root.level
-    yield
-    root.handlers[:], root.level = handlers, level
 
 
 def test_exit_code_is_what_the_command_returns() -> None:
@@ -102,6 +96,38 @@ def test_full_disk_is_one_line(
 
 def test_interrupt(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(raising(KeyboardInterrupt())) == 130
+    assert capsys.readouterr().err == "pid-try: interrupted\n"
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_an_interrupt_that_a_library_changed(
+    number: signal.Signals, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """torch's tracer fails an assertion when a KeyboardInterrupt unwinds it."""
+
+    def body(_: Namespace) -> None:
+        try:
+            signal.raise_signal(number)
+        except KeyboardInterrupt:
+            raise AssertionError("an empty stack") from None
+
+    assert run(body) == 130
+    assert capsys.readouterr().err == "pid-try: interrupted\n"
+    with pytest.raises(AssertionError):
+        run(raising(AssertionError("a bug")))
+
+
+def test_an_interrupt_that_a_library_lost(capsys: pytest.CaptureFixture[str]) -> None:
+    """Python ignores what is raised in a callback of a weak reference."""
+
+    def body(_: Namespace) -> None:
+        with console.progress("Trying", 2) as advance:
+            with contextlib.suppress(KeyboardInterrupt):
+                signal.raise_signal(signal.SIGTERM)
+            advance(1)
+            pytest.fail("it went on")
+
+    assert run(body) == 130
     assert capsys.readouterr().err == "pid-try: interrupted\n"
 
 

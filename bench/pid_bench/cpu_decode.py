@@ -15,16 +15,21 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
+import onnxruntime as ort
 import torch
+from numpy.typing import NDArray
+from torch.utils.flop_counter import FlopCounterMode
 
 from pid_export.bundle import ExportOptions, export_bundle
 from pid_export.errors import ExportInputError
+from pid_export.graphs import OPSET
 from pid_ref.checkpoint import state_shapes
 from pid_ref.config import PidConfig
 from pid_ref.errors import PidInputError
@@ -35,6 +40,8 @@ from pid_runtime import console
 from pid_runtime.decoder import Decoder
 from pid_runtime.errors import PidRuntimeError
 from pid_runtime.noise import image_noise
+
+Decode = Callable[[], NDArray[np.float32]]
 
 TOLERANCE = 1e-3
 """Largest difference between two contenders' images before their times mean nothing."""
@@ -57,14 +64,31 @@ def main(argv: Sequence[str] | None = None) -> int:
     return console.run(parser, _benchmark, errors, argv)
 
 
+@dataclass(frozen=True)
+class _Contenders:
+    """What is timed, and what only counts operations."""
+
+    decodes: dict[str, Decode]
+    """By name, a function that returns the image `[1, 3, H, W]`."""
+    twin: Decode
+    """The bundle on the torch backend, whose matrix products torch can count."""
+    latent_shape: tuple[int, ...]
+
+
 def _benchmark(args: argparse.Namespace) -> int:
-    width, height = (int(side) for side in args.size.lower().split("x"))
+    width, height = _size(args.size)
+    for name in ("blocks", "repeats", "threads"):
+        if getattr(args, name) < 1:
+            raise PidInputError(f"expected --{name} of at least 1, but got {getattr(args, name)}")
     torch.set_num_threads(args.threads)
     config = replace(PidConfig(), patch_depth=args.blocks)
     weights = RandomWeights(state_shapes(config), 0)
     with tempfile.TemporaryDirectory() as folder:
-        contenders, latent = _contenders(config, weights, Path(folder), args, width, height)
+        case = _contenders(config, weights, Path(folder), args, width, height)
+        contenders = case.decodes
         images = {name: decode() for name, decode in contenders.items()}  # warm-up
+        reference_flop, bundle_flop = _count_flop(contenders["torch eager"]), _count_flop(case.twin)
+        ceiling = 0.0
         eager = images["torch eager"]
         errors = {name: float(np.abs(image - eager).max()) for name, image in images.items()}
         times: dict[str, list[float]] = {name: [] for name in contenders}
@@ -74,12 +98,16 @@ def _benchmark(args: argparse.Namespace) -> int:
                     begin = time.perf_counter()
                     decode()
                     times[name].append(time.perf_counter() - begin)
+                ceiling = max(ceiling, _matmul_flop_per_s(args.threads))
                 advance(1)
     medians = {name: statistics.median(of) for name, of in times.items()}
     ours = medians["bundle, onnxruntime"]
+    flop = {name: bundle_flop if "bundle" in name else reference_flop for name in times}
     rows = [
         {
             "pipeline": name,
+            "gflop": flop[name] / 1e9,
+            "gflop_per_s": flop[name] / 1e9 / medians[name],
             "median_ms": 1000 * medians[name],
             "min_ms": 1000 * min(of),
             "max_ms": 1000 * max(of),
@@ -91,11 +119,12 @@ def _benchmark(args: argparse.Namespace) -> int:
     result: dict[str, Any] = {
         "command": "python -m pid_bench.cpu_decode " + " ".join(sys.argv[1:]),
         "case": f"{args.blocks} patch blocks, {width}x{height}, float32, {args.steps} steps, "
-        f"latent {list(latent)}, random weights",
+        f"latent {list(case.latent_shape)}, random weights",
         "repeats": args.repeats,
         "threads": args.threads,
         "hardware": _cpu_name(),
         "versions": {name: version(name) for name in ("torch", "onnxruntime", "numpy", "pid-trt")},
+        "matmul_gflop_per_s": ceiling / 1e9,
         "rows": rows,
     }
     lines = [
@@ -103,9 +132,12 @@ def _benchmark(args: argparse.Namespace) -> int:
         *(
             f"{row['pipeline']:22} {row['median_ms']:8.0f} ms  "
             f"(min {row['min_ms']:.0f}, max {row['max_ms']:.0f})  "
-            f"{row['ratio_to_bundle']:5.2f}x the bundle's"
+            f"{row['ratio_to_bundle']:5.2f}x the bundle's  "
+            f"{row['gflop']:.0f} GFLOP at {row['gflop_per_s']:.0f} GFLOP/s"
             for row in rows
         ),
+        f"ONNX Runtime's largest matrix products alone: {ceiling / 1e9:.0f} GFLOP/s, so the bundle "
+        f"cannot take less than {1000 * bundle_flop / ceiling:.0f} ms here",
     ]
     console.emit(result, "\n".join(lines), as_json=args.json)
     return 1 if max(errors.values()) > TOLERANCE else 0
@@ -118,8 +150,8 @@ def _contenders(
     args: argparse.Namespace,
     width: int,
     height: int,
-) -> tuple[dict[str, Callable[[], np.ndarray]], tuple[int, ...]]:
-    """The decodes to time, by name, each returning the image `[1, 3, H, W]`."""
+) -> _Contenders:
+    """Export the network and prepare everybody's decode of one latent with one noise."""
     multiple = config.size_multiple
     shape = (1, config.latent_channels, height // multiple, width // multiple)
     rng = np.random.default_rng(0)
@@ -132,11 +164,10 @@ def _contenders(
     tokens = (height // config.patch_size) * (width // config.patch_size)
     options = ExportOptions(buckets=(("bench", tokens),))
     export_bundle(bundle, config, weights, options, weights={"random_seed": 0})
-    decoder = Decoder.open(bundle, threads=args.threads)
     tensors = [torch.from_numpy(array) for array in (latent, caption, *noise)]
 
-    def reference(network: Any) -> Callable[[], np.ndarray]:
-        def decode() -> np.ndarray:
+    def reference(network: Any) -> Decode:
+        def decode() -> NDArray[np.float32]:
             first, *later = tensors[2:]
             image = sample(
                 network, tensors[0], tensors[1], torch.zeros(1), first, later, steps=args.steps
@@ -145,16 +176,60 @@ def _contenders(
 
         return decode
 
-    def ours() -> np.ndarray:
-        return decoder.decode(
+    def program(decoder: Decoder) -> Decode:
+        return lambda: decoder.decode(
             latent, caption, noise=noise[0], step_noise=noise[1:], steps=args.steps
         )
 
-    contenders = {"torch eager": reference(net)}
+    decodes = {"torch eager": reference(net)}
     if not args.no_compile:
-        contenders["torch.compile"] = reference(torch.compile(net))
-    contenders["bundle, onnxruntime"] = ours
-    return contenders, shape
+        decodes["torch.compile"] = reference(torch.compile(net))
+    decodes["bundle, onnxruntime"] = program(Decoder.open(bundle, threads=args.threads))
+    return _Contenders(decodes, program(Decoder.open(bundle, "torch")), shape)
+
+
+def _count_flop(decode: Decode) -> float:
+    """Operations in the matrix products, attentions and convolutions of a decode."""
+    with FlopCounterMode(display=False) as counter:
+        decode()
+    return float(counter.get_total_flops())
+
+
+def _matmul_flop_per_s(threads: int) -> float:
+    """What ONNX Runtime reaches on one large float32 matrix product, the best of ten."""
+    rows, inner, columns = 1024, 1536, 4096
+    tensor = onnx.helper.make_tensor_value_info
+    weight = np.random.default_rng(0).standard_normal((inner, columns), np.float32)
+    graph = onnx.helper.make_graph(
+        [onnx.helper.make_node("MatMul", ["x", "w"], ["y"])],
+        "matmul",
+        [tensor("x", onnx.TensorProto.FLOAT, [rows, inner])],
+        [tensor("y", onnx.TensorProto.FLOAT, [rows, columns])],
+        [onnx.numpy_helper.from_array(weight, "w")],
+    )
+    opset = onnx.helper.make_opsetid("", OPSET)
+    model = onnx.helper.make_model(graph, opset_imports=[opset], ir_version=10)
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    session = ort.InferenceSession(model.SerializeToString(), options)
+    x = np.ones((rows, inner), np.float32)
+    times: list[float] = []
+    for _ in range(10):
+        begin = time.perf_counter()
+        session.run(None, {"x": x})
+        times.append(time.perf_counter() - begin)
+    return 2 * rows * inner * columns / min(times)
+
+
+def _size(text: str) -> tuple[int, int]:
+    """Width and height."""
+    width, _, height = text.lower().partition("x")
+    if not (width.isdecimal() and height.isdecimal()):
+        raise PidInputError(f"expected a size such as 256x256, but got {text!r}")
+    multiple = PidConfig().size_multiple
+    if int(width) % multiple or int(height) % multiple or not int(width) * int(height):
+        raise PidInputError(f"expected width and height in multiples of {multiple}, but got {text}")
+    return int(width), int(height)
 
 
 def _cpu_name() -> str:

@@ -1,5 +1,6 @@
 """The ONNX Runtime backend: graphs through IoBinding, on the CPU or another provider."""
 
+import functools
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -31,8 +32,9 @@ ALIGNMENT = 4096
 class OnnxRuntimeSession:
     """Runs a bundle's graphs in ONNX Runtime.
 
-    All graphs share one thread pool and one scratch arena, so that thirty sessions cost no more
-    than one.
+    All graphs share one scratch arena, so that thirty sessions cost no more memory than one. Each
+    has its own threads, which sleep while it does not run: a thread pool for the whole process
+    would make every other ONNX Runtime session in it fail.
     """
 
     def __init__(
@@ -58,9 +60,10 @@ class OnnxRuntimeSession:
         self._device_name = "cpu" if on_cpu else "cuda"
         options = ort.SessionOptions()
         options.log_severity_level = 3
-        options.use_per_session_threads = False
+        options.intra_op_num_threads = threads or core_count()
+        options.add_session_config_entry("session.force_spinning_stop", "1")
         options.add_session_config_entry("session.use_env_allocators", "1")
-        _share_environment(threads)
+        _share_scratch()
         providers: list[Any] = [self.provider]
         if not on_cpu:
             providers = [(self.provider, {"device_id": str(device_id)}), PROVIDERS["cpu"]]
@@ -168,20 +171,13 @@ def find_provider(name: str) -> str:
     return full
 
 
-_environment_threads: list[int] = []
-
-
-def _share_environment(threads: int | None) -> None:
-    """Give all sessions one thread pool and one scratch arena; only the first call counts."""
-    if _environment_threads:
-        return
-    wanted = threads or core_count()
-    ort.set_global_thread_pool_sizes(wanted, 1)
+@functools.cache
+def _share_scratch() -> None:
+    """Register one arena for the scratch memory of all sessions; once in a process."""
     memory = ort.OrtMemoryInfo(
         "Cpu", ort.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, ort.OrtMemType.DEFAULT
     )
     ort.create_and_register_allocator(memory, None)
-    _environment_threads.append(wanted)
 
 
 def _writable(array: NDArray[Any]) -> NDArray[Any]:

@@ -27,6 +27,9 @@ from typing import Any, NoReturn
 BAD_INPUT, BROKEN_PIPE, INTERRUPTED = 2, 141, 130
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 
+_interrupted = threading.Event()
+"""Set by Ctrl-C and SIGTERM, as the exception they raise may be lost or changed in a library."""
+
 
 class ArgumentParser(argparse.ArgumentParser):
     """A parser whose errors are one line, with the options every command has.
@@ -64,10 +67,11 @@ def run(
     printed after the program's name, without a traceback, and so is a full disk. Raises
     `SystemExit` as argparse does for wrong arguments and for `--help`.
     """
+    _interrupted.clear()
     try:
         arguments = parser.parse_args(argv)
         _set_up_logging(quiet=getattr(arguments, "quiet", False))
-        _unwind_when_terminated()
+        _unwind_when_interrupted()
         return body(arguments) or 0
     except KeyboardInterrupt:
         return _fail(parser.prog, "interrupted", INTERRUPTED)
@@ -76,6 +80,8 @@ def run(
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return BROKEN_PIPE
     except Exception as error:
+        if _interrupted.is_set():
+            return _fail(parser.prog, "interrupted", INTERRUPTED)
         if _is_no_space(error):
             where = getattr(error, "filename", None) or "the output's disk"
             return _fail(parser.prog, f"no space left on {where}; free some and run it again")
@@ -91,17 +97,23 @@ def progress(
     """Show a progress bar on stderr while the block runs; nothing when stderr is no terminal.
 
     Gives a function to call with how much of `total` (any unit; None when unknown) was done
-    since the last call: `with progress("Decoding", 4) as advance: advance(1)`.
+    since the last call: `with progress("Decoding", 4) as advance: advance(1)`. That raises
+    `KeyboardInterrupt` if the first one was lost.
     """
     if quiet or not sys.stderr.isatty():
-        yield lambda amount: None
+        yield lambda amount: _check_interrupted()
         return
     from rich.console import Console  # not needed to decode, and slow to load
     from rich.progress import Progress
 
     with Progress(console=Console(stderr=True)) as bar:
         task = bar.add_task(label, total=total)
-        yield lambda amount: bar.advance(task, amount)
+
+        def advance(amount: float) -> None:
+            _check_interrupted()
+            bar.advance(task, amount)
+
+        yield advance
 
 
 def emit(result: Mapping[str, Any], text: str, *, as_json: bool) -> None:
@@ -141,14 +153,21 @@ def _set_up_logging(*, quiet: bool) -> None:
     root.setLevel(logging.WARNING if quiet else logging.INFO)
 
 
-def _unwind_when_terminated() -> None:
-    """Let SIGTERM clean up as Ctrl-C does."""
+def _unwind_when_interrupted() -> None:
+    """Let SIGTERM clean up as Ctrl-C does, and remember either."""
 
     def interrupt(*_: object) -> NoReturn:
+        _interrupted.set()
         raise KeyboardInterrupt
 
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, interrupt)
+        signal.signal(signal.SIGINT, interrupt)
+
+
+def _check_interrupted() -> None:
+    if _interrupted.is_set():
+        raise KeyboardInterrupt
 
 
 def _fail(prog: str, message: str, code: int = BAD_INPUT) -> int:

@@ -51,8 +51,8 @@ class Decoder:
         """Open a bundle.
 
         backend: "onnxruntime" or "torch". device: for onnxruntime a provider, "cpu" (default),
-        "cuda", "cuda:1" or a provider's full name; for torch a torch device. threads: CPU threads
-        of the whole process, all when None; ONNX Runtime keeps the number of the first decoder.
+        "cuda", "cuda:1" or a provider's full name; for torch a torch device. threads: CPU threads,
+        all when None; for torch of the whole process.
         verify: check the SHA-256 of every file, not only its size.
         Raises `PidRuntimeError` for a broken bundle or a backend that is not there.
         """

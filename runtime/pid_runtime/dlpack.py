@@ -1,4 +1,4 @@
-"""Raw memory as an object other libraries can take without a copy (DLPack protocol, v0.8 layout)."""
+"""Raw memory as an object other libraries take without a copy (DLPack, v0.8 layout)."""
 
 import ctypes
 from dataclasses import dataclass

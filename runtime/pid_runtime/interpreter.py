@@ -60,7 +60,7 @@ class Program:
 
     @staticmethod
     def arena_bytes(bucket: Bucket, sizes: Sizes) -> int:
-        """Bytes of the one allocation a decode needs: the planned arena for every image of a batch."""
+        """Bytes of the one allocation of a decode: the planned arena for every image."""
         return bucket.arena_bytes * sizes.value("B")
 
     def buffer(self, name: str) -> Tensor:
@@ -109,7 +109,7 @@ class Program:
             call()
 
     def fill_noise(self, instruction: Noise, seeds: Sequence[int], draw: int) -> None:
-        """Fill a noise instruction's target with draw number `draw`, each image from its own seed."""
+        """Fill a noise instruction's target with draw `draw`, each image from its own seed."""
         for image, seed in enumerate(seeds):
             self.session.fill_normal(self.image_part(instruction.target, image), seed, draw)
 
@@ -130,7 +130,7 @@ class Program:
             yield from self.bind_run(instruction, sizes)
 
     def bind_run(self, run: Run, sizes: Sizes) -> Iterator[Call]:
-        """One call per slice: of the chunked axis, and of the batch where slices are not contiguous."""
+        """One call per slice of the chunked axis, and per image where slices are not contiguous."""
         local = sizes.extended(run.dims)
         graph = self.manifest.graphs[run.graph]
         ports = {**graph.inputs, **graph.outputs}

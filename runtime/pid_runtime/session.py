@@ -25,7 +25,7 @@ class Session(Protocol):
         ...
 
     def write(self, tensor: Tensor, source: Any) -> None:
-        """Copy into a tensor from an array (numpy, or DLPack on any device the backend can read)."""
+        """Copy into a tensor from an array: numpy, or DLPack on a device the backend reads."""
         ...
 
     def read(self, tensor: Tensor) -> NDArray[Any]:

@@ -81,7 +81,7 @@ class HeadNormRope(nn.Module):
         self.weight = nn.Parameter(torch.empty(parts, 1, head_dim))
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> list[Tensor]:
-        """`[B, L, parts * H * head_dim]` and tables `[L, head_dim / 2]` to parts `[B, L, H * head_dim]`."""
+        """`[B, L, parts * H * head_dim]`, tables `[L, head_dim / 2]`; parts `[B, L, H * ..]`."""
         z = x.unflatten(-1, (self.parts, self.heads, -1))  # (B, L, parts, H, head_dim)
         first, second = (normalize(z) * self.weight).chunk(2, dim=-1)
         cos, sin = cos[:, None, None], sin[:, None, None]
@@ -124,7 +124,7 @@ class Unpatchify(nn.Module):
 
 
 class UnpatchifyBytes(nn.Module):
-    """Tokens `[B, Hs, Ws, P, P, 3]` to uint8 pixels `[B, Hs, P, Ws, P, 3]`, that is `[B, H, W, 3]`."""
+    """Tokens `[B, Hs, Ws, P, P, 3]` to uint8 `[B, Hs, P, Ws, P, 3]`, that is `[B, H, W, 3]`."""
 
     def forward(self, tokens: Tensor) -> Tensor:
         pixels = tokens.permute(0, 1, 3, 2, 4, 5).clamp(-1, 1)
@@ -424,7 +424,7 @@ class LeavePixelBlock(nn.Module):
 class PixelFirst(nn.Module):
     """From the last patch block's attention to the first pixel block's: s, q, k, v.
 
-    `modulation` `[4, D]` is the last patch block's gate, shift, scale, gate; `time_embedding` `[D]`.
+    `modulation` `[4, D]`: the last patch block's gate, shift, scale, gate; `time_embedding` `[D]`.
     """
 
     def __init__(self, n: Dimensions, dtype: torch.dtype, *, inject: bool) -> None:

@@ -80,7 +80,7 @@ TABLES: dict[str, Callable[..., Table]] = {
 
 
 def compute_table(source: dict[str, Any], sizes: Sizes) -> Table:
-    """Compute the table a buffer's `source` describes. Raises `PidRuntimeError` if it is unknown."""
+    """The table a buffer's `source` describes. Raises `PidRuntimeError` if it is unknown."""
     options = dict(source)
     name = options.pop("table", None)
     if name not in TABLES:
