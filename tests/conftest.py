@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors import safe_open
 
 from pid_export.bundle import ExportOptions, export_bundle
@@ -26,6 +27,14 @@ Main = Callable[[Sequence[str]], int]
 RunCommand = Callable[..., tuple[int, str, str]]
 Refusal = Callable[..., str]
 EditBundle = Callable[[Callable[[dict[str, Any]], object]], Path]
+
+
+def pytest_configure() -> None:
+    """Give torch one thread: on small tensors more of them only wait for each other.
+
+    On a busy machine they wait long: a decode took a hundred times as long with two.
+    """
+    torch.set_num_threads(1)
 
 
 def golden_config(name: str) -> PidConfig:
