@@ -17,15 +17,16 @@ from torch import Tensor
 
 from pid_export.bundle import config_of
 from pid_export.errors import ExportInputError
+from pid_export.fold import fold_tables
 from pid_export.reference import Values, reference_buffers
 from pid_ref.checkpoint import read_checkpoint, state_shapes
 from pid_ref.config import PidConfig
 from pid_ref.network import PidNet
 from pid_ref.registry import CHECKPOINT_FILE
-from pid_ref.sampler import sample
+from pid_ref.sampler import sample, timesteps
 from pid_ref.weights import RandomWeights
 from pid_runtime.decoder import Decoder
-from pid_runtime.interpreter import Program
+from pid_runtime.interpreter import Program, graph_calls
 from pid_runtime.manifest import (
     Manifest,
     Noise,
@@ -96,30 +97,36 @@ def reference_network(manifest: Manifest, checkpoint: Path | None) -> PidNet:
     """The network a bundle was made from, in float32, with the same weights.
 
     checkpoint: the file it was exported from; not needed for random weights.
-    Raises `ExportInputError` when the weights are needed and not given, or are others.
+    Raises `ExportInputError` when the weights are needed and not given, are others, or are given
+    and not needed.
     """
     config = config_of(manifest.network)
-    origin = manifest.model.get("weights")
-    if not isinstance(origin, dict) or not {"random_seed", "file", "sha256"} & set(origin):
-        raise ExportInputError(
-            "expected a bundle that says where its weights came from, but this one does not; "
-            "export it again"
-        )
-    if "random_seed" in origin:
-        return load_network(config, RandomWeights(state_shapes(config), origin["random_seed"]))
-    if checkpoint is None:
-        raise ExportInputError(
-            f"expected the checkpoint this bundle was made from, {origin['file']}, but got none; "
-            "add --checkpoint PATH"
-        )
-    source = read_checkpoint(checkpoint, config)
-    file = checkpoint / CHECKPOINT_FILE if checkpoint.is_dir() else checkpoint
-    if file_sha256(file) != origin["sha256"]:
-        raise ExportInputError(
-            f"expected the checkpoint this bundle was made from, {origin['file']}, but got other "
-            f"contents in {file}; pass that file, or export this one"
-        )
-    return load_network(config, source)
+    match manifest.model.get("weights"):
+        case {"random_seed": int(seed)}:
+            if checkpoint is not None:
+                raise ExportInputError(
+                    "expected no checkpoint, as this bundle's weights are random, but got "
+                    f"{checkpoint}; leave --checkpoint out"
+                )
+            return load_network(config, RandomWeights(state_shapes(config), seed))
+        case {"file": str(name), "sha256": str(sha256)}:
+            if checkpoint is None:
+                raise ExportInputError(
+                    f"expected the checkpoint this bundle was made from, {name}, but got none; "
+                    "add --checkpoint PATH"
+                )
+            file = checkpoint / CHECKPOINT_FILE if checkpoint.is_dir() else checkpoint
+            if file.is_file() and file_sha256(file) != sha256:
+                raise ExportInputError(
+                    f"expected the checkpoint this bundle was made from, {name}, but got other "
+                    f"contents in {file}; pass that file, or export this one"
+                )
+            return load_network(config, read_checkpoint(checkpoint, config))
+        case _:
+            raise ExportInputError(
+                "expected a bundle that says where its weights came from, but this one does not; "
+                "export it again"
+            )
 
 
 def load_network(config: PidConfig, source: Mapping[str, Tensor]) -> PidNet:
@@ -178,7 +185,10 @@ def reference_images(net: PidNet, case: Case, times: list[float]) -> list[NDArra
 def stage_values(
     manifest: Manifest, net: PidNet, case: Case, times: list[float]
 ) -> tuple[Values, Sizes]:
-    """Reference values of every buffer in the first step of a decode of one image."""
+    """Reference values of every buffer in the first step of a decode of one image.
+
+    Raises `ExportInputError` when the program's buffers are not those of the network.
+    """
     _, _, h, w = case.latent.shape
     known = manifest.sampler.times
     sizes = sizes_of_request(
@@ -201,15 +211,65 @@ def stage_values(
         torch.from_numpy(case.noise[-1]),
         torch.tensor(update_factors(times[0], times[1], "sde")),
     )
+    _check_program(manifest, values, sizes)
     return values, sizes
+
+
+def _check_program(manifest: Manifest, values: Values, sizes: Sizes) -> None:
+    """Raise `ExportInputError` unless all outputs are written and `values` fit the buffers."""
+    instructions = list(manifest.instructions())
+    runs = [each for each in instructions if isinstance(each, Run)]
+    written = {operand.buffer for run in runs for operand in run.outputs.values()}
+    for name, buffer in manifest.buffers.items():
+        if buffer.kind == "output" and name not in written:
+            raise ExportInputError(
+                f"expected a graph that writes {name!r}, but the program has none; "
+                "export the bundle again"
+            )
+    read = {operand.buffer for run in runs for operand in run.inputs.values()}
+    buffers = {name: name for name in sorted(written | read)}
+    buffers |= {
+        f"{each.target}_image": each.target for each in instructions if isinstance(each, Noise)
+    }
+    for value, name in buffers.items():
+        buffer = manifest.buffers[name]
+        count = math.prod(sizes.shape(buffer.shape))
+        known = value in values and values[value].numel() == count
+        if buffer.kind != "table" and not known:
+            raise ExportInputError(
+                f"expected the buffers of the network in the manifest, but got {name!r} of "
+                f"{count} values; export the bundle again"
+            )
+
+
+def verify_sampler(
+    manifest: Manifest, net: PidNet, constants: Mapping[str, NDArray[np.float32]]
+) -> Iterator[Comparison]:
+    """Compare the times of every schedule, and what is folded for them, with the reference's.
+
+    A decode visits the times of one schedule only.
+    """
+    sampler = manifest.sampler
+    if not sampler.times:
+        return
+    tolerance = TOLERANCES["fp32"]
+    for steps, rows in sampler.schedules.items():
+        got = np.array([sampler.times[row] for row in rows], np.float32)
+        want = np.array(timesteps(int(steps))[:-1], np.float32)
+        yield compare(f"schedule {steps}", got, want, tolerance)
+    for name, table in fold_tables(net.state_dict(), net.config, sampler.times).items():
+        if name in constants:
+            yield compare(f"table {name}", constants[name], table.numpy(), tolerance)
 
 
 def verify_stages(
     bundle: Path, manifest: Manifest, session: Session, values: Values, sizes: Sizes
 ) -> Iterator[Comparison]:
     """Run every graph on the reference's inputs and compare its outputs, one after another."""
-    _, bucket = manifest.bucket_for(sizes.value("L"))
-    block = session.allocate(Program.arena_bytes(bucket, sizes))
+    bucket = session.bucket_for(sizes.value("L"))
+    needed = Program.arena_bytes(bucket, sizes)
+    session.prepare(graph_calls(manifest, bucket, sizes), needed, sizes.value("B"))
+    block = session.allocate(needed)
     constants = read_constants(bundle, manifest)
     program = Program(manifest, session, bucket, sizes, block, constants)
     tolerance = TOLERANCES[manifest.precision]
@@ -226,8 +286,7 @@ def verify_stages(
                 session.write(program.buffer(operand.buffer), values[operand.buffer].numpy())
         views = {name: program.view(instruction, name, sizes) for name in instruction.outputs}
         for name, view in views.items():  # what a graph leaves unwritten must not pass
-            garbage = np.float32(np.nan) if graph.outputs[name].dtype != "uint8" else np.uint8(0)
-            session.write(view, np.full(tuple(view.shape), garbage))
+            _spoil(session, view, graph.outputs[name].dtype)
         for call in program.bind_run(instruction, sizes):
             call()
         for name, view in views.items():
@@ -237,6 +296,16 @@ def verify_stages(
             at = sizes.index(buffer.shape, operand.start)
             want = values[operand.buffer].numpy().reshape(-1)[at : at + got.size]
             yield compare(f"{instruction.graph} {operand.buffer}", got, want, tolerance)
+    # A decode may be given this memory next: it must not find the right values there.
+    for name, buffer in manifest.buffers.items():
+        if buffer.kind in ("temporary", "output"):
+            _spoil(session, program.buffer(name), buffer.dtype)
+
+
+def _spoil(session: Session, tensor: Any, dtype: str) -> None:
+    """Fill a tensor with NaN; bytes with 255, four of which are a NaN to whoever has them next."""
+    garbage = np.uint8(255) if dtype == "uint8" else np.float32(np.nan)
+    session.write(tensor, np.full(tuple(tensor.shape), garbage))
 
 
 def verify_decode(
