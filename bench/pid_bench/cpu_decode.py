@@ -122,7 +122,7 @@ def _benchmark(args: argparse.Namespace) -> int:
         f"latent {list(case.latent_shape)}, random weights",
         "repeats": args.repeats,
         "threads": args.threads,
-        "hardware": _cpu_name(),
+        "hardware": cpu_name(),
         "versions": {name: version(name) for name in ("torch", "onnxruntime", "numpy", "pid-trt")},
         "matmul_gflop_per_s": ceiling / 1e9,
         "rows": rows,
@@ -232,7 +232,7 @@ def _size(text: str) -> tuple[int, int]:
     return int(width), int(height)
 
 
-def _cpu_name() -> str:
+def cpu_name() -> str:
     """The processor, as the system calls it."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()

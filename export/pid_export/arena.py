@@ -1,5 +1,6 @@
 """Plans where each buffer lies in the arena, so that buffers never in use together share memory."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from pid_runtime.manifest import SECTIONS, Buffer, Copy, Instruction, Noise, Sizes
@@ -60,35 +61,74 @@ def lifetimes(
     return result
 
 
+@dataclass(frozen=True)
+class ArenaPlan:
+    """Where everything lies in one allocation; offsets and sizes in bytes."""
+
+    arena_bytes: int
+    offsets: dict[str, int]
+    """Of every buffer."""
+    scratch: dict[str, tuple[int, ...]]
+    """Of the scratch of every instruction, by section; 0 for an instruction without any."""
+
+
 def plan_arena(
-    buffers: dict[str, Buffer], sections: dict[str, tuple[Instruction, ...]], sizes: Sizes
-) -> tuple[dict[str, int], int]:
-    """Offsets in bytes of every buffer, and the arena's size, at the given sizes.
+    buffers: dict[str, Buffer],
+    sections: dict[str, tuple[Instruction, ...]],
+    sizes: Sizes,
+    scratch: Mapping[str, Sequence[int]] | None = None,
+) -> ArenaPlan:
+    """Plan the arena at the given sizes.
+
+    scratch: bytes that each instruction of a section works in besides its buffers; None for none.
 
     Greedy: buffers one by one, each at the lowest offset where nothing it lives together with
     lies. The order decides how well they fit, so several are tried.
     """
-    alive = lifetimes(buffers, sections)
-    length = {
-        name: -(-sizes.bytes(b.dtype, b.shape) // ALIGNMENT) * ALIGNMENT
-        for name, b in buffers.items()
+    alive: dict[_Key, Lifetime] = {**lifetimes(buffers, sections)}
+    length: dict[_Key, int] = {
+        name: _aligned(sizes.bytes(b.dtype, b.shape)) for name, b in buffers.items()
     }
-    by_size = sorted(alive, key=lambda n: (-length[n], alive[n].first, n))
+    position = 0
+    for section in SECTIONS:
+        for index in range(len(sections.get(section, ()))):
+            if scratch is not None and scratch[section][index] > 0:
+                alive[section, index] = Lifetime(position, position)
+                length[section, index] = _aligned(scratch[section][index])
+            position += 1
+    by_size = sorted(alive, key=lambda n: (-length[n], alive[n].first, str(n)))
     orders = (
         by_size,
         sorted(by_size, key=lambda n: alive[n].first),
         sorted(by_size, key=lambda n: alive[n].first - alive[n].last),
         sorted(by_size, key=lambda n: length[n] * (alive[n].first - alive[n].last - 1)),
     )
-    plans = [_place(order, alive, length) for order in orders]
-    return min(plans, key=lambda plan: plan[1])
+    offsets, arena_bytes = min(
+        (_place(order, alive, length) for order in orders), key=lambda plan: plan[1]
+    )
+    return ArenaPlan(
+        arena_bytes,
+        {name: offset for name, offset in offsets.items() if isinstance(name, str)},
+        {
+            section: tuple(offsets.get((section, index), 0) for index in range(len(instructions)))
+            for section, instructions in sections.items()
+        },
+    )
+
+
+_Key = str | tuple[str, int]
+"""A buffer, or the scratch of an instruction: its section and index there."""
+
+
+def _aligned(size: int) -> int:
+    return -(-size // ALIGNMENT) * ALIGNMENT
 
 
 def _place(
-    order: list[str], alive: dict[str, Lifetime], length: dict[str, int]
-) -> tuple[dict[str, int], int]:
+    order: list[_Key], alive: dict[_Key, Lifetime], length: dict[_Key, int]
+) -> tuple[dict[_Key, int], int]:
     """Offsets of buffers placed in this order, and the end of the last one."""
-    offsets: dict[str, int] = {}
+    offsets: dict[_Key, int] = {}
     for name in order:
         taken = sorted(
             (offsets[other], offsets[other] + length[other])

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from pid_export.arena import plan_arena
+from pid_export.contrib import contrib_graph
 from pid_export.errors import ExportInputError
 from pid_export.fold import fold_graph, fold_tables
-from pid_export.graphs import GraphExporter, Placed, check_graph
+from pid_export.graphs import OPSET, GraphExporter, Placed, check_graph
 from pid_export.output import check_space, new_folder
 from pid_export.program import ProgramSpec, build_program
 from pid_export.weights_file import Slot, WeightsWriter
@@ -133,14 +134,24 @@ def export_bundle(
         network = network_of(config)
         exporter = GraphExporter(dimensions_of(network), options.precision)
         files, graphs = {WEIGHTS_FILE: file}, dict[str, Graph]()
+
+        def write(name: str, content: bytes) -> str:
+            (folder / name).write_bytes(content)
+            files[name] = File(len(content), hashlib.sha256(content).hexdigest())
+            return name
+
         for done, (name, spec) in enumerate(program.graphs.items(), 1):
             content = exporter.export(name, spec, placed)
             check_graph(name, content, spec)
-            graph_file = f"{name}.onnx"
-            (folder / graph_file).write_bytes(content)
-            files[graph_file] = File(len(content), hashlib.sha256(content).hexdigest())
+            contrib = contrib_graph(name, spec, OPSET)
             graphs[name] = Graph(
-                graph_file, spec.stage, spec.options, spec.inputs, spec.outputs, *hashes[name]
+                write(f"{name}.onnx", content),
+                spec.stage,
+                spec.options,
+                spec.inputs,
+                spec.outputs,
+                *hashes[name],
+                contrib_file=write(f"{name}.contrib.onnx", contrib) if contrib else None,
             )
             progress(_WEIGHTS_SHARE + (1 - _WEIGHTS_SHARE) * done / len(program.graphs))
         manifest = Manifest(
@@ -251,8 +262,9 @@ def _buckets(
     per_latent = config.latent_down * config.scale // config.patch_size
     for name, tokens in options.buckets:
         sizes = sizes_for(network, per_latent, rows, tokens)
-        offsets, size = plan_arena(program.buffers, program.sections, sizes)
-        buckets[name] = Bucket(tokens, min(tokens, options.chunk_tokens), size, offsets)
+        plan = plan_arena(program.buffers, program.sections, sizes)
+        chunk = min(tokens, options.chunk_tokens)
+        buckets[name] = Bucket(tokens, chunk, plan.arena_bytes, plan.offsets)
     return buckets
 
 

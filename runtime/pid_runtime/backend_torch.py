@@ -1,6 +1,6 @@
 """The torch backend: the stages as modules, on any torch device."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -11,13 +11,16 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
 from pid_runtime.errors import PidRuntimeError
-from pid_runtime.manifest import WEIGHTS_FILE, Manifest
+from pid_runtime.manifest import WEIGHTS_FILE, Bucket, Manifest
 from pid_runtime.noise import standard_normal
+from pid_runtime.session import Call, in_order
 from pid_runtime.stages import DTYPES, Dimensions, build_stage
 
 
 class TorchSession:
     """Runs a bundle's stages in PyTorch. Weights go to the device when the session opens."""
+
+    whole_batches = True
 
     def __init__(
         self, bundle: Path, manifest: Manifest, device: str = "cpu", threads: int | None = None
@@ -39,6 +42,7 @@ class TorchSession:
             ) from None
         names = {field.name for field in fields(Dimensions)}
         network = Dimensions(**{k: v for k, v in manifest.network.items() if k in names})
+        self._manifest = manifest
         self._outputs = {name: tuple(graph.outputs) for name, graph in manifest.graphs.items()}
         self._inputs = {name: tuple(graph.inputs) for name, graph in manifest.graphs.items()}
         self._stages: dict[str, torch.nn.Module] = {}
@@ -56,6 +60,14 @@ class TorchSession:
                 f"expected the bundle's weights in {bundle / WEIGHTS_FILE}, but got: {reason}; "
                 "export or copy the bundle again"
             ) from error
+
+    def bucket_for(self, tokens: int) -> Bucket:
+        return self._manifest.bucket_for(tokens)[1]
+
+    def prepare(
+        self, calls: Iterable[tuple[str, Mapping[str, int]]], needed_bytes: int, batch: int
+    ) -> None:
+        pass  # modules run at any size
 
     def allocate(self, size_bytes: int) -> torch.Tensor:
         return torch.empty(size_bytes, dtype=torch.uint8, device=self.device)
@@ -90,7 +102,9 @@ class TorchSession:
     def fill_normal(self, tensor: torch.Tensor, seed: int, draw: int) -> None:
         self.write(tensor, standard_normal(seed, draw, tensor.numel()))
 
-    def bind(self, graph: str, tensors: Mapping[str, torch.Tensor]) -> Callable[[], None]:
+    def bind(
+        self, graph: str, tensors: Mapping[str, torch.Tensor], scratch: torch.Tensor | None
+    ) -> Call:
         stage = self._stages[graph]
         inputs = {name: tensors[name] for name in self._inputs[graph]}
         outputs = [tensors[name] for name in self._outputs[graph]]
@@ -103,6 +117,9 @@ class TorchSession:
                     target.copy_(result.view(target.shape))
 
         return call
+
+    def sequence(self, name: str, calls: Sequence[Call]) -> Call:
+        return in_order(calls)
 
     def close(self) -> None:
         self._stages.clear()

@@ -39,6 +39,7 @@ _log = logging.getLogger(__name__)
 _EXAMPLES = """examples:
   pid-decode flux-2k --latent latent.safetensors --caption caption.safetensors -o image.png
   pid-decode flux-2k --latents latents/ --captions captions/ --seed 7 --format webp -o images/
+  pid-decode flux-2k --latent latent.safetensors -o image.png --backend tensorrt
 
 files:
   A latent file has one tensor, or one named "latent": [C, h, w] or [B, C, h, w] in float32,
@@ -82,14 +83,15 @@ def _parser() -> argparse.ArgumentParser:
     add("--format", choices=FORMATS, help="of the images in a folder (png)")
     add("--sheet", type=Path, metavar="FILE", help="also write all images side by side")
     add("--overwrite", action="store_true", help="replace images that exist")
-    add("--backend", default=BACKENDS[0], help=f"{' or '.join(BACKENDS)} ({BACKENDS[0]})")
+    add("--backend", default=BACKENDS[0], help=f"{', '.join(BACKENDS)} ({BACKENDS[0]})")
     add(
         "--device",
         "--provider",
         metavar="NAME",
-        help="cpu, cuda:0, or an ONNX Runtime provider (cpu)",
+        help="cpu, cuda:0, or an ONNX Runtime provider (cpu; with tensorrt cuda:0)",
     )
     add("--threads", type=_threads, metavar="N", help="CPU threads (all)")
+    add("--no-cuda-graphs", action="store_true", help="tensorrt: do not record and replay steps")
     add("--no-verify", action="store_true", help="do not hash the bundle's files first")
     return parser
 
@@ -124,6 +126,7 @@ def _decode(arguments: Namespace) -> None:
             arguments.device,
             threads=arguments.threads,
             verify=not arguments.no_verify,
+            cuda_graphs=not arguments.no_cuda_graphs,
         )
         with decoder:
             _warn(decoder.manifest.model, jobs)
@@ -190,7 +193,7 @@ def _report(arguments: Namespace, jobs: Sequence[Job], seconds: Sequence[float])
     result = {
         "bundle": str(arguments.bundle),
         "backend": arguments.backend,
-        "device": arguments.device or "cpu",
+        "device": arguments.device or ("cuda:0" if arguments.backend == "tensorrt" else "cpu"),
         "images": images,
         "sheet": str(arguments.sheet) if arguments.sheet else None,
     }

@@ -9,14 +9,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pid_runtime.errors import PidRuntimeError
-from pid_runtime.interpreter import Program
+from pid_runtime.interpreter import Program, graph_calls
 from pid_runtime.manifest import Manifest, Noise, Sizes, read_constants, read_manifest
 from pid_runtime.request import Request, Rule, check_request, empty_caption
 from pid_runtime.session import Block, Session
 
 Progress = Callable[[int, int], None]
 
-BACKENDS = ("onnxruntime", "torch")
+HOST_BACKENDS = ("onnxruntime", "torch")
+"""Backends that run without a GPU too."""
+
+BACKENDS = (*HOST_BACKENDS, "tensorrt")
 
 
 class Decoder:
@@ -47,18 +50,32 @@ class Decoder:
         *,
         threads: int | None = None,
         verify: bool = True,
+        engines: str | None = None,
+        cuda_graphs: bool = True,
     ) -> "Decoder":
         """Open a bundle.
 
-        backend: "onnxruntime" or "torch". device: for onnxruntime a provider, "cpu" (default),
-        "cuda", "cuda:1" or a provider's full name; for torch a torch device. threads: CPU threads,
-        all when None; for torch of the whole process.
-        verify: check the SHA-256 of every file, not only its size.
+        backend: "onnxruntime", "torch" or "tensorrt". device: for onnxruntime a provider, "cpu"
+        (default), "cuda", "cuda:1" or a provider's full name; for torch a torch device; for
+        tensorrt a GPU, "cuda:0" (default). threads: CPU threads, all when None; for torch of the
+        whole process. verify: check the SHA-256 of every file, not only its size.
+        engines: for tensorrt, the engine set to run; None for the first that this GPU and the
+        libraries installed run, which the log names. cuda_graphs: for tensorrt, replay the steps
+        as CUDA graphs from the second decode in a shape on.
         Raises `PidRuntimeError` for a broken bundle or a backend that is not there.
         """
         path = Path(bundle)
         manifest = read_manifest(path, verify)
-        session = open_session(path, manifest, backend, device, threads=threads)
+        session = open_session(
+            path,
+            manifest,
+            backend,
+            device,
+            threads=threads,
+            verify=verify,
+            engines=engines,
+            cuda_graphs=cuda_graphs,
+        )
         return cls(manifest, session, read_constants(path, manifest))
 
     def __enter__(self) -> "Decoder":
@@ -168,11 +185,15 @@ class Decoder:
         """The program at these sizes: the one of the last decode if they have not changed."""
         if self._program is not None and self._program.sizes == sizes:
             return self._program
-        _, bucket = self.manifest.bucket_for(sizes.value("L"))
+        bucket = self._session.bucket_for(sizes.value("L"))
         needed = Program.arena_bytes(bucket, sizes)
         self._program = None
-        if self._block is None or needed > self._block_bytes:
+        fits = self._block is not None and needed <= self._block_bytes
+        if not fits:
             self._block = None  # give the old arena back before asking for the new one
+        calls = graph_calls(self.manifest, bucket, sizes)
+        self._session.prepare(calls, 0 if fits else needed, sizes.value("B"))
+        if not fits:
             try:
                 self._block, self._block_bytes = self._session.allocate(needed), needed
             except (MemoryError, RuntimeError) as error:
@@ -209,6 +230,9 @@ def open_session(
     device: str | None = None,
     *,
     threads: int | None = None,
+    verify: bool = True,
+    engines: str | None = None,
+    cuda_graphs: bool = True,
 ) -> Session:
     """A backend with a bundle's graphs loaded; arguments as of `Decoder.open`.
 
@@ -216,6 +240,10 @@ def open_session(
     """
     if threads is not None and threads < 1:
         raise PidRuntimeError(f"expected at least one thread, but got {threads}; leave it out")
+    if engines is not None and backend != "tensorrt":
+        raise PidRuntimeError(
+            f"expected the tensorrt backend to run engines {engines!r}, but got {backend!r}"
+        )
     if backend == "onnxruntime":
         from pid_runtime.backend_onnxruntime import OnnxRuntimeSession
 
@@ -232,6 +260,17 @@ def open_session(
                 "pip install 'pid-trt[torch]'"
             ) from None
         return TorchSession(bundle, manifest, device or "cpu", threads)
+    if backend == "tensorrt":
+        from pid_runtime.backend_tensorrt import TensorRtSession
+
+        return TensorRtSession(
+            bundle,
+            manifest,
+            device or "cuda:0",
+            engines,
+            cuda_graphs=cuda_graphs,
+            verify=verify,
+        )
     raise PidRuntimeError(
         f"expected a backend of {', '.join(BACKENDS)}, but got {backend!r}; choose one of these"
     )

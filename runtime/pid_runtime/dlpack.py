@@ -1,6 +1,7 @@
 """Raw memory as an object other libraries take without a copy (DLPack, v0.8 layout)."""
 
 import ctypes
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,6 +58,11 @@ class RawTensor:
     device: tuple[int, int]
     """DLPack device type and ordinal."""
     owner: Any
+
+    @property
+    def size_bytes(self) -> int:
+        """What it takes."""
+        return math.prod(self.shape) * _TYPES[self.dtype][1] // 8
 
     def __dlpack_device__(self) -> tuple[int, int]:
         return self.device

@@ -5,6 +5,7 @@ resolves every operand to a contiguous part of it, and turns each instruction in
 stands for; running is then a walk over those calls. The C++ runtime follows this module.
 """
 
+import functools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
@@ -15,7 +16,6 @@ from pid_runtime.manifest import (
     ITEM_BYTES,
     Bucket,
     Copy,
-    Instruction,
     Manifest,
     Noise,
     Operand,
@@ -23,10 +23,9 @@ from pid_runtime.manifest import (
     Run,
     Sizes,
 )
-from pid_runtime.session import Block, Session, Tensor
+from pid_runtime.manifest_check import patchify_run
+from pid_runtime.session import Block, Call, Session, Tensor
 from pid_runtime.tables import compute_table
-
-Call = Callable[[], None]
 
 NoiseSource = Callable[[Session, "Program", Noise, int], None]
 """Fills the target of a noise instruction with draw number k; see `Program.run_step`."""
@@ -50,8 +49,14 @@ class Program:
         """
         self.manifest, self.session, self.bucket, self.sizes = manifest, session, bucket, sizes
         self.block = block
+        # Nothing in here refers to the program: it, and its memory, go with the last reference.
         self._calls: dict[tuple[str, int, int], list[Call | Noise]] = {}
-        self._patchify: dict[Noise, list[Call]] = {}
+        self._patchify: dict[Noise, Call] = {}
+        self._scratch = {
+            id(instruction): bucket.scratch_offset(section, index)
+            for section, instructions in manifest.program.items()
+            for index, instruction in enumerate(instructions)
+        }
         for name, buffer in manifest.buffers.items():
             if buffer.kind == "table":
                 session.write(self.buffer(name), compute_table(buffer.source, sizes))
@@ -84,11 +89,7 @@ class Program:
         key = (section, row, step)
         if key not in self._calls:
             sizes = self.sizes.extended({}, row=row, step=step)
-            self._calls[key] = [
-                call
-                for instruction in self.manifest.program.get(section, ())
-                for call in self._bind(instruction, sizes)
-            ]
+            self._calls[key] = list(self._bind_section(section, sizes))
         for call in self._calls[key]:
             if not isinstance(call, Noise):
                 call()
@@ -99,14 +100,10 @@ class Program:
         """Fill a noise instruction's target from an image `[B, 3, H, W]` float32."""
         self.session.write(self.buffer(instruction.image), image)
         if instruction not in self._patchify:
-            run = Run(
-                instruction.graph,
-                {"image": Operand(instruction.image)},
-                {"tokens": Operand(instruction.target)},
-            )
-            self._patchify[instruction] = list(self.bind_run(run, self.sizes))
-        for call in self._patchify[instruction]:
-            call()
+            scratch = self._scratch[id(instruction)]
+            calls = list(self._bind_run(patchify_run(instruction), self.sizes, scratch))
+            self._patchify[instruction] = self.session.sequence("noise", calls)
+        self._patchify[instruction]()
 
     def fill_noise(self, instruction: Noise, seeds: Sequence[int], draw: int) -> None:
         """Fill a noise instruction's target with draw `draw`, each image from its own seed."""
@@ -120,27 +117,50 @@ class Program:
         operand = {**run.inputs, **run.outputs}[name]
         return self._slice(operand, port, sizes, sizes.extended(run.dims), 0, None, 0)
 
-    def _bind(self, instruction: Instruction, sizes: Sizes) -> Iterator[Call | Noise]:
-        if isinstance(instruction, Noise):
+    def _bind_section(self, section: str, sizes: Sizes) -> Iterator[Call | Noise]:
+        """A section's noise, and a sequence for all that runs between."""
+        calls: list[Call] = []
+        for instruction in self.manifest.program.get(section, ()):
+            if not isinstance(instruction, Noise):
+                calls += self._bind(instruction, sizes)
+                continue
+            if calls:
+                yield self.session.sequence(section, calls)
+            calls = []
             yield instruction
-        elif isinstance(instruction, Copy):
+        if calls:
+            yield self.session.sequence(section, calls)
+
+    def _bind(self, instruction: Run | Copy, sizes: Sizes) -> Iterator[Call]:
+        if isinstance(instruction, Copy):
             source, target = self.buffer(instruction.source), self.buffer(instruction.target)
-            yield lambda: self.session.copy(source, target)
+            yield functools.partial(self.session.copy, source, target)
         else:
             yield from self.bind_run(instruction, sizes)
 
     def bind_run(self, run: Run, sizes: Sizes) -> Iterator[Call]:
-        """One call per slice of the chunked axis, and per image where slices are not contiguous."""
+        """One call per slice of the chunked axis, and per image where slices are not contiguous.
+
+        Only the manifest's own instructions have planned scratch.
+        """
+        return self._bind_run(run, sizes, self._scratch.get(id(run)))
+
+    def _bind_run(self, run: Run, sizes: Sizes, scratch_offset: int | None) -> Iterator[Call]:
+        scratch: Tensor | None = None
+        if scratch_offset is not None:
+            begin = scratch_offset * sizes.value("B")
+            size = self.arena_bytes(self.bucket, sizes) - begin
+            scratch = self.session.tensor(self.block, begin, "uint8", (size,))
         local = sizes.extended(run.dims)
         graph = self.manifest.graphs[run.graph]
         ports = {**graph.inputs, **graph.outputs}
         operands = {**run.inputs, **run.outputs}
-        slices = [(0, 0)]
-        if run.chunk is not None:
-            slices = even_slices(local.value(run.chunk), self.bucket.chunk_tokens)
+        slices = slices_of(run, self.bucket, local)
         chunked = len(slices) > 1
-        whole = not chunked and all(
-            self._covers_batch(operands[name], port, local) for name, port in ports.items()
+        whole = (
+            self.session.whole_batches
+            and not chunked
+            and all(self._covers_batch(operands[name], port, local) for name, port in ports.items())
         )
         for image in [None] if whole else range(local.value("B")):
             for begin, end in slices:
@@ -155,7 +175,7 @@ class Program:
                     )
                     for name, port in ports.items()
                 }
-                yield self.session.bind(run.graph, tensors)
+                yield self.session.bind(run.graph, tensors, scratch)
 
     def _covers_batch(self, operand: Operand, port: Port, local: Sizes) -> bool:
         """Whether the batch elements of an operand lie next to each other."""
@@ -188,6 +208,29 @@ class Program:
         dtype = self.manifest.buffers[name].dtype
         offset = self.bucket.offsets[name] * self.sizes.value("B") + first * ITEM_BYTES[dtype]
         return self.session.tensor(self.block, offset, dtype, tuple(shape))
+
+
+def graph_calls(
+    manifest: Manifest, bucket: Bucket, sizes: Sizes
+) -> Iterator[tuple[str, Mapping[str, int]]]:
+    """Graph and sizes of every kind of call that a decode of one image of these sizes makes."""
+    for instruction in manifest.instructions():
+        if isinstance(instruction, Copy):
+            continue
+        run = patchify_run(instruction) if isinstance(instruction, Noise) else instruction
+        local = sizes.extended(run.dims, B=1)
+        for length in sorted({end - begin for begin, end in slices_of(run, bucket, local)}):
+            yield (
+                run.graph,
+                local.values if run.chunk is None else {**local.values, run.chunk: length},
+            )
+
+
+def slices_of(run: Run, bucket: Bucket, local: Sizes) -> list[tuple[int, int]]:
+    """How a run is cut along its chunked axis; one slice, not to be used, when it has none."""
+    if run.chunk is None:
+        return [(0, 0)]
+    return even_slices(local.value(run.chunk), bucket.chunk_tokens)
 
 
 def even_slices(count: int, largest: int) -> list[tuple[int, int]]:

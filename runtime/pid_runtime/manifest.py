@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from pid_runtime.errors import PidRuntimeError
 
 FORMAT = "pid-bundle"
-FORMAT_VERSION = (1, 0)
+FORMAT_VERSION = (1, 1)
 """Major and minor version; a reader takes any minor version of its own major version."""
 
 MANIFEST_FILE = "manifest.json"
@@ -59,6 +59,8 @@ class Graph:
     outputs: dict[str, Port]
     weights_bytes: int
     weights_sha256: str
+    contrib_file: str | None = None
+    """The same graph with ONNX Runtime's own operators; see docs/bundle-format.md."""
 
 
 @dataclass(frozen=True)
@@ -130,6 +132,10 @@ class Bucket:
     arena_bytes: int
     offsets: dict[str, int]
 
+    def scratch_offset(self, section: str, index: int) -> int | None:
+        """Where the scratch of an instruction lies in the arena; None if it is not planned."""
+        return None
+
 
 @dataclass(frozen=True)
 class Sampler:
@@ -200,6 +206,9 @@ class Manifest:
             name: [_encode(instruction) for instruction in section]
             for name, section in self.program.items()
         }
+        for graph in fields["graphs"].values():
+            if graph["contrib_file"] is None:
+                del graph["contrib_file"]
         return json.dumps({"format": FORMAT, "format_version": FORMAT_VERSION, **fields}, indent=1)
 
     @classmethod
@@ -211,14 +220,14 @@ class Manifest:
             raise PidRuntimeError(f"expected {MANIFEST_FILE} to be JSON, but got {error}") from None
         if not isinstance(raw, dict) or raw.get("format") != FORMAT:
             raise PidRuntimeError(f"expected a {FORMAT} manifest, but {MANIFEST_FILE} is none")
-        version = _read(tuple[int, ...], raw.get("format_version"), "format_version")
+        version = read_member(tuple[int, ...], raw.get("format_version"), "format_version")
         if len(version) != 2 or version[0] != FORMAT_VERSION[0]:
             raise PidRuntimeError(
                 f"expected bundle format {FORMAT_VERSION[0]}.x, but got version "
                 f"{'.'.join(map(str, version))}; "
                 "update pid-trt, or export the bundle again with this version"
             )
-        manifest: Manifest = _read(cls, raw, MANIFEST_FILE)
+        manifest: Manifest = read_member(cls, raw, MANIFEST_FILE)
         manifest.check()
         return manifest
 
@@ -394,21 +403,23 @@ _MEMBERS: dict[str, tuple[type[Any], dict[str, str]]] = {
 """By the member that tells instructions apart: its class, and fields by members of other names."""
 
 
-def _read(kind: Any, raw: Any, where: str) -> Any:
+def read_member(kind: Any, raw: Any, where: str) -> Any:
     """JSON as a value of the type `kind`, checked; without members this version does not know."""
     kinds = get_args(kind) if get_origin(kind) is UnionType else (kind,)
     if isinstance(raw, dict):
         if kind == dict[str, Any]:
             return raw
         if get_origin(kind) is dict:
-            return {_name(name, where): _read(get_args(kind)[1], raw[name], where) for name in raw}
+            return {
+                _name(name, where): read_member(get_args(kind)[1], raw[name], where) for name in raw
+            }
         if kind == Instruction:
             return _read_instruction(raw, where)
         if is_dataclass(kind):
             return _read_object(kind, raw, where)
     elif isinstance(raw, list):
         if get_origin(kind) is tuple:
-            return tuple(_read(get_args(kind)[0], item, where) for item in raw)
+            return tuple(read_member(get_args(kind)[0], item, where) for item in raw)
     elif isinstance(raw, str):
         if str in kinds:
             return raw
@@ -417,6 +428,9 @@ def _read(kind: Any, raw: Any, where: str) -> Any:
     elif raw is None:
         if type(None) in kinds:
             return None
+    elif isinstance(raw, bool):
+        if bool in kinds:
+            return raw
     elif type(raw) is int and int in kinds:
         if 0 <= raw <= LARGEST_INTEGER:
             return raw
@@ -427,6 +441,7 @@ def _read(kind: Any, raw: Any, where: str) -> Any:
 
 
 _DESCRIPTIONS: dict[Any, str] = {
+    bool: "true or false",
     int: "an integer of at least 0",
     float: "a number",
     str: "a string",
@@ -441,7 +456,9 @@ def _read_object(kind: Any, raw: dict[str, Any], where: str) -> Any:
     types = _types(kind)
     for each in fields(kind):
         if each.name in raw:
-            values[each.name] = _read(types[each.name], raw[each.name], f"{where}, {each.name}")
+            values[each.name] = read_member(
+                types[each.name], raw[each.name], f"{where}, {each.name}"
+            )
         elif each.default is MISSING and each.default_factory is MISSING:
             raise PidRuntimeError(f"expected a member {each.name!r} in {where}, but it is absent")
     return kind(**values)

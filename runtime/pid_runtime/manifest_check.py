@@ -87,7 +87,7 @@ def check_manifest(manifest: Manifest) -> None:
             _check_instruction(manifest, section, instruction)
     _require(bool(manifest.buckets), "a bucket", "none")
     for name, bucket in manifest.buckets.items():
-        _check_bucket(manifest, name, bucket)
+        check_bucket(manifest, name, bucket)
 
 
 def _check_files(manifest: Manifest) -> None:
@@ -99,8 +99,11 @@ def _check_files(manifest: Manifest) -> None:
     for name, sha256 in hashes.items():
         good = re.fullmatch(r"[0-9a-f]{64}", sha256) is not None
         _require(good, f"a SHA-256 in hexadecimal for {name}", sha256)
-    for name in (WEIGHTS_FILE, *(graph.file for graph in manifest.graphs.values())):
-        _named(manifest.files, name, "file")
+    _named(manifest.files, WEIGHTS_FILE, "file")
+    for graph in manifest.graphs.values():
+        _named(manifest.files, graph.file, "file")
+        if graph.contrib_file is not None:
+            _named(manifest.files, graph.contrib_file, "file")
 
 
 def _check_network(manifest: Manifest) -> None:
@@ -266,7 +269,11 @@ def patchify_run(noise: Noise) -> Run:
     return Run(noise.graph, inputs, outputs)
 
 
-def _check_bucket(manifest: Manifest, name: str, bucket: Bucket) -> None:
+def check_bucket(manifest: Manifest, name: str, bucket: Bucket, scratch_bytes: int = 0) -> None:
+    """Raise `PidRuntimeError` when a bucket's plan does not hold the manifest's buffers.
+
+    scratch_bytes: what the arena has room for besides.
+    """
     what = f"bucket {name!r}"
     least = manifest.tokens_per_latent**2
     _require(
@@ -294,6 +301,7 @@ def _check_bucket(manifest: Manifest, name: str, bucket: Bucket) -> None:
         inside = offset % ALIGNMENT == 0 and offset + size <= bucket.arena_bytes
         _require(inside, f"buffer {buffer_name!r} aligned in the arena of {what}", offset)
         total += -(-size // ALIGNMENT) * ALIGNMENT
+    total += scratch_bytes
     _require(bucket.arena_bytes <= total, f"an arena of {what} of {total} bytes or less", "more")
     for instructions in manifest.program.values():
         for instruction in instructions:

@@ -26,8 +26,7 @@ def rope_2d(sizes: Sizes, head_dim: int, reference: float, extent: float, theta:
 
     def axis(count: int) -> Table:
         scaled = theta * (count / reference) ** (a / (a - 2))
-        exponents = np.arange(0, head_dim, 4, dtype=np.float32) / np.float32(head_dim)
-        frequencies = np.float32(1) / np.power(np.float32(scaled), exponents)
+        frequencies = _frequencies(scaled, np.arange(0, head_dim, 4), head_dim)
         return np.outer(np.linspace(0, extent, count, dtype=np.float32), frequencies)
 
     width, height = sizes.value("Ws"), sizes.value("Hs")
@@ -39,9 +38,19 @@ def rope_2d(sizes: Sizes, head_dim: int, reference: float, extent: float, theta:
 
 def rope_1d(sizes: Sizes, head_dim: int, theta: float) -> Table:
     """Angles of the text's rotary embedding, float32 `[T, head_dim / 2]`."""
-    exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
-    frequencies = np.float32(1) / np.power(np.float32(theta), exponents)
+    frequencies = _frequencies(theta, np.arange(0, head_dim, 2), head_dim)
     return np.outer(np.arange(sizes.value("T"), dtype=np.float32), frequencies)
+
+
+def _frequencies(theta: float, numbers: NDArray[np.int64], head_dim: int) -> Table:
+    """theta^(-number / head_dim), rounded to float32 at every step, each step exact before it.
+
+    Where float32 functions of a library are off by a bit, two readers would differ: deep networks
+    make that ten thousand times larger.
+    """
+    exponents = (numbers.astype(np.float32) / np.float32(head_dim)).astype(np.float64)
+    powers = np.power(np.float64(np.float32(theta)), exponents).astype(np.float32)
+    return np.float32(1) / powers
 
 
 def pixel_axis(sizes: Sizes, axis: str, size: int, patch_size: int, theta: float) -> Table:
@@ -62,11 +71,16 @@ def pixel_axis(sizes: Sizes, axis: str, size: int, patch_size: int, theta: float
 
 
 def _cosine(angles: Callable[..., Table]) -> Callable[..., Table]:
-    return lambda *args, **options: np.cos(angles(*args, **options))
+    return lambda *args, **options: _rounded(np.cos, angles(*args, **options))
 
 
 def _sine(angles: Callable[..., Table]) -> Callable[..., Table]:
-    return lambda *args, **options: np.sin(angles(*args, **options))
+    return lambda *args, **options: _rounded(np.sin, angles(*args, **options))
+
+
+def _rounded(function: Callable[[Any], Any], angles: Table) -> Table:
+    """A function's value, rounded to float32 once; see `_frequencies`."""
+    return function(angles.astype(np.float64)).astype(np.float32)
 
 
 TABLES: dict[str, Callable[..., Table]] = {

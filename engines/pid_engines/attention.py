@@ -1,0 +1,75 @@
+"""Attention as TensorRT's compiler fuses it without moving anything.
+
+The bundle's attention graph takes a batch, `[B, Q, heads * head_dim]`. With a batch axis the
+compiler copies q, k, v and the result into layouts of its own, four times the sequence in scratch.
+Without one, on `[Q, heads, head_dim]`, its fused kernel reads the buffers where they lie, and one
+copy is left, of the result. Engines are built for one image, so the batch axis is reshaped away.
+"""
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper, numpy_helper
+
+from pid_runtime.manifest import Graph
+
+OPSET = 22
+"""As in the bundle's graphs."""
+
+_TYPES = {
+    "float32": TensorProto.FLOAT,
+    "float16": TensorProto.FLOAT16,
+    "bfloat16": TensorProto.BFLOAT16,
+}
+
+
+def attention_graph(graph: Graph, *, bf16_island: bool = False) -> bytes:
+    """The ONNX file of an attention graph of a bundle, for one image.
+
+    Ports are the graph's with B = 1. bf16_island: attend in bfloat16 within a graph of another
+    type, where float16 would overflow.
+    """
+    heads = graph.options["heads"]
+    port = graph.inputs["q"]
+    width = int(port.shape[-1])
+    nodes = [
+        helper.make_node("Reshape", [name, "split"], [f"{name}_heads"], name=f"{name}_heads")
+        for name in ("q", "k", "v")
+    ]
+    seen = "heads"
+    if bf16_island:
+        seen = "bf16"
+        for name in ("q", "k", "v"):
+            half, brain = [f"{name}_heads"], [f"{name}_bf16"]
+            nodes.append(helper.make_node("Cast", half, brain, brain[0], to=TensorProto.BFLOAT16))
+    nodes += [
+        helper.make_node("Transpose", [f"q_{seen}"], ["q_t"], name="q_t", perm=[1, 0, 2]),
+        helper.make_node("Transpose", [f"k_{seen}"], ["k_t"], name="k_t", perm=[1, 2, 0]),
+        helper.make_node("Transpose", [f"v_{seen}"], ["v_t"], name="v_t", perm=[1, 0, 2]),
+        helper.make_node("MatMul", ["q_t", "k_t"], ["scores"], name="scores"),
+        helper.make_node("Softmax", ["scores"], ["weights"], name="weights", axis=-1),
+        helper.make_node("MatMul", ["weights", "v_t"], ["mean_t"], name="mean_t"),
+        helper.make_node("Transpose", ["mean_t"], ["mean"], name="mean", perm=[1, 0, 2]),
+    ]
+    if bf16_island:
+        nodes.append(helper.make_node("Cast", ["mean"], ["out"], name="out", to=_TYPES[port.dtype]))
+    result = "out" if bf16_island else "mean"
+    nodes.append(helper.make_node("Reshape", [result, "join"], ["attended"], name="attended"))
+    shapes = {"split": [-1, heads, width // heads], "join": [1, -1, width]}
+    model = helper.make_model(
+        helper.make_graph(
+            nodes,
+            "attention",
+            [_value(name, _TYPES[p.dtype], p.shape) for name, p in graph.inputs.items()],
+            [_value(name, _TYPES[p.dtype], p.shape) for name, p in graph.outputs.items()],
+            [numpy_helper.from_array(np.array(s, np.int64), n) for n, s in shapes.items()],
+        ),
+        ir_version=10,
+        producer_name="pid-trt",
+        opset_imports=[helper.make_opsetid("", OPSET)],
+    )
+    return model.SerializeToString(deterministic=True)
+
+
+def _value(name: str, kind: int, shape: tuple[int | str, ...]) -> onnx.ValueInfoProto:
+    one_image = [1 if size == "B" else size for size in shape]
+    return helper.make_tensor_value_info(name, kind, one_image)

@@ -1,0 +1,9 @@
+"""What the engine builder raises when its input or a build, not its code, is at fault."""
+
+
+class BuildInputError(ValueError):
+    """Bad input to a build: one line saying what was expected, what came, and how to fix it."""
+
+
+class BuildError(RuntimeError):
+    """An engine could not be built, or is not what it must be: one line, with the log's path."""

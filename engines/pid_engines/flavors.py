@@ -1,0 +1,136 @@
+"""The two libraries that build engines: TensorRT, and TensorRT for RTX."""
+
+import importlib
+from dataclasses import dataclass
+from typing import Any
+
+from pid_engines.errors import BuildInputError
+from pid_runtime.cuda_device import CudaDevice
+from pid_runtime.errors import PidRuntimeError
+
+
+@dataclass(frozen=True)
+class Flavor:
+    """A library, and where it differs from the other one. All else is the same in both."""
+
+    name: str
+    """What `--flavor` and the manifest call it."""
+    title: str
+    """What people call it."""
+    module: str
+    """The Python module: builder, ONNX parser and runtime."""
+    extra: str
+    """The extra of pid-trt that installs it."""
+    targets: tuple[str, ...]
+    """GPU architectures it builds for without having one; none when it builds where it runs."""
+    default_targets: tuple[str, ...]
+    builder_flags: tuple[tuple[str, str], ...]
+    """Flags of the manifest that are always set, each with its name in `BuilderFlag`."""
+    timing_cache: bool
+    """Whether it times kernels on the GPU, one build at a time, and caches what it measured."""
+
+
+FLAVORS = {
+    flavor.name: flavor
+    for flavor in (
+        Flavor(
+            "rtx",
+            "TensorRT for RTX",
+            "tensorrt_rtx",
+            "tensorrt-rtx",
+            ("sm75", "sm80", "sm86", "sm89", "sm120", "sm121"),
+            ("sm86", "sm89", "sm120"),
+            # CUDA graphs can only be captured of engines that allocate nothing themselves.
+            (("user_allocation", "REQUIRE_USER_ALLOCATION"),),
+            timing_cache=False,
+        ),
+        Flavor("enterprise", "TensorRT", "tensorrt", "tensorrt", (), (), (), timing_cache=True),
+    )
+}
+"""By name; `--flavor auto` takes the first that is installed."""
+
+FIRST_WITH_BF16 = 80
+"""Oldest architecture with bfloat16 arithmetic, as the number in its name."""
+
+
+def architecture(target: str) -> int:
+    """The number of a target: 86 for sm86."""
+    return int(target.removeprefix("sm"))
+
+
+def load_library(flavor: Flavor) -> Any:
+    """The library's module. Raises `ImportError` or `OSError` when it is not installed."""
+    return importlib.import_module(flavor.module)
+
+
+def library_version(flavor: Flavor) -> str | None:
+    """The library's version, or None when it is not installed."""
+    try:
+        return str(load_library(flavor).__version__)
+    except (ImportError, OSError):
+        return None
+
+
+def find_flavor(name: str) -> tuple[Flavor, str]:
+    """The library of that name, or with "auto" the first one installed, and its version.
+
+    Raises `BuildInputError` for an unknown name and when it is not installed.
+    """
+    if name != "auto" and name not in FLAVORS:
+        known = ", ".join((*FLAVORS, "auto"))
+        raise BuildInputError(f"expected --flavor to be one of {known}, but got {name!r}")
+    wanted = [flavor for flavor in FLAVORS.values() if name in (flavor.name, "auto")]
+    for flavor in wanted:
+        version = library_version(flavor)
+        if version is not None:
+            return flavor, version
+    titles = " or ".join(flavor.title for flavor in wanted)
+    commands = " or ".join(f"pip install 'pid-trt[{flavor.extra}]'" for flavor in wanted)
+    raise BuildInputError(
+        f"expected {titles} to be installed, but cannot import "
+        f"{' or '.join(flavor.module for flavor in wanted)}; {commands}"
+    )
+
+
+def gpu_target() -> str:
+    """The architecture of this machine's first GPU. Raises `BuildInputError` if there is none."""
+    try:
+        return CudaDevice(0).target
+    except PidRuntimeError as error:
+        reason = str(error).partition(";")[0]
+        raise BuildInputError(
+            f"{reason}; run pid-build where the GPU is, or name GPU architectures, which "
+            "TensorRT for RTX needs none for: --flavor rtx --target sm89"
+        ) from None
+
+
+def parse_targets(text: str | None, flavor: Flavor) -> tuple[str, ...]:
+    """Read "sm86,sm89", "current" or None for the flavour's own choice; oldest first.
+
+    Raises `BuildInputError` for what the flavour does not build for.
+    """
+    if text is None:
+        return flavor.default_targets or (gpu_target(),)
+    names = {part.strip() for part in text.split(",")}
+    if names == {"current"}:
+        names = {gpu_target()}
+    elif not flavor.targets:
+        here = gpu_target()
+        if names != {here}:
+            raise BuildInputError(
+                f"expected --target current, as {flavor.title} builds for the GPU that is there "
+                f"({here}), but got {text!r}; run pid-build on the other GPU, or take --flavor rtx"
+            )
+    for name in sorted(names):
+        if flavor.targets and name not in flavor.targets:
+            raise BuildInputError(
+                f"expected targets of {', '.join(flavor.targets)} or current, which "
+                f"{flavor.title} builds for, but got {name!r}{_hint(name)}"
+            )
+    return tuple(sorted(names, key=architecture))
+
+
+def _hint(name: str) -> str:
+    if name in ("sm90", "sm100", "sm103"):
+        return "; data-centre GPUs newer than Ampere need --flavor enterprise"
+    return "; as in --target sm86,sm89"

@@ -1,0 +1,231 @@
+"""Builds one engine in a process of its own, so that a crash of the builder is only its own.
+
+    python -m pid_engines.worker REQUEST.json
+
+Parser and builder write what they have to say to stderr. On stdout are lines of JSON for the
+process that started this one: {"progress": 0.5} as often as there is some, and then either
+{"result": {...}}, see `Result`, or {"error": "one line"}.
+"""
+
+import hashlib
+import json
+import os
+import resource
+import signal
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from pid_engines.errors import BuildError
+from pid_engines.flavors import FLAVORS, Flavor, load_library
+from pid_engines.gates import port_difference
+from pid_engines.profiles import shape_ranges
+from pid_runtime.manifest import Graph, read_member
+
+Report = Callable[[Mapping[str, Any]], None]
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to build."""
+
+    flavor: str
+    targets: tuple[str, ...]
+    """GPU architectures; of a flavour that only builds for the GPU it runs on, that one."""
+    flags: dict[str, Any]
+    """As in the manifest: opt_level, workspace_bytes and the flavour's own."""
+    onnx: str
+    """Path of the graph; its weights are beside it."""
+    graph: Graph
+    """As the manifest describes it."""
+    profiles: tuple[dict[str, tuple[int, ...]], ...]
+    engine: str
+    """Path of the new file."""
+    timing_cache: str
+    """Path of the file to read and write measurements in; empty for none."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """What was built."""
+
+    bytes: int
+    sha256: str
+    seconds: float
+    peak_rss_bytes: int
+    """Most host memory of this process."""
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Build what the request file says; returns the exit code."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C: the parent decides, and kills us
+    channel = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)  # what a library prints must not come between our lines
+
+    def report(message: Mapping[str, Any]) -> None:
+        channel.write(json.dumps(message) + "\n")
+        channel.flush()
+
+    request: Request = read_member(
+        Request, json.loads(Path(arguments[0]).read_text("utf-8")), "request"
+    )
+    try:
+        result = build(request, report)
+    except BuildError as error:
+        report({"error": str(error)})
+        return 1
+    report({"result": asdict(result)})
+    return 0
+
+
+def build(request: Request, report: Report) -> Result:
+    """Build an engine. Raises `BuildError` when the library does not."""
+    begin = time.monotonic()
+    flavor = FLAVORS[request.flavor]
+    trt = load_library(flavor)
+    errors: list[str] = []
+    builder = trt.Builder(_logger(trt, errors))
+    network = builder.create_network(_network_flags(trt))
+    _parse(trt, builder, network, request)
+    difference = port_difference(request.graph, _ports(network))
+    if difference is not None:
+        raise BuildError(difference)
+    config = builder.create_builder_config()
+    _configure(trt, flavor, config, request)
+    for profile in request.profiles:
+        _add_profile(builder, config, request.graph, profile)
+    config.progress_monitor = _monitor(trt, report)
+    plan = builder.build_serialized_network(network, config)
+    if plan is None:
+        raise BuildError(errors[-1] if errors else "the builder gave no engine and no reason")
+    if request.timing_cache:
+        _write_whole(Path(request.timing_cache), config.get_timing_cache().serialize())
+    digest = _write_whole(Path(request.engine), plan)
+    peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return Result(plan.nbytes, digest, round(time.monotonic() - begin, 3), peak)
+
+
+def _network_flags(trt: Any) -> int:
+    """Strongly typed: precisions are those of the graph. Newer libraries know nothing else."""
+    flag = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
+    return 0 if flag is None else 1 << int(flag)
+
+
+def _parse(trt: Any, builder: Any, network: Any, request: Request) -> None:
+    parser = trt.OnnxParser(network, builder.logger)
+    if not parser.parse_from_file(request.onnx):
+        found = [parser.get_error(index) for index in range(parser.num_errors)]
+        said = "; ".join(
+            " ".join(f"{error.node_operator()} {error.node_name()}: {error.desc()}".split())
+            for error in found
+        )
+        raise BuildError(f"cannot parse {request.onnx}: {said}")
+
+
+def _configure(trt: Any, flavor: Flavor, config: Any, request: Request) -> None:
+    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # the log then lists the kernels
+    config.builder_optimization_level = request.flags["opt_level"]
+    if request.flags["workspace_bytes"]:
+        config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, request.flags["workspace_bytes"])
+    for name, flag in flavor.builder_flags:
+        if request.flags.get(name):
+            config.set_flag(getattr(trt.BuilderFlag, flag))
+    if flavor.targets:
+        config.num_compute_capabilities = len(request.targets)
+        for index, target in enumerate(request.targets):
+            config.set_compute_capability(getattr(trt.ComputeCapability, target.upper()), index)
+    if request.timing_cache:
+        path = Path(request.timing_cache)
+        known = path.read_bytes() if path.exists() else b""
+        config.set_timing_cache(config.create_timing_cache(known), False)
+
+
+def _add_profile(
+    builder: Any, config: Any, graph: Graph, sizes: Mapping[str, Sequence[int]]
+) -> None:
+    dynamic = {
+        name: port.shape
+        for name, port in graph.inputs.items()
+        if any(isinstance(size, str) for size in port.shape)
+    }
+    if not dynamic:
+        return
+    profile = builder.create_optimization_profile()
+    for name, shape in dynamic.items():
+        profile.set_shape(name, *shape_ranges(shape, sizes))
+    config.add_optimization_profile(profile)
+
+
+def _ports(network: Any) -> dict[str, dict[str, tuple[str, list[int]]]]:
+    """Names, dtypes and shapes of a network's inputs and outputs."""
+    inputs = [network.get_input(index) for index in range(network.num_inputs)]
+    outputs = [network.get_output(index) for index in range(network.num_outputs)]
+    return {
+        kind: {
+            each.name: (_DTYPES.get(each.dtype.name, str(each.dtype.name)), list(each.shape))
+            for each in tensors
+        }
+        for kind, tensors in (("inputs", inputs), ("outputs", outputs))
+    }
+
+
+_DTYPES = {"FLOAT": "float32", "HALF": "float16", "BF16": "bfloat16", "UINT8": "uint8"}
+"""The manifest's names of dtypes."""
+
+
+def _logger(trt: Any, errors: list[str]) -> Any:
+    """A logger that writes to stderr, and keeps errors as one line each."""
+
+    class Logger(trt.ILogger):  # pyright: ignore[reportUntypedBaseClass]
+        def __init__(self) -> None:
+            trt.ILogger.__init__(self)
+
+        def log(self, severity: Any, message: str) -> None:
+            sys.stderr.write(f"[{severity.name}] {message}\n")
+            if severity.name in ("ERROR", "INTERNAL_ERROR"):
+                errors.append(" ".join(message.split()))
+
+    return Logger()
+
+
+def _monitor(trt: Any, report: Report) -> Any:
+    """A progress monitor that reports the outermost phase as a fraction."""
+
+    class Monitor(trt.IProgressMonitor):  # pyright: ignore[reportUntypedBaseClass]
+        def __init__(self) -> None:
+            trt.IProgressMonitor.__init__(self)
+            self.steps: dict[str, int] = {}
+
+        def phase_start(self, name: str, parent: str | None, steps: int) -> None:
+            if not parent:
+                self.steps[name] = steps
+
+        def phase_finish(self, name: str) -> None:
+            self.steps.pop(name, None)
+
+        def step_complete(self, name: str, step: int) -> bool:
+            if name in self.steps:
+                try:
+                    report({"progress": (step + 1) / max(1, self.steps[name])})
+                except OSError:  # whoever wanted the engine is gone
+                    return False
+            return True
+
+    return Monitor()
+
+
+def _write_whole(path: Path, content: Any) -> str:
+    """Write a file that appears whole or not at all; its SHA-256."""
+    view = memoryview(content)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    with partial.open("wb") as file:
+        file.write(view)
+    partial.replace(path)
+    return hashlib.sha256(view).hexdigest()
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,53 @@
+"""Graphs with ONNX Runtime's own operators, beside those of the ONNX standard.
+
+Written with standard operators, ONNX Runtime keeps the whole table of attention weights in memory,
+`heads * Q * S` values. Its own operator has flash kernels, on the CPU and on CUDA.
+"""
+
+import onnx
+from onnx import TensorProto, helper
+
+from pid_export.program import GraphSpec
+from pid_runtime.manifest import Port
+
+DOMAIN = "com.microsoft"
+
+_TYPES = {
+    "float32": TensorProto.FLOAT,
+    "float16": TensorProto.FLOAT16,
+    "bfloat16": TensorProto.BFLOAT16,
+}
+
+
+def contrib_graph(name: str, spec: GraphSpec, opset: int) -> bytes | None:
+    """The ONNX file of an attention graph (`pid_runtime.stages.Attention`); None for others.
+
+    `com.microsoft.MultiHeadAttention`, as ONNX Runtime's ContribOperators.md describes it: q, k and
+    v `[B, sequence, heads * head_dim]`; scale 1, as queries come scaled.
+    """
+    if spec.stage != "attention":
+        return None
+    attention = helper.make_node(
+        "MultiHeadAttention",
+        ["q", "k", "v"],
+        ["attended"],
+        name="attention",
+        domain=DOMAIN,
+        num_heads=spec.options["heads"],
+        scale=1.0,
+    )
+    graph = helper.make_graph([attention], name, _values(spec.inputs), _values(spec.outputs))
+    model = helper.make_model(
+        graph,
+        ir_version=10,
+        producer_name="pid-trt",
+        opset_imports=[helper.make_opsetid("", opset), helper.make_opsetid(DOMAIN, 1)],
+    )
+    return model.SerializeToString(deterministic=True)
+
+
+def _values(ports: dict[str, Port]) -> list[onnx.ValueInfoProto]:
+    return [
+        helper.make_tensor_value_info(name, _TYPES[port.dtype], port.shape)
+        for name, port in ports.items()
+    ]
