@@ -151,9 +151,45 @@ def some_in_use(program: tuple[Buffers, Sections]) -> bool:
 @given(program=programs().filter(some_in_use))
 def test_nothing_needed_is_overwritten(program: tuple[Buffers, Sections]) -> None:
     buffers, sections = program
-    offsets, arena = plan_arena(buffers, sections, SIZES)
-    check_plan(buffers, sections, offsets, arena, SIZES)
-    play(buffers, sections, offsets, SIZES)
+    plan = plan_arena(buffers, sections, SIZES)
+    check_plan(buffers, sections, plan.offsets, plan.arena_bytes, SIZES)
+    play(buffers, sections, plan.offsets, SIZES)
+
+
+@settings(max_examples=300, deadline=None)
+@given(program=programs().filter(some_in_use), data=st.data())
+def test_scratch_lies_where_nothing_is_in_use(
+    program: tuple[Buffers, Sections], data: st.DataObject
+) -> None:
+    buffers, sections = program
+    scratch = {
+        name: [data.draw(st.integers(0, 3000)) for _ in section]
+        for name, section in sections.items()
+    }
+    plan = plan_arena(buffers, sections, SIZES, scratch)
+    play(buffers, sections, plan.offsets, SIZES)
+    alive, size = lifetimes(buffers, sections), sizes_of(buffers, SIZES)
+    positions = [(name, at) for name in SECTIONS for at in range(len(sections[name]))]
+    for position, (section, at) in enumerate(positions):
+        begin = plan.scratch[section][at]
+        end = begin + scratch[section][at]
+        assert end <= plan.arena_bytes and begin % ALIGNMENT == 0
+        for name, life in alive.items():
+            if end > begin and life.overlaps(Lifetime(position, position)):
+                apart = end <= plan.offsets[name]
+                assert apart or plan.offsets[name] + size[name] <= begin
+
+
+def test_scratch_takes_the_place_of_what_is_not_in_use() -> None:
+    buffers = {name: Buffer("uint8", (1024,), "temporary") for name in "abc"}
+    sections: Sections = {
+        "prologue": (run([], ["a"]),),
+        "step": (run(["a"], ["b", "c"]), run(["b", "c"], ["a"])),
+    }
+    without = plan_arena(buffers, sections, SIZES)
+    plan = plan_arena(buffers, sections, SIZES, {"prologue": [2048], "step": [0, 1]})
+    assert without.arena_bytes == 3072 and plan.arena_bytes == 3072 + ALIGNMENT
+    assert plan.scratch["step"] == (0, 3072)
 
 
 def check_plan(
@@ -193,7 +229,8 @@ def test_what_steps_carry_lasts_through_all_of_them() -> None:
     assert all(alive[name].last == 6 for name in "abe")
     assert alive["e"].first == 2
     assert (alive["c"].first, alive["c"].last) == (2, 3)
-    offsets, arena = plan_arena(buffers, sections, SIZES)
+    plan = plan_arena(buffers, sections, SIZES)
+    offsets, arena = plan.offsets, plan.arena_bytes
     assert len({offsets[name] for name in "abe"}) == 3
     assert arena == 5 * 1024
     play(buffers, sections, offsets, SIZES)
@@ -202,7 +239,8 @@ def test_what_steps_carry_lasts_through_all_of_them() -> None:
 def test_buffers_in_use_one_after_the_other_share_memory() -> None:
     buffers = {name: Buffer("uint8", (1000,), "temporary") for name in "abcd"}
     sections: Sections = {"step": (run([], ["a"]), run(["a"], ["b"]), run(["b"], ["c"]))}
-    offsets, arena = plan_arena(buffers, sections, SIZES)
+    plan = plan_arena(buffers, sections, SIZES)
+    offsets, arena = plan.offsets, plan.arena_bytes
     assert offsets["a"] == offsets["c"] != offsets["b"]
     assert arena == 2048 and "d" not in offsets
 
@@ -223,7 +261,8 @@ def plan_bucket(
 ) -> tuple[dict[str, int], int, Sizes]:
     per_latent = config.latent_down * config.scale // config.patch_size
     sizes = sizes_for(network_of(config), per_latent, rows, tokens)
-    return *plan_arena(program.buffers, program.sections, sizes), sizes
+    plan = plan_arena(program.buffers, program.sections, sizes)
+    return plan.offsets, plan.arena_bytes, sizes
 
 
 @pytest.mark.parametrize("arbitrary", [False, True])

@@ -506,7 +506,7 @@ def test_sigma_beside_the_latent_that_does_not_fit(work: Work) -> None:
         (["--rule", "euler"], "argument --rule: invalid choice"),
         (["--latents", "."], "not allowed with"),
         (["--format", "png"], "expected --format with --latents"),
-        (["--backend", "tensorflow"], "expected a backend of onnxruntime, torch, but got "),
+        (["--backend", "tensorflow"], "expected a backend of onnxruntime, torch, tensorrt, but "),
         (["--provider", "abacus"], "CPUExecutionProvider"),
         (["--device", "cuda:first"], "expected a device such as cuda:0, but got 'cuda:first'"),
         (["--backend", "torch", "--device", "abacus"], "expected a device torch can use"),

@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from safetensors.numpy import load_file
 
-from pid_runtime.decoder import BACKENDS, Decoder
+from pid_runtime.decoder import HOST_BACKENDS, Decoder
 from pid_runtime.errors import PidRuntimeError
 from pid_runtime.images import to_uint8
 from pid_runtime.manifest import read_manifest
@@ -53,7 +53,7 @@ def eager(golden_bundle: Path) -> Iterator[Decoder]:
         yield decoder
 
 
-@pytest.fixture(params=BACKENDS)
+@pytest.fixture(params=HOST_BACKENDS)
 def pid(request: pytest.FixtureRequest, ort: Decoder, eager: Decoder) -> Decoder:
     return ort if request.param == "onnxruntime" else eager
 
@@ -130,7 +130,7 @@ def test_memory_is_reused_for_shapes_that_fit(golden_bundle: Path) -> None:
         assert pid._block is not block
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", HOST_BACKENDS)
 @pytest.mark.parametrize("batch", [1, 3])
 def test_chunks_do_not_change_the_image(
     chunked_bundle: Path, ort: Decoder, eager: Decoder, backend: str, batch: int
@@ -250,7 +250,7 @@ def test_a_nan_of_an_earlier_decode_leaves_no_trace(pid: Decoder) -> None:
     assert np.isfinite(pid.decode(LATENT, CAPTION, steps=1)).all()
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", HOST_BACKENDS)
 def test_any_times(free_bundle: Path, ort: Decoder, backend: str) -> None:
     with Decoder.open(free_bundle, backend, threads=1, verify=False) as free:
         for steps in (1, 2, 4):
@@ -335,7 +335,10 @@ def test_no_state_before_a_decode(golden_bundle: Path) -> None:
 @pytest.mark.parametrize(
     ("message", "arguments"),
     [
-        ("backend of onnxruntime, torch, but got 'tensorflow'", {"backend": "tensorflow"}),
+        (
+            "backend of onnxruntime, torch, tensorrt, but got 'tensorflow'",
+            {"backend": "tensorflow"},
+        ),
         ("providers .*CPUExecutionProvider.* but got 'abacus'", {"device": "abacus"}),
         ("device such as cuda:0, but got 'cpu:x'", {"device": "cpu:x"}),
         ("device such as cuda:0, but got 'cpu:'", {"device": "cpu:"}),
@@ -373,7 +376,7 @@ def truncate(file: Path) -> None:
     file.write_bytes(file.read_bytes()[:-1])
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", HOST_BACKENDS)
 @pytest.mark.parametrize("name", ["weights.safetensors", "latent.onnx"])
 @pytest.mark.parametrize(
     ("harm", "message"),
@@ -396,7 +399,7 @@ def test_unread_weights_that_are_none(edit_bundle: Callable[..., Path]) -> None:
     bundle = edit_bundle()
     weights = bundle / "weights.safetensors"
     weights.write_bytes(bytes(weights.stat().st_size))
-    for backend in BACKENDS:
+    for backend in HOST_BACKENDS:
         with pytest.raises(PidRuntimeError, match=r"weights|load") as caught:
             Decoder.open(bundle, backend, threads=1, verify=False)
         assert "\n" not in str(caught.value)

@@ -1,0 +1,146 @@
+"""ONNX Runtime's own copies, providers that are plug-ins, and contrib files: without a GPU."""
+
+import json
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+
+from pid_runtime import backend_onnxruntime
+from pid_runtime.backend_onnxruntime import (
+    CONTRIB_PROVIDERS,
+    PROVIDERS,
+    OnnxRuntimeSession,
+    find_provider,
+)
+from pid_runtime.decoder import Decoder
+from pid_runtime.errors import PidRuntimeError
+from pid_runtime.manifest import (
+    MANIFEST_FILE,
+    Manifest,
+    file_sha256,
+    read_constants,
+    read_manifest,
+)
+
+EditBundle = Callable[..., Path]
+Floats = NDArray[np.float32]
+CLOSE = 1e-4
+CHANNELS, TEXT, DIM = 16, 12, 32
+
+
+def normal(*shape: int, seed: int = 0) -> Floats:
+    return np.random.default_rng(seed).standard_normal(shape, np.float32)
+
+
+def device_session(bundle: Path) -> OnnxRuntimeSession:
+    """A session that treats the host's memory as a GPU's: ONNX Runtime makes every copy."""
+    session = OnnxRuntimeSession(bundle, read_manifest(bundle, verify=False))
+    session._on_host = False
+    return session
+
+
+def test_decodes_in_memory_only_onnx_runtime_copies(golden_bundle: Path) -> None:
+    manifest = read_manifest(golden_bundle)
+    inputs: dict[str, Any] = {"latent": normal(2, CHANNELS, 2, 3), "seed": 5}
+    with Decoder.open(golden_bundle) as decoder:
+        expected = decoder.decode(**inputs)
+    constants = read_constants(golden_bundle, manifest)
+    with Decoder(manifest, device_session(golden_bundle), constants) as decoder:
+        for _ in range(2):
+            np.testing.assert_allclose(decoder.decode(**inputs), expected, rtol=0, atol=CLOSE)
+        image = decoder.decode(**inputs, dlpack=True)
+        np.testing.assert_allclose(np.from_dlpack(image), expected, rtol=0, atol=CLOSE)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_values_are_converted_to_the_tensors_dtype(golden_bundle: Path, dtype: str) -> None:
+    session = device_session(golden_bundle)
+    values = np.append(normal(1000) * 1e3, np.array([0, -0.0, np.inf, np.nan], np.float32))
+    tensor = session.tensor(session.allocate(8192), 256, dtype, (2, 502))
+    session.write(tensor, values.reshape(2, 502))
+    read = session.read(tensor).astype(np.float32)
+    want = torch.from_numpy(values).to(getattr(torch, dtype)).float().numpy()
+    np.testing.assert_array_equal(read.reshape(-1), want)
+    session.fill_zero(tensor)
+    assert not session.read(tensor).any()
+
+
+def test_contrib_files_are_for_the_cpu_and_cuda(edit_bundle: EditBundle) -> None:
+    bundle = edit_bundle()
+    file = bundle / "image.1.contrib.onnx"
+    shutil.copy(bundle / "image.1.onnx", file)
+    fields = json.loads((bundle / MANIFEST_FILE).read_text())
+    fields["graphs"]["image.1"]["contrib_file"] = file.name
+    fields["files"][file.name] = {"bytes": file.stat().st_size, "sha256": file_sha256(file)}
+    manifest = Manifest.from_json(json.dumps(fields))
+    assert manifest.graphs["image.1"].contrib_file == file.name
+    assert Manifest.from_json(manifest.to_json()) == manifest
+    assert '"contrib_file": null' not in manifest.to_json()
+    OnnxRuntimeSession(bundle, manifest).close()
+    file.write_bytes(b"no graph")
+    with pytest.raises(PidRuntimeError, match=r"cannot load image\.1\.contrib\.onnx: "):
+        OnnxRuntimeSession(bundle, manifest)
+    assert set(CONTRIB_PROVIDERS) == {PROVIDERS["cpu"], PROVIDERS["cuda"]}
+
+
+# providers that are plug-ins
+
+
+@pytest.fixture
+def _unregistered() -> None:
+    backend_onnxruntime._register_plugin.cache_clear()
+
+
+@pytest.mark.usefixtures("_unregistered")
+def test_a_plugin_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "onnxruntime_ep_nv_tensorrt_rtx", None)
+    with pytest.raises(PidRuntimeError) as caught:
+        find_provider("nvtensorrtrtx")
+    assert str(caught.value) == (
+        "expected the package of NvTensorRTRTXExecutionProvider, but it is not installed; "
+        "pip install onnxruntime-ep-nv-tensorrt-rtx"
+    )
+
+
+@pytest.mark.usefixtures("_unregistered")
+def test_a_plugin_that_does_not_load(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    library = tmp_path / "libnothing.so"
+    plugin = SimpleNamespace(get_library_path=lambda: str(library))
+    monkeypatch.setitem(sys.modules, "onnxruntime_ep_nv_tensorrt_rtx", plugin)
+    with pytest.raises(PidRuntimeError, match=r"to load into ONNX Runtime .*libnothing") as caught:
+        find_provider("NvTensorRTRTXExecutionProvider")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_plugin_s_device_is_what_sessions_get(
+    golden_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The CPU's provider stands in for the plug-in: it too can be chosen by device."""
+    name = PROVIDERS["nvtensorrtrtx"]
+    registered: list[tuple[str, str]] = []
+    plugin = SimpleNamespace(get_library_path=lambda: "plugin.so")
+    monkeypatch.setitem(sys.modules, "onnxruntime_ep_nv_tensorrt_rtx", plugin)
+    ort = backend_onnxruntime.ort
+    monkeypatch.setattr(
+        ort, "register_execution_provider_library", lambda *call: registered.append(call)
+    )
+    manifest = read_manifest(golden_bundle, verify=False)
+    backend_onnxruntime._register_plugin.cache_clear()
+    with pytest.raises(PidRuntimeError, match=f"expected GPU 0 for {name}, but it finds 0; it"):
+        OnnxRuntimeSession(golden_bundle, manifest, "nvtensorrtrtx")
+    assert registered == [(name, "plugin.so")]
+    (cpu,) = [each for each in ort.get_ep_devices() if each.ep_name == PROVIDERS["cpu"]]
+    monkeypatch.setattr(backend_onnxruntime, "_plugin_device", lambda provider, number: cpu)
+    session = OnnxRuntimeSession(golden_bundle, manifest, "nvtensorrtrtx")
+    assert (session._device, session._device_name) == ((2, 0), "cuda")
+    assert session._graphs["image.0"].get_providers() == [PROVIDERS["cpu"]]
+    assert len(registered) == 1, "a library is registered once in a process"
+    backend_onnxruntime._register_plugin.cache_clear()

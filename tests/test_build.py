@@ -1,0 +1,852 @@
+"""`pid-build` with TensorRT for RTX, which builds without a GPU."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+from filelock import FileLock
+
+from pid_engines import build, flavors
+from pid_engines.attention import attention_graph
+from pid_engines.build import BuildOptions, Task, build_engines, plan_tasks
+from pid_engines.cli import main
+from pid_engines.errors import BuildError, BuildInputError
+from pid_engines.flavors import FLAVORS, find_flavor, parse_targets
+from pid_engines.gates import (
+    Attention,
+    Report,
+    find_attentions,
+    overflows,
+    port_difference,
+    read_report,
+)
+from pid_export.arena import Lifetime, lifetimes
+from pid_runtime.engines import check_engine_set, engine_folder, read_engine_sets
+from pid_runtime.errors import PidRuntimeError
+from pid_runtime.manifest import (
+    SECTIONS,
+    Copy,
+    Graph,
+    Manifest,
+    Port,
+    file_sha256,
+    read_manifest,
+    sizes_for,
+)
+
+pytest.importorskip(
+    "tensorrt_rtx", reason="needs TensorRT for RTX: pip install 'pid-trt[tensorrt-rtx]'"
+)
+
+RunCommand = Callable[..., tuple[int, str, str]]
+Refusal = Callable[..., str]
+
+ARGUMENTS = ("--buckets", "tiny", "--target", "sm89")
+"""One bucket and one target: the least there is to build."""
+
+
+class Built(NamedTuple):
+    """A bundle with engines, and what the command that built them printed."""
+
+    bundle: Path
+    result: dict[str, Any]
+
+    @property
+    def folder(self) -> Path:
+        return engine_folder(self.bundle, self.result["engines"])
+
+
+@pytest.fixture(scope="module")
+def built_once(bf16_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Built:
+    """The bundle with engines for `ARGUMENTS`: not to be changed."""
+    bundle = tmp_path_factory.mktemp("built") / "bundle"
+    shutil.copytree(bf16_bundle, bundle)
+    run = subprocess.run(
+        [*COMMAND, str(bundle), *ARGUMENTS, "--json"], capture_output=True, text=True, check=False
+    )
+    assert run.returncode == 0, run.stderr
+    return Built(bundle, json.loads(run.stdout))
+
+
+COMMAND = (
+    sys.executable,
+    "-c",
+    "import sys; from pid_engines.cli import main; sys.exit(main(sys.argv[1:]))",
+)
+
+
+@pytest.fixture
+def built(built_once: Built, tmp_path: Path) -> Built:
+    """A copy of it to be changed."""
+    shutil.copytree(built_once.bundle, tmp_path / "bundle")
+    return Built(tmp_path / "bundle", built_once.result)
+
+
+@pytest.fixture
+def copy(bf16_bundle: Path, tmp_path: Path) -> Path:
+    """A bundle without engines, to be changed."""
+    shutil.copytree(bf16_bundle, tmp_path / "bundle")
+    return tmp_path / "bundle"
+
+
+@pytest.fixture
+def options() -> BuildOptions:
+    flavor, version = find_flavor("rtx")
+    return BuildOptions(flavor, version, ("sm89",), ("tiny",))
+
+
+def edit_manifest(bundle: Path, edit: Callable[[dict[str, Any]], object]) -> None:
+    path = bundle / "manifest.json"
+    fields = json.loads(path.read_text())
+    edit(fields)
+    path.write_text(json.dumps(fields))
+
+
+def edit_graph(bundle: Path, graph: str, edit: Callable[[onnx.ModelProto], object]) -> None:
+    """Change a graph's ONNX file, and its hash in the manifest."""
+    path = bundle / f"{graph}.onnx"
+    model = onnx.load(path, load_external_data=False)
+    edit(model)
+    path.write_bytes(model.SerializeToString())
+    file = {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
+    edit_manifest(bundle, lambda fields: fields["files"].update({path.name: file}))
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    """The files of a bundle, but for logs and the lock, which stay behind."""
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.suffix != ".log" and path.name != ".lock"
+    }
+
+
+# What is built
+
+
+def test_result_and_manifest_say_the_same(built_once: Built) -> None:
+    bundle, result = built_once
+    manifest = read_manifest(bundle)
+    name = result["engines"]
+    assert name == f"rtx-{result['version']}-sm89"
+    engines = read_engine_sets(manifest)[name]
+    check_engine_set(bundle, manifest, name, engines)
+    assert set(engines.graphs) == set(manifest.graphs)
+    assert (engines.flavor, engines.targets) == ("rtx", ("sm89",))
+    tiny = engines.buckets["tiny"]
+    scratch = [size for each in engines.graphs.values() for e in each for size in e.scratch_bytes]
+    weights = [e.weights_bytes for each in engines.graphs.values() for e in each]
+    assert tiny.scratch_bytes == max(scratch) and tiny.weights_bytes == sum(weights)
+    assert tiny.buffers_bytes == manifest.buckets["tiny"].arena_bytes
+    assert tiny.buffers_bytes <= tiny.arena_bytes <= tiny.buffers_bytes + tiny.scratch_bytes
+    peak = tiny.weights_bytes + tiny.arena_bytes
+    assert tiny.peak_device_bytes == peak and result["peak_device_bytes"] == {"tiny": peak}
+    joint, pixel = manifest.network["patch_depth"], manifest.network["pixel_depth"]
+    assert result["attentions_fused"] == [joint + pixel, joint + pixel]
+    assert 0 < result["seconds"] < 600 and result["peak_rss_bytes"] > 1e8
+    stages = {stage["file"]: stage for stage in result["stages"]}
+    for each in engines.graphs.values():
+        for engine in each:
+            stage = stages.pop(engine.file)
+            assert stage["weights_bytes"] == engine.weights_bytes and not stage["reused"]
+            assert stage["scratch_bytes"] == {"tiny": max(engine.scratch_bytes)}
+            assert stage["seconds"] == engine.seconds > 0
+    assert stages == {}
+
+
+def test_weights_of_engines_are_those_of_the_graphs(built_once: Built) -> None:
+    manifest = read_manifest(built_once.bundle)
+    for graph, engines in read_engine_sets(manifest)[built_once.result["engines"]].graphs.items():
+        want = manifest.graphs[graph].weights_bytes
+        assert sum(engine.weights_bytes for engine in engines) >= want
+
+
+def test_files_of_a_build(built_once: Built) -> None:
+    names = {stage["file"] for stage in built_once.result["stages"]}
+    assert {path.name for path in built_once.folder.iterdir()} == {*names, "logs"}
+    logs = {path.stem for path in (built_once.folder / "logs").iterdir()}
+    assert logs == {Path(name).stem for name in names}
+    own = set(tree(built_once.bundle)) - {
+        str((built_once.folder / name).relative_to(built_once.bundle)) for name in names
+    }
+    assert own == {*read_manifest(built_once.bundle).files, "manifest.json"}
+
+
+def test_engines_have_the_ports_of_the_manifest(built_once: Built) -> None:
+    """As the builder lists them when an engine is done."""
+    manifest = read_manifest(built_once.bundle)
+    engines = read_engine_sets(manifest)[built_once.result["engines"]].graphs
+    dtypes = {"Float": "float32", "BFloat16": "bfloat16", "UInt8": "uint8"}
+    for name, graph in manifest.graphs.items():
+        (engine,) = engines[name]
+        log = (built_once.folder / "logs" / engine.file).with_suffix(".log").read_text()
+        listed = log.partition("I/O Tensors:")[2].splitlines()
+        found = {line.split(",")[0].split()[1]: line for line in listed if "IOMode:" in line}
+        ports = {**graph.inputs, **graph.outputs}
+        assert set(found) == set(ports)
+        # A profile may be as narrow as one size: the smallest bands of the latent are.
+        narrow = any(sizes[0] == sizes[2] for each in engine.profiles for sizes in each.values())
+        for port_name, port in ports.items():
+            fields = dict(part.split(": ", 1) for part in found[port_name].strip().split(", "))
+            assert dtypes[fields["DataType"]] == port.dtype
+            for got, want in zip(json.loads(fields["Dimensions"]), port.shape, strict=True):
+                if isinstance(want, int) or want == "B":
+                    assert got == (1 if want == "B" else want)
+                else:
+                    assert got == -1 or narrow
+
+
+def test_a_table_for_people(built: Built, run_command: RunCommand) -> None:
+    code, out, err = run_command(main, built.bundle, *ARGUMENTS, "--quiet")
+    assert (code, err) == (0, "")
+    assert "attention.tiny" in out and "1 of 1" in out and "arena of both" in out
+    last = out.splitlines()[-1]
+    count = len(built.result["stages"])
+    assert f"{count} engines" in last and f"{count} were there already" in last
+
+
+def test_attention_is_that_of_the_bundle(golden_bundle: Path) -> None:
+    """The graph that engines are built from computes the same as the one it stands for."""
+    graph = read_manifest(golden_bundle).graphs["attention"]
+    rng = np.random.default_rng(0)
+    width = int(graph.inputs["q"].shape[-1])
+    feed = {
+        name: rng.standard_normal((1, rows, width), np.float32)
+        for name, rows in (("q", 7), ("k", 19), ("v", 19))
+    }
+    want, got = (
+        np.asarray(
+            ort.InferenceSession(source, providers=["CPUExecutionProvider"]).run(None, feed)[0]
+        )
+        for source in (golden_bundle / graph.file, attention_graph(graph))
+    )
+    assert want.shape == got.shape and np.abs(want - got).max() <= 1e-5
+
+
+def test_several_targets_and_a_graph_without_sizes(free_bundle: Path, tmp_path: Path) -> None:
+    """The network of free timesteps has a graph without any symbol; it needs no profile."""
+    manifest = read_manifest(free_bundle)
+    graph = manifest.graphs["timestep"]
+    plan = build.EnginePlan("timestep", "timestep", ({},), (frozenset({"tiny"}),))
+    task = Task(plan, "", (), False, None)
+    flavor, version = find_flavor("rtx")
+    several = BuildOptions(flavor, version, ("sm86", "sm89", "sm120"))
+    report, result = build_alone(free_bundle, manifest, several, task, tmp_path)
+    assert report.weights_bytes >= graph.weights_bytes and len(report.scratch_bytes) == 1
+    assert (tmp_path / "timestep.engine").stat().st_size == result.bytes
+
+
+def build_alone(
+    bundle: Path, manifest: Manifest, options: BuildOptions, task: Task, folder: Path
+) -> tuple[Report, build.Result]:
+    """Build one engine into a folder."""
+    logs = engine_folder(bundle, options.set_name) / "logs"
+    existed = (bundle / "engines").exists()
+    logs.mkdir(parents=True, exist_ok=True)
+    try:
+        done: list[float] = []
+        results = build._build_all(bundle, manifest, options, [task], folder, done.append)
+    finally:
+        if not existed:
+            shutil.rmtree(bundle / "engines")
+    assert sum(done) == pytest.approx(1)
+    return results[task.file]
+
+
+# The gates
+
+
+def half_manifest(bundle: Path, tokens: int) -> Manifest:
+    """The bundle as if it were in float16, with a bucket `huge` of so many tokens."""
+    manifest = read_manifest(bundle)
+
+    def half(ports: dict[str, Port]) -> dict[str, Port]:
+        return {
+            name: replace(port, dtype=port.dtype.replace("bfloat16", "float16"))
+            for name, port in ports.items()
+        }
+
+    graphs = {
+        name: replace(graph, inputs=half(graph.inputs), outputs=half(graph.outputs))
+        for name, graph in manifest.graphs.items()
+    }
+    huge = replace(manifest.buckets["tiny"], max_tokens=tokens)
+    return replace(manifest, precision="fp16", graphs=graphs, buckets={"huge": huge})
+
+
+def test_half_precision_has_a_bf16_island_where_it_overflows(
+    bf16_bundle: Path, options: BuildOptions, tmp_path: Path
+) -> None:
+    text = read_manifest(bf16_bundle).network["text_max_length"]
+    options = replace(options, buckets=("huge",))
+    for keys, island in ((65_504, False), (65_505, True)):
+        manifest = half_manifest(bf16_bundle, keys - text)
+        tasks = {task.plan.graph: task for task in plan_tasks(bf16_bundle, manifest, options)}
+        islands = {name for name, task in tasks.items() if task.bf16_island}
+        assert islands == ({"attention"} if island else set())
+        report, _ = build_alone(bf16_bundle, manifest, options, tasks["attention"], tmp_path)
+        assert report.attentions_fused == 1
+        log = engine_log(tasks["attention"], bf16_bundle, manifest, options, tmp_path)
+        kernel = next(line for line in log.splitlines() if line.startswith("Name: _gemm_mha"))
+        assert ("Datatype: BFloat16" in kernel) == island
+        assert ("Datatype: Half" in kernel) != island
+
+
+def engine_log(
+    task: Task, bundle: Path, manifest: Manifest, options: BuildOptions, folder: Path
+) -> str:
+    """What the builder says while it builds an engine."""
+    request = build.request_of(bundle, manifest, options, task, folder)
+    path = folder / "request.json"
+    path.write_text(json.dumps(asdict(request)))
+    command = [sys.executable, "-m", "pid_engines.worker", str(path)]
+    run = subprocess.run(command, capture_output=True, text=True, check=True)
+    return run.stderr
+
+
+def test_an_island_needs_bfloat16(bf16_bundle: Path, options: BuildOptions) -> None:
+    manifest = half_manifest(bf16_bundle, 66_000)
+    old = replace(options, targets=("sm75", "sm89"), buckets=("huge",))
+    with pytest.raises(BuildInputError, match=r"at most 65504 keys .* sm75 has none"):
+        plan_tasks(bf16_bundle, manifest, old)
+    assert plan_tasks(bf16_bundle, half_manifest(bf16_bundle, 60_000), old)
+
+
+def test_keys_are_counted() -> None:
+    assert not overflows([{"Q": (1, 9, 9), "S": (1, 65_504, 65_504)}, {}])
+    assert overflows([{"S": (1, 9, 9)}, {"Q": (1, 9, 9), "S": (1, 9, 65_505)}])
+
+
+def test_attention_in_float32_is_not_fused(
+    built: Built, options: BuildOptions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A real build that must fail: attention in float32 is a product, a softmax and a product."""
+
+    def in_float32(graph: Graph, *, bf16_island: bool = False) -> bytes:
+        model = onnx.load_from_string(attention_graph(graph, bf16_island=True))
+        for node in model.graph.node:
+            for attribute in node.attribute:
+                if node.op_type == "Cast" and node.name != "out":
+                    attribute.i = onnx.TensorProto.FLOAT
+        return model.SerializeToString()
+
+    monkeypatch.setattr(build, "attention_graph", in_float32)
+    forget(built, "attention")
+    before = tree(built.bundle)
+    with pytest.raises(BuildError, match=r"fuse every attention of .* fused 0 of 1; see .*\.log"):
+        build_engines(built.bundle, options)
+    assert tree(built.bundle) == before
+    done = build_engines(built.bundle, replace(options, allow_unfused=True))
+    tiny = done.engines.buckets["tiny"]
+    assert tiny.attentions_fused < tiny.attentions
+    with pytest.raises(BuildError, match="fuse every attention"):  # not even if it is there already
+        build_engines(built.bundle, options)
+
+
+def forget(built: Built, graph: str) -> None:
+    """Make the manifest forget a graph's engines, so that these are built again."""
+    edit_manifest(
+        built.bundle, lambda raw: raw["engines"][built.result["engines"]]["graphs"].pop(graph)
+    )
+
+
+LINE = "Name: {}, LayerType: kgen, Inputs: [], TacticName: {}_0x1, StreamId: 0, Metadata: {}\n"
+ONE = "[ONNX Layer: a][ONNX Layer: s][ONNX Layer: b]"
+MEMORY = "[INFO] Total Activation Memory: 5 bytes\n" * 2 + "[INFO] Total Weights Memory: 7 bytes\n"
+
+
+@pytest.mark.parametrize(
+    ("log", "fused"),
+    [
+        (LINE.format("_gemm_mha_v2_myl0_1", "_gemm_mha_v2", ONE) * 2, 1),
+        (LINE.format("_gemm_mha_v2_myl0_1", "_gemm_mha_v2", ONE), 0),  # in one profile of two
+        (LINE.format("gemm_1", "__myelin_CASK_STUB", ONE) * 2, 0),
+        (LINE.format("_gemm_mha_v2_myl0_1", "_gemm_mha_v2", "[ONNX Layer: s]") * 2, 0),
+        (LINE.format("_gemm_mha_v2_myl0_1", "_gemm_mha_v2", ONE.replace("s", "t")) * 2, 0),
+        (
+            LINE.format("_gemm_mha_v2_myl0_1", "_gemm_mha_v2", ONE) * 2
+            + LINE.format("softmax_2", "__myl_Max", "[ONNX Layer: s]"),
+            0,
+        ),
+        ("", 0),
+    ],
+)
+def test_fused_attention_is_read_from_the_log(log: str, fused: int) -> None:
+    report = read_report(MEMORY + log, [Attention("s", ("a", "b"))], profiles=2)
+    assert report == Report(7, (5, 5), fused)
+
+
+@pytest.mark.parametrize("log", ["", MEMORY * 2, MEMORY.replace("Weights", "Other")])
+def test_a_log_without_the_memory_is_refused(log: str) -> None:
+    assert "expected the builder to report the memory of 2 profiles" in str(read_report(log, [], 2))
+
+
+def test_attentions_are_found(bf16_bundle: Path) -> None:
+    found = {
+        path.stem: len(find_attentions(onnx.load(path, load_external_data=False)))
+        for path in bf16_bundle.glob("*.onnx")
+        if "contrib" not in path.name
+    }
+    assert {name for name, count in found.items() if count} == {"attention", "pixel_attention"}
+    assert set(found.values()) == {0, 1}
+
+
+def fix_length(model: onnx.ModelProto) -> None:
+    for value in (*model.graph.input, *model.graph.output):
+        value.type.tensor_type.shape.dim[1].dim_value = 12
+
+
+def rename_input(model: onnx.ModelProto) -> None:
+    model.graph.input[0].name = "text"
+    for node in model.graph.node:
+        node.input[:] = ["text" if name == "caption" else name for name in node.input]
+
+
+@pytest.mark.parametrize(
+    ("edit", "part"),
+    [
+        (fix_length, "expected caption as float32 [B, T, 32], but got float32 [-1, 12, 32]"),
+        (rename_input, "expected inputs caption, but got text"),
+    ],
+)
+def test_other_ports_than_the_manifests(
+    built: Built, options: BuildOptions, edit: Callable[[onnx.ModelProto], None], part: str
+) -> None:
+    edit_graph(built.bundle, "caption", edit)
+    before = tree(built.bundle)
+    with pytest.raises(BuildError) as error:
+        build_engines(built.bundle, options)
+    assert part in str(error.value) and "caption.log" in str(error.value)
+    assert tree(built.bundle) == before
+
+
+def test_ports_are_compared() -> None:
+    shape = ("B", "L", 8)
+    graph = Graph(
+        "a.onnx", "", {}, {"x": Port("bfloat16", shape)}, {"y": Port("float32", shape)}, 0, ""
+    )
+    same: dict[str, Any] = {
+        "inputs": {"x": ("bfloat16", [-1, -1, 8])},
+        "outputs": {"y": ("float32", [1, -1, 8])},
+    }
+    assert port_difference(graph, same) is None
+    for kind, ports in (
+        ("inputs", {"x": ("float16", [-1, -1, 8])}),
+        ("inputs", {"x": ("bfloat16", [-1, 64, 8])}),
+        ("inputs", {"x": ("bfloat16", [-1, -1, -1])}),
+        ("inputs", {"x": ("bfloat16", [-1, -1])}),
+        ("inputs", {"x": ("bfloat16", [2, -1, 8])}),
+        ("inputs", {}),
+        ("outputs", {"z": ("float32", [1, -1, 8])}),
+        ("outputs", {**same["outputs"], "more": ("float32", [1])}),
+    ):
+        assert port_difference(graph, {**same, kind: ports}) is not None, ports
+
+
+# What is there already
+
+
+def test_nothing_is_built_twice(built: Built, run_command: RunCommand) -> None:
+    before = tree(built.bundle)
+    code, out, _ = run_command(main, built.bundle, *ARGUMENTS, "--json")
+    result = json.loads(out)
+    assert code == 0 and all(stage["reused"] for stage in result["stages"])
+    assert tree(built.bundle) == before
+    for same in ("peak_device_bytes", "attentions_fused", "buckets", "engines"):
+        assert result[same] == built.result[same]
+
+
+def test_altered_engines_are_built_again(built: Built, options: BuildOptions) -> None:
+    altered, missing = built.folder / "patchify.tiny.engine", built.folder / "attention.tiny.engine"
+    content = altered.read_bytes()
+    altered.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    missing.unlink()
+    (built.folder / "other.engine").write_bytes(b"of an earlier build")
+    done = build_engines(built.bundle, options)
+    assert set(done.plans) - done.reused == {altered.name, missing.name}
+    assert not (built.folder / "other.engine").exists()
+    manifest = read_manifest(built.bundle)
+    check_engine_set(built.bundle, manifest, done.set_name, done.engines)
+
+
+def test_force(built: Built, options: BuildOptions, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+
+    def plan(*arguments: Any) -> list[Task]:
+        return [task for task in real(*arguments) if task.plan.graph == "patchify"]
+
+    real = plan_tasks
+    monkeypatch.setattr(build, "plan_tasks", plan)
+    monkeypatch.setattr(build, "with_engine_sets", lambda manifest, _: manifest)
+    monkeypatch.setattr(build, "_remove_others", lambda folder, names: asked.extend(names))
+    assert build_engines(built.bundle, options).reused == {"patchify.tiny.engine"}
+    assert build_engines(built.bundle, replace(options, force=True)).reused == set()
+    assert asked == ["patchify.tiny"] * 2
+
+
+def test_unreadable_engines_are_an_error_unless_forced(built: Built, options: BuildOptions) -> None:
+    manifest = read_manifest(built.bundle)
+    broken = replace(manifest, engines={"old": {"flavor": "rtx", "targets": "all"}})
+    with pytest.raises(PidRuntimeError, match="old"):
+        build._without_unreadable_sets(broken, force=False)
+    assert build._without_unreadable_sets(broken, force=True).engines == {}
+    assert build._without_unreadable_sets(manifest, force=True) is manifest
+
+
+def other_graph(manifest: Manifest) -> Manifest:
+    file = replace(manifest.files["image.1.onnx"], sha256="0" * 64)
+    return replace(manifest, files={**manifest.files, "image.1.onnx": file})
+
+
+def other_weights(manifest: Manifest) -> Manifest:
+    graph = replace(manifest.graphs["image.1"], weights_sha256="0" * 64)
+    return replace(manifest, graphs={**manifest.graphs, "image.1": graph})
+
+
+def other_chunk(manifest: Manifest) -> Manifest:
+    bucket = replace(manifest.buckets["tiny"], chunk_tokens=32)
+    return replace(manifest, buckets={**manifest.buckets, "tiny": bucket})
+
+
+@pytest.mark.parametrize(
+    ("edit", "change", "stale"),
+    [
+        (None, {}, 0),
+        (other_graph, {}, 1),
+        (other_weights, {}, 1),
+        (other_chunk, {}, None),
+        (lambda manifest: replace(manifest, precision="fp16"), {}, 99),
+        (None, {"version": "1.7.1.117"}, 99),
+        (None, {"targets": ("sm86",)}, 99),
+        (None, {"targets": ("sm86", "sm89")}, 99),
+        (None, {"buckets": ("small",)}, 99),
+        (None, {"opt_level": 4}, 99),
+        (None, {"workspace_bytes": 1 << 30}, 99),
+        (None, {"flavor": FLAVORS["enterprise"]}, 99),
+    ],
+)
+def test_keys_cover_all_an_engine_is_built_from(
+    bf16_bundle: Path,
+    options: BuildOptions,
+    edit: Callable[[Manifest], Manifest] | None,
+    change: dict[str, Any],
+    stale: int | None,
+) -> None:
+    manifest = read_manifest(bf16_bundle, verify=False)
+    before = [task.key for task in plan_tasks(bf16_bundle, manifest, options)]
+    edited = edit(manifest) if edit else manifest
+    after = [task.key for task in plan_tasks(bf16_bundle, edited, replace(options, **change))]
+    different = sum(a != b for a, b in zip(before, after, strict=True))
+    if change.get("buckets"):  # engines for the text do not depend on the bucket
+        assert different == len(before) - sum(
+            name.startswith(("text", "caption")) for name in manifest.graphs
+        )
+    elif stale is None:
+        assert different == sum(
+            task.plan.profiles == ({"L": (1, 32, 32)},)
+            for task in plan_tasks(bf16_bundle, edited, options)
+        )
+    else:
+        assert different == (len(before) if stale == 99 else stale)
+
+
+def test_other_buckets_replace_the_engines(built: Built, options: BuildOptions) -> None:
+    """What does not depend on the bucket stays; what nothing refers to any more goes."""
+
+    def copy_bucket(fields: dict[str, Any]) -> None:
+        fields["buckets"]["wee"] = fields["buckets"]["tiny"]
+
+    edit_manifest(built.bundle, copy_bucket)
+    assert (built.folder / "patchify.tiny.engine").exists()
+    done = build_engines(built.bundle, replace(options, buckets=("wee",)))
+    assert set(done.plans) - done.reused == {
+        f"{graph}.wee.engine"
+        for graph, described in read_manifest(built.bundle).graphs.items()
+        if described.weights_bytes == 0
+    }
+    assert not (built.folder / "patchify.tiny.engine").exists()
+    assert (built.folder / "patchify.wee.engine").exists()
+    assert set(done.engines.buckets) == {"wee"}
+
+
+# Several at once, and ends that come early
+
+
+def test_a_second_builder_waits(
+    built: Built, options: BuildOptions, caplog: pytest.LogCaptureFixture
+) -> None:
+    done: list[build.Build] = []
+    thread = threading.Thread(target=lambda: done.append(build_engines(built.bundle, options)))
+    with caplog.at_level("INFO"), FileLock(built.bundle / "engines" / ".lock"):
+        thread.start()
+        for _ in range(600):
+            if "waiting for it to end" in caplog.text:
+                break
+            time.sleep(0.1)
+        assert "another pid-build works on" in caplog.text and done == []
+    thread.join(60)
+    assert len(done) == 1 and len(done[0].reused) == len(done[0].plans)
+
+
+def with_library(monkeypatch: pytest.MonkeyPatch, folder: Path, code: str) -> None:
+    """Give the building processes another `tensorrt_rtx`; this process keeps the real one."""
+    (folder / "lib").mkdir()
+    (folder / "lib" / "tensorrt_rtx.py").write_text(code)
+    paths = [str(folder / "lib"), *filter(None, [os.environ.get("PYTHONPATH")])]
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(paths))
+
+
+@pytest.mark.parametrize(
+    ("code", "part"),
+    [
+        ("import os; os.abort()", "the builder crashed (SIGABRT)"),
+        ("import os; os.kill(os.getpid(), 11)", "the builder crashed (SIGSEGV)"),
+        ("import os; os.kill(os.getpid(), 9)", "it was killed, as happens when"),
+        ("import os; os._exit(3)", "the builder ended with code 3"),
+        ("raise RuntimeError('out of luck')", "the builder ended with code 1"),
+        ("print('noise')\nimport os; os.abort()", "the builder crashed (SIGABRT)"),
+    ],
+)
+def test_crashes_are_one_line(
+    copy: Path,
+    tmp_path: Path,
+    refusal: Refusal,
+    monkeypatch: pytest.MonkeyPatch,
+    code: str,
+    part: str,
+) -> None:
+    with_library(monkeypatch, tmp_path, code)
+    before = tree(copy)
+    text = refusal(main, copy, *ARGUMENTS, "--jobs", 2)
+    assert text.startswith("pid-build: cannot build engine ") and part in text
+    log = Path(text.rpartition("see ")[2].strip())
+    assert log.is_file() and ("luck" not in code or "out of luck" in log.read_text())
+    assert tree(copy) == before
+
+
+def test_an_unknown_operator(built: Built, refusal: Refusal) -> None:
+    def edit(model: onnx.ModelProto) -> None:
+        model.graph.node[0].op_type = "Bernoulli"
+
+    edit_graph(built.bundle, "caption", edit)
+    before = tree(built.bundle)
+    text = refusal(main, built.bundle, *ARGUMENTS)
+    assert "cannot build engine caption: cannot parse" in text and "Bernoulli" in text
+    assert text.endswith("caption.log\n") and tree(built.bundle) == before
+
+
+def test_too_small_a_workspace(built: Built, refusal: Refusal) -> None:
+    before = tree(built.bundle)
+    text = refusal(main, built.bundle, *ARGUMENTS, "--workspace", "1K", "--jobs", 1)
+    assert "workspace" in text and ".log" in text and tree(built.bundle) == before
+
+
+HANG = """
+import pathlib, time
+pathlib.Path({started!r}).touch()
+time.sleep(600)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_interrupted(
+    copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
+) -> None:
+    started = tmp_path / "started"
+    real = Path(sys.modules["tensorrt_rtx"].__file__ or "").parent.parent
+    # The command itself imports the library for its version; only its children are to hang.
+    code = (
+        "import sys\n"
+        "if 'worker' not in ' '.join(sys.orig_argv):\n"
+        f"    sys.path.remove({str(tmp_path / 'lib')!r}); sys.path.insert(0, {str(real)!r})\n"
+        "    del sys.modules['tensorrt_rtx']; import tensorrt_rtx\n"
+        "else:\n    " + HANG.format(started=str(started)).strip().replace("\n", "\n    ")
+    )
+    with_library(monkeypatch, tmp_path, code)
+    before = tree(copy)
+    process = subprocess.Popen([*COMMAND, str(copy), *ARGUMENTS], stderr=subprocess.PIPE, text=True)
+    for _ in range(600):
+        if started.exists():
+            break
+        time.sleep(0.1)
+    children = children_of(process.pid)
+    assert children, process.communicate(timeout=5)
+    process.send_signal(number)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130 and err.endswith("pid-build: interrupted\n")
+    assert tree(copy) == before
+    assert not any(Path(f"/proc/{child}").exists() for child in children)
+
+
+def children_of(pid: int) -> list[str]:
+    return Path(f"/proc/{pid}/task/{pid}/children").read_text().split() or [
+        child
+        for task in Path(f"/proc/{pid}/task").iterdir()
+        for child in (task / "children").read_text().split()
+    ]
+
+
+def test_what_a_killed_builder_left_is_removed(built: Built, options: BuildOptions) -> None:
+    left = built.folder / ".abc.partial"
+    left.mkdir()
+    (left / "latent.engine").write_text("half")
+    build_engines(built.bundle, options)
+    assert not left.exists()
+
+
+# What is refused
+
+
+@pytest.mark.parametrize(
+    ("arguments", "part"),
+    [
+        (["--flavor", "tensorrt"], "expected --flavor to be one of rtx, enterprise, auto"),
+        (["--buckets", "tiny,5k"], "expected buckets of this bundle (tiny, small), but got '5k'"),
+        (["--buckets", ""], "but got ''"),
+        (["--target", "sm90"], "data-centre GPUs newer than Ampere need --flavor enterprise"),
+        (["--target", "rtx4090"], "sm75, sm80, sm86, sm89, sm120, sm121 or current"),
+        (["--target", "sm89,"], "but got ''"),
+        (["--target", "sm89,current"], "but got 'current'"),
+        (["--target", "sm75,sm89"], "but got sm75, which has no bfloat16"),
+        (["--opt-level", "6"], "expected --opt-level from 0 to 5, but got 6"),
+        (["--opt-level", "x"], "try pid-build --help"),
+        (["--jobs", "0"], "expected --jobs from 1 to 64, but got 0"),
+        (["--workspace", "2T"], "expected --workspace as 2G, 512M or bytes, but got '2T'"),
+        (["--workspace", "0"], "but got '0'"),
+    ],
+)
+def test_arguments_that_make_no_sense(
+    bf16_bundle: Path, refusal: Refusal, arguments: list[str], part: str
+) -> None:
+    before = tree(bf16_bundle)
+    assert part in refusal(main, bf16_bundle, *arguments)
+    assert tree(bf16_bundle) == before and not (bf16_bundle / "engines").exists()
+
+
+def test_float32_is_refused(golden_bundle: Path, refusal: Refusal) -> None:
+    assert "export with --precision bf16" in refusal(main, golden_bundle)
+    assert not (golden_bundle / "engines").exists()
+
+
+def test_no_bundle(tmp_path: Path, refusal: Refusal) -> None:
+    assert "expected a bundle" in refusal(main, tmp_path)
+    assert "expected a bundle" in refusal(main, tmp_path / "none")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_damaged_bundle(copy: Path, refusal: Refusal) -> None:
+    path = copy / "caption.onnx"
+    path.write_bytes(path.read_bytes()[:-1] + b"x")
+    assert "was altered" in refusal(main, copy, *ARGUMENTS)
+
+
+def test_no_library(monkeypatch: pytest.MonkeyPatch, copy: Path, refusal: Refusal) -> None:
+    def missing(flavor: flavors.Flavor) -> Any:
+        raise ImportError(flavor.module)
+
+    monkeypatch.setattr(flavors, "load_library", missing)
+    assert "pip install 'pid-trt[tensorrt-rtx]'\n" in refusal(main, copy, "--flavor", "rtx")
+    assert "pip install 'pid-trt[tensorrt]'\n" in refusal(main, copy, "--flavor", "enterprise")
+    both = refusal(main, copy)
+    assert "TensorRT for RTX or TensorRT" in both and "[tensorrt-rtx]' or pip install" in both
+
+
+@pytest.fixture
+def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    def device(ordinal: int) -> None:
+        raise PidRuntimeError("expected an NVIDIA GPU, but found none; buy one")
+
+    monkeypatch.setattr(flavors, "CudaDevice", device)
+
+
+@pytest.mark.usefixtures("no_gpu")
+def test_no_gpu(copy: Path, refusal: Refusal, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = refusal(main, copy, "--target", "current")
+    assert "expected an NVIDIA GPU, but found none; run pid-build where the GPU is" in text
+    monkeypatch.setattr(flavors, "library_version", lambda flavor: "11.4.0")
+    for arguments in ([], ["--target", "current"], ["--target", "sm90"]):
+        assert "found none" in refusal(main, copy, "--flavor", "enterprise", *arguments)
+
+
+def test_targets_of_the_gpu_that_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(flavors, "gpu_target", lambda: "sm90")
+    enterprise, rtx = FLAVORS["enterprise"], FLAVORS["rtx"]
+    assert parse_targets(None, enterprise) == parse_targets("sm90", enterprise) == ("sm90",)
+    assert parse_targets("current", enterprise) == ("sm90",)
+    assert parse_targets(None, rtx) == ("sm86", "sm89", "sm120")
+    assert parse_targets(" sm120, sm86", rtx) == ("sm86", "sm120")
+    with pytest.raises(
+        BuildInputError, match=r"for the GPU that is there \(sm90\), but got 'sm89'"
+    ):
+        parse_targets("sm89", enterprise)
+    with pytest.raises(BuildInputError, match="but got 'sm90'"):
+        parse_targets("current", rtx)
+
+
+def test_a_file_in_the_way(copy: Path, refusal: Refusal) -> None:
+    (copy / "engines").write_text("precious")
+    text = refusal(main, copy, *ARGUMENTS)
+    assert "expected to write" in text and "copy the bundle to where you may write" in text
+    assert (copy / "engines").read_text() == "precious"
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_bundle_that_must_not_be_written(copy: Path, refusal: Refusal) -> None:
+    copy.chmod(0o500)
+    assert "Permission denied" in refusal(main, copy, *ARGUMENTS)
+
+
+def test_no_space(copy: Path, refusal: Refusal, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = shutil.disk_usage(copy)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
+    assert "GB of free disk for the engines" in refusal(main, copy, *ARGUMENTS)
+
+
+def test_scratch_lies_where_no_buffer_is_in_use(built_once: Built) -> None:
+    manifest = read_manifest(built_once.bundle)
+    engines = read_engine_sets(manifest)[built_once.result["engines"]]
+    bucket = engines.buckets["tiny"]
+    sizes = sizes_for(
+        manifest.network, manifest.tokens_per_latent, manifest.sampler.max_steps, bucket.max_tokens
+    )
+    alive = lifetimes(manifest.buffers, manifest.program)
+    position = 0
+    for section in SECTIONS:
+        for index, instruction in enumerate(manifest.program[section]):
+            needed = 0
+            if not isinstance(instruction, Copy):
+                needed = max(max(e.scratch_bytes) for e in engines.graphs[instruction.graph])
+            begin = bucket.scratch_offset(section, index)
+            assert begin + needed <= bucket.arena_bytes
+            for name, life in alive.items():
+                if needed and life.overlaps(Lifetime(position, position)):
+                    buffer = manifest.buffers[name]
+                    at = bucket.offsets[name]
+                    end = at + sizes.bytes(buffer.dtype, buffer.shape)
+                    assert end <= begin or begin + needed <= at, (section, index, name)
+            position += 1
+
+
+def test_a_lean_plan_has_shorter_chunks(golden_bundle: Path, options: BuildOptions) -> None:
+    """Another set of engines, beside the fast one."""
+    manifest = read_manifest(golden_bundle)
+    for most, want in ((2000, 1024), (700, 700)):
+        small = replace(manifest.buckets["small"], max_tokens=4096, chunk_tokens=most)
+        wide = replace(manifest, buckets={"small": small})
+        assert build._with_plan(wide, "fast") == wide
+        assert build._with_plan(wide, "lean").buckets["small"].chunk_tokens == want
+    lean = replace(options, plan="lean")
+    assert lean.set_name == f"{options.set_name}-lean"
