@@ -51,7 +51,7 @@ class Program:
         self.block = block
         # Nothing in here refers to the program: it, and its memory, go with the last reference.
         self._calls: dict[tuple[str, int, int], list[Call | Noise]] = {}
-        self._patchify: dict[Noise, Call] = {}
+        self._patchify: dict[int, Call] = {}
         self._scratch = {
             id(instruction): bucket.scratch_offset(section, index)
             for section, instructions in manifest.program.items()
@@ -99,11 +99,12 @@ class Program:
     def load_noise(self, instruction: Noise, image: Tensor) -> None:
         """Fill a noise instruction's target from an image `[B, 3, H, W]` float32."""
         self.session.write(self.buffer(instruction.image), image)
-        if instruction not in self._patchify:
-            scratch = self._scratch[id(instruction)]
+        key = id(instruction)
+        if key not in self._patchify:
+            scratch = self._scratch[key]
             calls = list(self._bind_run(patchify_run(instruction), self.sizes, scratch))
-            self._patchify[instruction] = self.session.sequence("noise", calls)
-        self._patchify[instruction]()
+            self._patchify[key] = self.session.sequence("noise", calls)
+        self._patchify[key]()
 
     def fill_noise(self, instruction: Noise, seeds: Sequence[int], draw: int) -> None:
         """Fill a noise instruction's target with draw `draw`, each image from its own seed."""

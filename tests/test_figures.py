@@ -1,0 +1,56 @@
+"""Figures in the documentation are those of the files they cite."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+NETWORKS = {"2kto4k-v1": "v1", "2kto4k": "v1.5"}
+
+
+def engine_rows() -> list[list[str]]:
+    """Rows of the table of engine memory, from the record of the builds."""
+    record: dict[str, Any] = json.loads((ROOT / "bench/results/engines-rtx.json").read_text())
+    rows: list[list[str]] = []
+    for run in record["runs"]:
+        for bucket, memory in run["result"]["buckets"].items():
+            parts = ("weights_bytes", "buffers_bytes", "scratch_bytes", "arena_bytes")
+            peak = run["result"]["peak_device_bytes"][bucket]
+            assert peak == memory["weights_bytes"] + memory["arena_bytes"]
+            rows.append(
+                [
+                    NETWORKS[run["variant"]],
+                    run["plan"],
+                    f"`{bucket}`",
+                    *(f"{memory[part] / 1e9:.2f}" for part in parts),
+                    f"**{peak / 1e9:.2f} GB**",
+                ]
+            )
+    return rows
+
+
+def test_engine_memory() -> None:
+    text = (ROOT / "docs/memory.md").read_text("utf-8")
+    table = [
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in text.splitlines()
+        if re.match(r"\| v1", line)
+    ]
+    assert table == engine_rows()
+
+
+def test_engine_memory_in_the_readme() -> None:
+    text = (ROOT / "README.md").read_text("utf-8")
+    for network, plan, bucket, *_, peak in engine_rows():
+        if bucket in ("`2k`", "`4k`") and network == "v1":
+            assert f"| {plan} | {bucket} | {peak.strip('*')} |" in text
+
+
+def test_engines_fit_the_memory_that_was_promised() -> None:
+    """5.5 GB at 4096 x 4096 and 3.2 GB at 2688 x 1792 for v1, and 5 % more for v1.5."""
+    for network, _, bucket, *_, peak in engine_rows():
+        most = {"`2k`": 3.2, "`4k`": 5.5}.get(bucket)
+        if most is not None:
+            allowance = 1.05 if network == "v1.5" else 1
+            assert float(peak.strip("* GB")) <= most * allowance
