@@ -73,6 +73,12 @@ def export_network() -> Callable[..., Path]:
 
 
 @pytest.fixture(scope="session")
+def network_of_golden() -> Callable[[str], PidConfig]:
+    """`golden_config`."""
+    return golden_config
+
+
+@pytest.fixture(scope="session")
 def golden_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The network of golden file flux_2k: not to be changed (see `edit_bundle`)."""
     return export_golden(tmp_path_factory.mktemp("golden_bundle"), "flux_2k")
