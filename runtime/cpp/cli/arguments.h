@@ -1,0 +1,52 @@
+// The command line of pid-decode-cpp.
+#pragma once
+
+#include <cstdint>
+#include <filesystem>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "pid/pid_runtime.h"
+
+namespace pid::cli {
+
+using Path = std::filesystem::path;
+
+struct Arguments {
+    Path bundle;
+    // A latent file, or a folder of them if `many`.
+    Path latents;
+    bool many = false;
+    Path output;
+    // A caption file for all, or a folder of captions; empty paths if not given.
+    Path caption;
+    Path captions;
+    // Names of tensors; empty to find them.
+    std::string latent_key;
+    std::string caption_key;
+    std::optional<float> sigma;
+    std::uint64_t seed = 0;
+    // 0 for what the bundle says.
+    int steps = 0;
+    std::vector<double> times;
+    pid_rule rule = PID_SDE;
+    bool overwrite = false;
+    std::string backend = "onnxruntime";
+    // "" for the backend's own default.
+    std::string device;
+    // onnxruntime: file of a plug-in provider; tensorrt: name of an engine set. "" for none.
+    std::string provider_library;
+    std::string engine_set;
+    // 0 for all.
+    std::size_t threads = 0;
+    bool verify = true;
+    bool quiet = false;
+    bool json = false;
+};
+
+// What the user asked for; nothing if that was `--help` or `--version`, which are then printed.
+// Refuses arguments that are wrong, missing or contradict each other.
+std::optional<Arguments> parse_arguments(const std::vector<std::string>& words);
+
+} // namespace pid::cli

@@ -1,0 +1,136 @@
+#include "decode_jobs.h"
+
+#include <algorithm>
+#include <map>
+
+#include "errors.h"
+#include "png_file.h"
+#include "request.h"
+
+namespace pid::cli {
+namespace {
+
+using core::refuse;
+
+constexpr const char* latent_suffix = ".safetensors";
+
+pid_tensor view_of(const Floats& floats, std::size_t first, std::size_t count) {
+    if (!floats.given())
+        return pid_tensor{};
+    pid_tensor view{};
+    view.data = floats.part(first);
+    view.dtype = PID_FLOAT32;
+    view.rank = static_cast<std::int32_t>(floats.shape.size());
+    std::copy(floats.shape.begin(), floats.shape.end(), view.shape);
+    if (count == 1)
+        view.shape[0] = 1;
+    return view;
+}
+
+Path target_of(const Source& source, const Arguments& arguments, std::size_t batch,
+               std::size_t index) {
+    Path target = arguments.output;
+    if (arguments.many)
+        target /= Path(source.latent.stem()) += ".png";
+    if (batch == 1)
+        return target;
+    Path name = target.stem();
+    name += "-" + std::to_string(index);
+    name += target.extension();
+    return target.replace_filename(name);
+}
+
+} // namespace
+
+Inputs read_source(const Source& source, const Arguments& arguments) {
+    Inputs inputs = read_latent_file(source.latent, arguments.latent_key, source.caption.empty());
+    if (!source.caption.empty())
+        inputs.caption = read_caption_file(source.caption, arguments.caption_key);
+    if (arguments.sigma)
+        inputs.sigma = {{*arguments.sigma}, {1}};
+    return inputs;
+}
+
+pid_decode_params decode_params(const Arguments& arguments, const Inputs& inputs, std::size_t first,
+                                std::size_t count, const std::uint64_t& seed) {
+    pid_decode_params params{};
+    params.struct_bytes = sizeof params;
+    params.latent = view_of(inputs.latent, first, count);
+    params.caption = view_of(inputs.caption, first, count);
+    if (inputs.sigma.given()) {
+        params.sigma = inputs.sigma.part(first);
+        params.sigma_count = count == 1 ? 1 : inputs.sigma.images();
+    }
+    params.seeds = &seed;
+    params.seed_count = 1;
+    params.steps = arguments.steps;
+    params.times = arguments.times.data();
+    params.time_count = arguments.times.size();
+    params.rule = arguments.rule;
+    params.output = PID_UINT8;
+    return params;
+}
+
+std::vector<Source> find_sources(const Arguments& arguments) {
+    if (!arguments.many)
+        return {{arguments.latents, arguments.caption}};
+    std::vector<Source> sources;
+    for (const auto& entry : std::filesystem::directory_iterator(arguments.latents))
+        if (entry.path().extension() == latent_suffix && entry.is_regular_file())
+            sources.push_back({entry.path(), arguments.caption});
+    if (sources.empty())
+        refuse("expected *", latent_suffix, " files, but got none in ", arguments.latents.string(),
+               "; give another folder");
+    std::sort(sources.begin(), sources.end(),
+              [](const Source& a, const Source& b) { return a.latent < b.latent; });
+    if (arguments.captions.empty())
+        return sources;
+    for (Source& source : sources) {
+        source.caption = arguments.captions / source.latent.filename();
+        if (!std::filesystem::is_regular_file(source.caption))
+            refuse("expected a caption for every latent, but got no ",
+                   source.latent.filename().string(), " in ", arguments.captions.string(),
+                   "; add it, or use --caption FILE for all");
+    }
+    return sources;
+}
+
+std::vector<Job> plan_jobs(const core::Manifest& manifest, const std::vector<Source>& sources,
+                           const Arguments& arguments) {
+    std::vector<Job> jobs;
+    for (const Source& source : sources) {
+        const Inputs inputs = read_source(source, arguments);
+        const std::size_t batch = inputs.latent.images();
+        try {
+            const core::Request request = core::check_request(
+                manifest, decode_params(arguments, inputs, 0, batch, arguments.seed), false);
+            for (std::size_t index = 0; index < batch; ++index)
+                jobs.push_back({source, index, target_of(source, arguments, batch, index),
+                                static_cast<std::int64_t>(request.sizes.value("W")),
+                                static_cast<std::int64_t>(request.sizes.value("H")),
+                                request.seeds[index], request.sigmas[index],
+                                inputs.caption.given()});
+        } catch (const core::Failure& failure) {
+            throw core::Failure(failure.status(), source.latent.string() + ": " + failure.what());
+        }
+    }
+    return jobs;
+}
+
+void check_targets(const std::vector<Job>& jobs, bool overwrite) {
+    std::map<Path, Path> sources;
+    for (const Job& job : jobs) {
+        const auto [earlier, is_new] = sources.emplace(job.target, job.source.latent);
+        if (!is_new)
+            refuse("expected every image to have its own name, but got ", job.target.string(),
+                   " from both ", earlier->second.string(), " and ", job.source.latent.string(),
+                   "; rename one of these");
+        check_image_path(job.target);
+        if (!overwrite && std::filesystem::symlink_status(job.target).type() !=
+                              std::filesystem::file_type::not_found)
+            refuse("expected a new file, but ", job.target.string(),
+                   " exists; choose another name or add --overwrite");
+    }
+}
+
+} // namespace pid::cli

@@ -1,0 +1,45 @@
+// Latents and caption embeddings in safetensors files.
+#pragma once
+
+#include <filesystem>
+#include <string>
+#include <vector>
+
+#include "tensor.h"
+
+namespace pid::cli {
+
+// float32 values, and their shape.
+struct Floats {
+    std::vector<float> values;
+    core::Shape shape;
+
+    bool given() const { return !shape.empty(); }
+    std::size_t images() const { return static_cast<std::size_t>(shape[0]); }
+    // The part [1, ..] of [B, ..] that belongs to one image; all of [1, ..].
+    const float* part(std::size_t image) const;
+};
+
+// What one file says; shapes as the decoder takes them.
+struct LatentFile {
+    Floats latent;  // [B, C, h, w]
+    Floats caption; // [B, T, D] or [1, T, D]; not given if there is none
+    Floats sigma;   // [B] or [1]; not given if there is none
+};
+
+// Read a latent [C, h, w] or [B, C, h, w], and the caption and sigma beside it.
+//
+// The latent is the tensor called `key`; for "", the tensor called "latent", or the only one that
+// is neither "caption" [T, D] or [B, T, D] nor "sigma" (a number or one per image). Each is F32,
+// F16 or BF16. embedded_caption: read "caption", if there is one.
+// Refuses a file that cannot be read or holds something else, such as NaN.
+LatentFile read_latent_file(const std::filesystem::path& path, const std::string& key,
+                            bool embedded_caption);
+
+// Read a caption embedding [T, D] or [B, T, D], as [1 or B, T, D].
+//
+// It is the tensor called `key`; for "", the tensor called "caption", or the only one.
+// Refuses as read_latent_file() does.
+Floats read_caption_file(const std::filesystem::path& path, const std::string& key);
+
+} // namespace pid::cli

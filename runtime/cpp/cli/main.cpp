@@ -1,0 +1,213 @@
+// pid-decode-cpp: latents in safetensors files to PNG files, as pid-decode does in Python.
+#include <algorithm>
+#include <chrono>
+#include <cmath>
+#include <cstdio>
+#include <new>
+#include <set>
+#include <system_error>
+#include <utility>
+
+#include "advice.h"
+#include "arguments.h"
+#include "console.h"
+#include "decode_jobs.h"
+#include "decoder.h"
+#include "errors.h"
+#include "parallel.h"
+#include "png_file.h"
+#include "request.h"
+
+namespace pid::cli {
+namespace {
+
+using core::refuse;
+using Clock = std::chrono::steady_clock;
+
+// A folder of which nothing is left if nothing was put into it.
+class Folder {
+public:
+    explicit Folder(Path path) : path_(std::move(path)) {
+        std::error_code error;
+        made_ = std::filesystem::create_directory(path_, error);
+        if (std::filesystem::is_directory(path_))
+            return;
+        if (std::filesystem::exists(path_))
+            refuse("expected a folder for the images, but ", path_.string(),
+                   " is a file; choose another name");
+        refuse("expected to make the folder ", path_.string(), ", but got: ", error.message(),
+               "; choose another place");
+    }
+    ~Folder() {
+        std::error_code ignored;
+        if (made_)
+            std::filesystem::remove(path_, ignored); // refused unless it is empty
+    }
+    Folder(const Folder&) = delete;
+    Folder& operator=(const Folder&) = delete;
+
+private:
+    Path path_;
+    bool made_ = false;
+};
+
+// Lets interrupts cancel this decoder while it lives.
+class Cancellable {
+public:
+    explicit Cancellable(core::Session& session) { cancel_when_interrupted(&session); }
+    ~Cancellable() { cancel_when_interrupted(nullptr); }
+    Cancellable(const Cancellable&) = delete;
+    Cancellable& operator=(const Cancellable&) = delete;
+};
+
+void check_kinds(const Arguments& arguments) {
+    if (!arguments.captions.empty() && !arguments.many)
+        refuse("expected --captions with --latents, but got --latent; drop it");
+    if (arguments.many && !std::filesystem::is_directory(arguments.latents))
+        refuse("expected a folder for --latents, but ", arguments.latents.string(), " is none");
+    if (!arguments.captions.empty() && !std::filesystem::is_directory(arguments.captions))
+        refuse("expected a folder for --captions, but ", arguments.captions.string(), " is none");
+}
+
+// What runs but not as well as it could, each line once.
+void warn(const core::Json& model, const std::vector<Job>& jobs) {
+    const auto largest = std::max_element(
+        jobs.begin(), jobs.end(), [](const Job& a, const Job& b) { return a.sigma < b.sigma; });
+    std::set<std::string> told;
+    for (const Job& job : jobs)
+        for (const std::string& line :
+             core::advice(model, job.width, job.height, largest->sigma, true))
+            if (told.insert(line).second)
+                print_warning(line);
+    const auto bare =
+        std::count_if(jobs.begin(), jobs.end(), [](const Job& job) { return !job.has_caption; });
+    if (bare > 0)
+        print_warning(core::text_of(bare, " of ", jobs.size(),
+                                    " images have no caption and get the empty embedding (zeros), "
+                                    "which costs quality; give the prompt's Gemma-2-2b-it "
+                                    "embedding by --caption"));
+}
+
+bool state_is_finite(core::Decoder& decoder) {
+    const core::Tensor state = decoder.state();
+    std::vector<float> values(core::count_of(state.shape));
+    decoder.session().read(state, values.data(), PID_HOST);
+    return std::all_of(values.begin(), values.end(),
+                       [](float value) { return std::isfinite(value); });
+}
+
+// Decode and write every image; the seconds of each decode.
+std::vector<double> run(core::Decoder& decoder, const std::vector<Job>& jobs,
+                        const Arguments& arguments, Progress& progress) {
+    std::vector<double> seconds;
+    Inputs inputs;
+    for (const Job& job : jobs) {
+        if (job.index == 0)
+            inputs = read_source(job.source, arguments);
+        const core::Request request = core::check_request(
+            decoder.manifest(), decode_params(arguments, inputs, job.index, 1, job.seed), false);
+        std::vector<std::uint8_t> pixels(static_cast<std::size_t>(job.width * job.height) * 3);
+        const auto begin = Clock::now();
+        decoder.decode(request, PID_UINT8, {pixels.data(), PID_HOST},
+                       [&](std::int32_t, std::int32_t) {
+                           progress.advance();
+                           return true;
+                       });
+        seconds.push_back(std::chrono::duration<double>(Clock::now() - begin).count());
+        if (!state_is_finite(decoder))
+            refuse("expected a finite image of ", job.source.latent.string(),
+                   ", but got NaN or infinity; check the bundle with pid-verify, or export it with "
+                   "--precision fp32");
+        save_png(job.target, pixels.data(), static_cast<std::size_t>(job.height),
+                 static_cast<std::size_t>(job.width));
+    }
+    return seconds;
+}
+
+void report(const Arguments& arguments, const std::vector<Job>& jobs,
+            const std::vector<double>& seconds) {
+    nlohmann::ordered_json images = nlohmann::ordered_json::array();
+    std::string lines;
+    for (std::size_t i = 0; i < jobs.size(); ++i) {
+        const Job& job = jobs[i];
+        images.push_back({{"latent", job.source.latent.string()},
+                          {"index", job.index},
+                          {"image", job.target.string()},
+                          {"width", job.width},
+                          {"height", job.height},
+                          {"seed", job.seed},
+                          {"sigma", std::round(static_cast<double>(job.sigma) * 1e6) / 1e6},
+                          {"seconds", std::round(seconds[i] * 1e4) / 1e4}});
+        char taken[32];
+        std::snprintf(taken, sizeof taken, "%.2f", seconds[i]);
+        lines += core::text_of(lines.empty() ? "" : "\n", job.target.string(), ": ", job.width, "x",
+                               job.height, ", seed ", job.seed, ", ", taken, " s");
+    }
+    const char* device = arguments.backend == "tensorrt" ? "cuda:0" : "cpu";
+    const nlohmann::ordered_json result{
+        {"bundle", arguments.bundle.string()},
+        {"backend", arguments.backend},
+        {"device", arguments.device.empty() ? device : arguments.device},
+        {"images", images}};
+    const auto replace = nlohmann::ordered_json::error_handler_t::replace; // paths may be any bytes
+    print_line(arguments.json ? result.dump(-1, ' ', false, replace) : lines);
+}
+
+void decode(const Arguments& arguments) {
+    check_kinds(arguments);
+    const core::Manifest manifest = core::read_manifest(arguments.bundle, false, 1);
+    core::check_schedule(manifest.sampler,
+                         decode_params(arguments, Inputs(), 0, 0, arguments.seed));
+    const std::vector<Job> jobs = plan_jobs(manifest, find_sources(arguments), arguments);
+    std::optional<Folder> folder;
+    if (arguments.many)
+        folder.emplace(arguments.output);
+    check_targets(jobs, arguments.overwrite);
+    core::BackendOptions options{};
+    options.backend = arguments.backend;
+    options.device = arguments.device;
+    options.provider_library = arguments.provider_library;
+    options.engine_set = arguments.engine_set;
+    options.threads = arguments.threads == 0 ? core::core_count() : arguments.threads;
+    options.verify = arguments.verify;
+    core::Decoder decoder(arguments.bundle, options, nullptr);
+    throw_if_interrupted();
+    const Cancellable cancellable(decoder.session());
+    warn(manifest.model, jobs);
+    const auto params = decode_params(arguments, Inputs(), 0, 0, arguments.seed);
+    const std::size_t steps = core::check_schedule(manifest.sampler, params).rows.size();
+    std::vector<double> seconds;
+    {
+        Progress progress(steps * jobs.size(), arguments.quiet);
+        seconds = run(decoder, jobs, arguments, progress);
+    }
+    report(arguments, jobs, seconds);
+}
+
+int run_command(int count, char** words) {
+    try {
+        const std::vector<std::string> given(words + std::min(count, 1), words + count);
+        if (const auto arguments = parse_arguments(given)) {
+            catch_interrupts();
+            decode(*arguments);
+        }
+        return 0;
+    } catch (const ReaderLeft&) {
+        return broken_pipe;
+    } catch (const core::Failure& failure) {
+        if (failure.status() == PID_ERROR_CANCELLED)
+            return fail("interrupted", interrupted);
+        return fail(failure.what());
+    } catch (const std::filesystem::filesystem_error& error) {
+        return fail("cannot use " + error.path1().string() + ": " + error.code().message());
+    } catch (const std::bad_alloc&) {
+        return fail("expected more memory, but there is none left; decode a smaller latent");
+    }
+}
+
+} // namespace
+} // namespace pid::cli
+
+int main(int count, char** words) {
+    return pid::cli::run_command(count, words);
+}

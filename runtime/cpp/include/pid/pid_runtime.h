@@ -1,0 +1,316 @@
+/* pid_runtime.h: decode latents to images with a pid-trt bundle, from C.
+ *
+ * A complete program, but for the reading of a latent and a caption embedding:
+ *
+ *     #include <pid/pid_runtime.h>
+ *     #include <stdio.h>
+ *
+ *     static int fail(const char *what) {
+ *         fprintf(stderr, "%s: %s\n", what, pid_last_error());
+ *         return 2;
+ *     }
+ *
+ *     int decode(const char *bundle, const float *latent, const float *caption) {
+ *         pid_decoder_params open = pid_decoder_default_params();
+ *         pid_decoder *decoder = NULL;
+ *         if (pid_decoder_open(bundle, &open, &decoder) != PID_OK)
+ *             return fail(bundle);
+ *
+ *         const int64_t latent_shape[] = {1, 16, 64, 64}, caption_shape[] = {1, 300, 2304};
+ *         pid_decode_params decode = pid_decode_default_params();
+ *         decode.latent = pid_host_tensor(latent, PID_FLOAT32, 4, latent_shape);
+ *         decode.caption = pid_host_tensor(caption, PID_FLOAT32, 3, caption_shape);
+ *         decode.output = PID_UINT8;
+ *         pid_array *image = NULL;
+ *         if (pid_decoder_decode(decoder, &decode, &image) != PID_OK) {
+ *             pid_decoder_close(decoder);
+ *             return fail("decode");
+ *         }
+ *         pid_tensor pixels = pid_array_tensor(image); // uint8 [1, H, W, 3]
+ *         printf("%d x %d pixels\n", (int)pixels.shape[2], (int)pixels.shape[1]);
+ *         pid_array_free(image);
+ *         pid_decoder_close(decoder);
+ *         return 0;
+ *     }
+ *
+ * Errors. A function that can fail returns a pid_status; anything but PID_OK leaves its results
+ * untouched, and pid_last_error() then says in one line what was expected, what came and how to
+ * mend it. Nothing aborts, and no C++ exception leaves the library. After a failed decode the
+ * decoder can be used again.
+ *
+ * Memory. "Borrowed" memory stays the caller's (arguments) or the library's (results) and is not
+ * kept longer than said. "Owned" memory is the caller's to give back, by the function named.
+ * Tensors are dense and row-major.
+ *
+ * Threads. A decoder serves one thread at a time, any thread: a call while another runs is refused
+ * with PID_ERROR_BUSY. Only pid_decoder_cancel() may be called at any moment. Decoders are
+ * independent of each other: use one per thread. Error messages are kept per thread.
+ *
+ * Binary compatibility. Structures begin with their size and only ever grow at the end: fill them
+ * with their *_default_params() function, then change members.
+ */
+#ifndef PID_RUNTIME_H
+#define PID_RUNTIME_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+#if defined(PID_RUNTIME_STATIC)
+#define PID_API
+#elif defined(_WIN32) && defined(PID_RUNTIME_BUILD)
+#define PID_API __declspec(dllexport)
+#elif defined(_WIN32)
+#define PID_API __declspec(dllimport)
+#else
+#define PID_API __attribute__((visibility("default")))
+#endif
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+/* ---- Status ---------------------------------------------------------------------------------- */
+
+typedef enum pid_status {
+    PID_OK = 0,
+    /* Bad input: a broken bundle, a latent of the wrong shape, an unknown provider. */
+    PID_ERROR_INPUT = 1,
+    /* No memory for the arena or a result. */
+    PID_ERROR_MEMORY = 2,
+    /* Stopped by a progress callback or pid_decoder_cancel(). */
+    PID_ERROR_CANCELLED = 3,
+    /* Another call on the same decoder has not returned. */
+    PID_ERROR_BUSY = 4,
+    /* The backend failed while it ran: a GPU that was lost, a kernel that refused. */
+    PID_ERROR_BACKEND = 5,
+    /* A bug of this library. */
+    PID_ERROR_INTERNAL = 6
+} pid_status;
+
+/* What the last call of this thread that failed has to say: one line, UTF-8, "" if none failed.
+ * Borrowed: valid until this thread's next failure. */
+PID_API const char* pid_last_error(void);
+
+/* The name of a status, such as "PID_ERROR_INPUT". Borrowed, valid for ever. */
+PID_API const char* pid_status_name(pid_status status);
+
+/* Version of this library, such as "0.1.0". Borrowed, valid for ever. */
+PID_API const char* pid_runtime_version(void);
+
+/* Backends this library was built with, separated by commas, such as "onnxruntime,tensorrt".
+ * Borrowed, valid for ever. */
+PID_API const char* pid_runtime_backends(void);
+
+/* ---- Tensors --------------------------------------------------------------------------------- */
+
+typedef int32_t pid_dtype;
+enum { PID_FLOAT32 = 0, PID_FLOAT16 = 1, PID_BFLOAT16 = 2, PID_FLOAT64 = 3, PID_UINT8 = 4 };
+
+typedef int32_t pid_memory;
+enum {
+    PID_HOST = 0,
+    /* On the decoder's GPU; for decoders with a GPU backend. */
+    PID_CUDA = 1
+};
+
+#define PID_MAX_RANK 4
+
+/* A view of dense row-major memory. */
+typedef struct pid_tensor {
+    /* Borrowed; NULL for "not given". */
+    const void* data;
+    pid_dtype dtype;
+    pid_memory memory;
+    int32_t rank;
+    int64_t shape[PID_MAX_RANK];
+} pid_tensor;
+
+/* A view of `rank` sizes, at most PID_MAX_RANK. `shape` is copied, `data` borrowed. */
+PID_API pid_tensor pid_host_tensor(const void* data, pid_dtype dtype, int32_t rank,
+                                   const int64_t* shape);
+PID_API pid_tensor pid_cuda_tensor(const void* data, pid_dtype dtype, int32_t rank,
+                                   const int64_t* shape);
+
+/* Bytes of one value of a dtype; 0 for an unknown one. */
+PID_API size_t pid_dtype_bytes(pid_dtype dtype);
+
+/* Memory of a result and its shape. */
+typedef struct pid_array pid_array;
+
+/* A view of the array. Borrowed: valid until pid_array_free(). An array of PID_CUDA memory may be
+ * used at once, on any stream. `array` may be NULL: the view is then of nothing. */
+PID_API pid_tensor pid_array_tensor(const pid_array* array);
+
+/* Give an array back; NULL is nothing to do. Arrays outlive the decoder they came from. */
+PID_API void pid_array_free(pid_array* array);
+
+/* ---- Decoder --------------------------------------------------------------------------------- */
+
+/* A bundle, opened on one backend. */
+typedef struct pid_decoder pid_decoder;
+
+/* Receives warnings about decodes that run but not as well as they could, one line each; UTF-8,
+ * borrowed for the call. */
+typedef void (*pid_warning_callback)(const char* message, void* user_data);
+
+typedef struct pid_decoder_params {
+    size_t struct_bytes;
+    /* "onnxruntime" (default) or "tensorrt"; see pid_runtime_backends(). Borrowed for the call, as
+     * are all strings here. */
+    const char* backend;
+    /* Where to run. onnxruntime: "cpu" (NULL), "cuda", "cuda:1", "tensorrt", "nvtensorrtrtx" or a
+     * provider's full name. tensorrt: "cuda:0" (NULL) or another GPU. */
+    const char* device;
+    /* onnxruntime: file of a plug-in provider library to load, whose provider `device` names; NULL
+     * for none. Needs ONNX Runtime's headers of 1.22 or later when building. */
+    const char* provider_library;
+    /* tensorrt: which of the bundle's engine sets to use; NULL for the first that fits the GPU and
+     * the library. */
+    const char* engine_set;
+    /* CPU threads; 0 for one per core this process may run on. */
+    int32_t threads;
+    /* Not 0 (default): compare the SHA-256 of every file with the manifest, not only its size. */
+    int32_t verify;
+    /* GPU backends: a cudaStream_t (CUstream) of that GPU's primary context for all work; NULL for
+     * one of the decoder's own. Borrowed until pid_decoder_close(). */
+    void* cuda_stream;
+    /* NULL (default) for none. Called by the thread that decodes. */
+    pid_warning_callback warning;
+    void* warning_user_data;
+} pid_decoder_params;
+
+PID_API pid_decoder_params pid_decoder_default_params(void);
+
+/* Open a bundle: check its manifest and files, load its graphs or engines. `bundle_path` is a
+ * folder; `params` may be NULL for the defaults. Owned: give *decoder to pid_decoder_close(). */
+PID_API pid_status pid_decoder_open(const char* bundle_path, const pid_decoder_params* params,
+                                    pid_decoder** decoder);
+
+/* Give back graphs and memory; NULL is nothing to do. Must not run while another call uses it. */
+PID_API void pid_decoder_close(pid_decoder* decoder);
+
+typedef struct pid_decoder_info {
+    size_t struct_bytes;
+    /* Strings are borrowed from the decoder, valid until pid_decoder_close(), "" when not known. */
+    const char* name;
+    const char* producer;
+    const char* latent_convention;
+    /* "fp32", "fp16" or "bf16" */
+    const char* precision;
+    int64_t latent_channels;
+    /* Height of the image per height of the latent, and width likewise. */
+    int64_t pixels_per_latent;
+    int64_t text_dim;
+    int64_t text_max_length;
+    /* Most pixels of one image: height times width. */
+    int64_t max_image_pixels;
+    int32_t default_steps;
+    int32_t max_steps;
+    /* 1 when a decode must give `times`; 0 when it may give `steps`. */
+    int32_t takes_times;
+} pid_decoder_info;
+
+/* Fill `info`, whose `struct_bytes` must be set (in C and C++20):
+ * pid_decoder_info info = {.struct_bytes = sizeof info}. */
+PID_API pid_status pid_decoder_get_info(const pid_decoder* decoder, pid_decoder_info* info);
+
+/* What the bundle's manifest says about its model, as JSON. Borrowed: valid until
+ * pid_decoder_close(). */
+PID_API const char* pid_decoder_model_json(const pid_decoder* decoder);
+
+/* The stream that GPU work of this decoder runs on (a cudaStream_t); NULL on the CPU. Borrowed:
+ * valid until pid_decoder_close(), or the caller's own. */
+PID_API void* pid_decoder_cuda_stream(const pid_decoder* decoder);
+
+/* ---- Decode ---------------------------------------------------------------------------------- */
+
+typedef int32_t pid_rule;
+enum {
+    /* Adds noise between steps; what distilled decoders were trained for. */
+    PID_SDE = 0,
+    PID_ODE = 1
+};
+
+/* Called after every step. Return 0 to go on, anything else to stop with PID_ERROR_CANCELLED. May
+ * call pid_decoder_read_state() and pid_decoder_cancel(), and must not throw. */
+typedef int (*pid_progress_callback)(int32_t steps_done, int32_t steps, void* user_data);
+
+typedef struct pid_decode_params {
+    size_t struct_bytes;
+    /* All memory here is borrowed for the call. Tensors may lie on the decoder's GPU if it has one:
+     * work that fills them must have ended or been put on the decoder's stream. Those on the host
+     * may be PID_FLOAT32, PID_FLOAT16, PID_BFLOAT16 or PID_FLOAT64 and are looked through for NaN
+     * and infinity; those on a GPU must be PID_FLOAT32 and are taken as they are. */
+
+    /* [B, C, h, w], normalised as `latent_convention` says. */
+    pid_tensor latent;
+    /* Gemma-2 embedding [B, T, text_dim], or [1, T, text_dim] for all; T at most text_max_length.
+     * Not given: zeros, which cost quality. */
+    pid_tensor caption;
+    /* Noise level of the latents in [0, 1]: `sigma_count` is B, 1 (for all) or 0 (all are 0,
+     * clean). */
+    const float* sigma;
+    size_t sigma_count;
+    /* `seed_count` is B, 1 (image b of the batch uses seed + b) or 0 (seed 0). The same seed makes
+     * the same noise on every backend. */
+    const uint64_t* seeds;
+    size_t seed_count;
+    /* [B, 3, H, W] standard normal, in place of the seeds' first draw; not given: from the seeds.
+     */
+    pid_tensor noise;
+    /* `step_noise_count` is 0, or steps - 1 of the same in place of the later draws; those not
+     * given come from the seeds. */
+    const pid_tensor* step_noise;
+    size_t step_noise_count;
+    /* 0 (default) for the bundle's. */
+    int32_t steps;
+    /* Default PID_SDE. */
+    pid_rule rule;
+    /* `time_count` times, descending from at most 1 to 0: only for bundles whose `takes_times`
+     * is 1. */
+    const double* times;
+    size_t time_count;
+    /* PID_FLOAT32 (default): [B, 3, H, W] in [-1, 1]. PID_UINT8: [B, H, W, 3]. RGB. */
+    pid_dtype output;
+    /* Where pid_decoder_decode() puts the result: PID_HOST (default), or PID_CUDA with a GPU
+     * backend. */
+    pid_memory output_memory;
+    /* NULL (default) for none. */
+    pid_progress_callback progress;
+    void* progress_user_data;
+} pid_decode_params;
+
+PID_API pid_decode_params pid_decode_default_params(void);
+
+/* Decode latents to images. Nothing runs for a request that is refused. When it returns the work
+ * has ended, on the GPU as well. Owned: give *image to pid_array_free().
+ *
+ * The decoder keeps its arena: shapes that fit in it decode in the same memory, a larger one
+ * replaces it, and only a change of shape prepares the program anew. */
+PID_API pid_status pid_decoder_decode(pid_decoder* decoder, const pid_decode_params* params,
+                                      pid_array** image);
+
+/* The same into memory of the caller: `data` has `data_bytes`, which must be what the images take,
+ * and lies where `output_memory` says. */
+PID_API pid_status pid_decoder_decode_into(pid_decoder* decoder, const pid_decode_params* params,
+                                           void* data, size_t data_bytes);
+
+/* The shape of the images of a request, without decoding it; only `latent` and `output` are looked
+ * at. `shape` gets 4 sizes. */
+PID_API pid_status pid_decoder_output_shape(const pid_decoder* decoder,
+                                            const pid_decode_params* params, int64_t* shape);
+
+/* The sampler's state after the last step that ran, float32 [B, L, P * P, 3] on the host, in the
+ * order of patches, pixels and channels; for previews and tests. May be called by a progress
+ * callback. Owned: give *state to pid_array_free(). */
+PID_API pid_status pid_decoder_read_state(pid_decoder* decoder, pid_array** state);
+
+/* Stop the decode that runs on another thread, before its next graph; without one, nothing happens.
+ * May be called at any moment between open and close, by any thread or from a signal handler. */
+PID_API void pid_decoder_cancel(pid_decoder* decoder);
+
+#ifdef __cplusplus
+}
+#endif
+
+#endif

@@ -1,0 +1,334 @@
+// The TensorRT backend: a bundle's engines, in TensorRT 11 or TensorRT for RTX, whichever this was
+// built with.
+//
+// Memory on the GPU is the engines' weights and the arena. Engines run one after the other on one
+// stream, and each works in a part of the arena where no buffer is in use by then, as planned when
+// they were built; those that ask for more than they did then share a block of the session's own.
+// The first decode in a shape runs call by call; the second one records what lies between two draws
+// of noise as a CUDA graph, and later ones replay it.
+#include <algorithm>
+#include <cstddef>
+#include <fstream>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include <NvInferRuntime.h>
+
+#include "backends.h"
+#include "cuda_driver.h"
+#include "engines.h"
+#include "errors.h"
+#include "session.h"
+
+namespace pid::core {
+namespace {
+
+// Remembers the last error, for the messages.
+class Logger : public nvinfer1::ILogger {
+public:
+    void log(Severity severity, const char* message) noexcept override {
+        if (severity > Severity::kERROR)
+            return;
+        try {
+            const std::lock_guard<std::mutex> lock(mutex_);
+            last_ = first_line(message);
+        } catch (...) { // no memory for a message
+        }
+    }
+
+    std::string last() {
+        const std::lock_guard<std::mutex> lock(mutex_);
+        return last_;
+    }
+
+private:
+    std::mutex mutex_;
+    std::string last_ = "nothing";
+};
+
+std::string library_version() {
+    return text_of(getInferLibMajorVersion(), ".", getInferLibMinorVersion(), ".",
+                   getInferLibPatchVersion(), ".", getInferLibBuildVersion());
+}
+
+std::vector<char> read_file(const std::filesystem::path& path, std::uint64_t bytes) {
+    std::vector<char> blob(bytes);
+    std::ifstream file(path, std::ios::binary);
+    if (!file.read(blob.data(), static_cast<std::streamsize>(blob.size())))
+        refuse("cannot read ", path.string());
+    return blob;
+}
+
+nvinfer1::Dims dims_of(const Shape& shape) {
+    nvinfer1::Dims dims{};
+    dims.nbDims = static_cast<std::int32_t>(shape.size());
+    for (std::size_t axis = 0; axis < shape.size(); ++axis)
+        dims.d[axis] = shape[axis];
+    return dims;
+}
+
+class TensorRtSession : public Session {
+public:
+    TensorRtSession(std::filesystem::path bundle, const Manifest& manifest, EngineSet set,
+                    const std::shared_ptr<CudaDevice>& device, std::size_t threads)
+        : Session(device, threads), bundle_(std::move(bundle)), manifest_(manifest),
+          set_(std::move(set)) {
+        device->make_current();
+        runtime_.reset(nvinfer1::createInferRuntime(logger_));
+        if (!runtime_)
+            refuse("expected TensorRT to start on cuda:", device->ordinal(),
+                   ", but it says: ", logger_.last(), "; update the NVIDIA driver");
+        if (set_.flags.value("version_compatible", Json(false)) == true)
+            runtime_->setEngineHostCodeAllowed(true);
+    }
+
+    ~TensorRtSession() override {
+        try {
+            synchronize();
+        } catch (const Failure&) { // a GPU that is lost has nothing left to wait for
+        }
+    }
+
+    bool whole_batches() const override { return false; }
+
+    const Bucket& bucket_for(std::uint64_t tokens) const override {
+        const EngineBucket* smallest = nullptr;
+        std::uint64_t largest = 0;
+        for (const auto& [name, bucket] : set_.buckets) {
+            largest = std::max(largest, bucket.max_tokens);
+            if (bucket.max_tokens >= tokens &&
+                (smallest == nullptr || bucket.max_tokens < smallest->max_tokens))
+                smallest = &bucket;
+        }
+        const std::uint64_t patch = manifest_.network.patch_size;
+        if (smallest == nullptr)
+            refuse("expected at most ", largest, " patch tokens (H/", patch, " x W/", patch,
+                   "), as these engines were built for, but got ", tokens,
+                   "; build a larger bucket with pid-build --buckets, or decode a smaller latent");
+        return *smallest;
+    }
+
+    void prepare(const std::vector<PlannedCall>& calls, std::uint64_t needed_bytes,
+                 std::uint64_t batch) override {
+        std::vector<EngineUse> uses;
+        for (const PlannedCall& call : calls)
+            uses.push_back(engine_for(set_, call.graph, call.sizes));
+        check_memory(uses, needed_bytes, batch);
+        for (const EngineUse& use : uses)
+            context_for(use);
+        fit_scratch();
+    }
+
+    Call bind(const std::string& graph, const Bindings& tensors, const Scratch& scratch) override {
+        const Graph& described = manifest_.graphs.at(graph);
+        Context* context = &context_for(engine_for(set_, graph, sizes_of(described, tensors)));
+        if (scratch.address == nullptr || context->scratch_bytes > as_signed(scratch.bytes))
+            context->planned = false;
+        fit_scratch();
+        std::vector<std::pair<std::string, nvinfer1::Dims>> shapes;
+        for (const auto& [name, port] : described.inputs)
+            shapes.emplace_back(name, dims_of(tensors.at(name).shape));
+        std::vector<std::pair<std::string, std::byte*>> addresses;
+        for (const auto& [name, tensor] : tensors)
+            addresses.emplace_back(name, tensor.address);
+        return [this, graph, context, planned = scratch.address, shapes, addresses] {
+            nvinfer1::IExecutionContext& execution = *context->execution;
+            execution.setDeviceMemoryV2(context->planned ? planned : scratch_.get(),
+                                        context->scratch_bytes);
+            bool done = true;
+            for (const auto& [name, dims] : shapes)
+                done = done && execution.setInputShape(name.c_str(), dims);
+            for (const auto& [name, address] : addresses)
+                done = done && execution.setTensorAddress(name.c_str(), address);
+            if (!done || !execution.enqueueV3(static_cast<cudaStream_t>(device()->stream())))
+                throw Failure(PID_ERROR_BACKEND,
+                              "the engine of graph '" + graph + "' failed: " + logger_.last());
+        };
+    }
+
+    Call sequence(std::vector<Call> calls) override {
+        // Shared, as a std::function is copied.
+        struct Recording {
+            Call one_by_one;
+            Call replay;
+            bool has_run = false;
+            const std::byte* scratch = nullptr;
+        };
+        const auto recording = std::make_shared<Recording>();
+        recording->one_by_one = Session::sequence(std::move(calls));
+        return [this, recording] {
+            if (recording->scratch != scratch_.get())
+                recording->replay = nullptr; // it would work in memory that was given back
+            if (!recording->replay && recording->has_run && graphs_) {
+                try {
+                    recording->replay = device()->capture(recording->one_by_one);
+                } catch (const Failure& failure) {
+                    if (failure.status() == PID_ERROR_CANCELLED)
+                        throw;
+                    graphs_ = false; // these engines cannot be recorded: run them one by one
+                }
+            }
+            recording->scratch = scratch_.get();
+            (recording->replay ? recording->replay : recording->one_by_one)();
+            recording->has_run = true;
+        };
+    }
+
+private:
+    struct Context {
+        std::unique_ptr<nvinfer1::IExecutionContext> execution;
+        std::int64_t scratch_bytes;
+        // Whether the arena has place for its scratch; else it works in the session's own block.
+        bool planned;
+    };
+
+    static std::int64_t as_signed(std::uint64_t bytes) { return static_cast<std::int64_t>(bytes); }
+
+    // What the symbols of a graph's ports stand for in a call.
+    static Sizes sizes_of(const Graph& graph, const Bindings& tensors) {
+        Sizes sizes;
+        for (const auto* ports : {&graph.inputs, &graph.outputs})
+            for (const auto& [name, port] : *ports)
+                for (std::size_t axis = 0; axis < port.shape.size(); ++axis)
+                    if (const auto* symbol = std::get_if<std::string>(&port.shape[axis]))
+                        sizes.set(*symbol,
+                                  static_cast<std::uint64_t>(tensors.at(name).shape[axis]));
+        return sizes;
+    }
+
+    [[noreturn]] void refuse_engine(const Engine& engine) {
+        refuse("expected ", engine.file, " to run on cuda:", device()->ordinal(),
+               ", but TensorRT says: ", logger_.last(),
+               "; build it again: ", set_.build_command(bundle_));
+    }
+
+    // Refuse unless what a shape needs is free, by what the builder said.
+    void check_memory(const std::vector<EngineUse>& uses, std::uint64_t needed_bytes,
+                      std::uint64_t batch) const {
+        std::map<std::string, std::uint64_t> missing, loaded; // weights by file
+        for (const EngineUse& use : uses)
+            if (engines_.count(use.engine->file) == 0)
+                missing[use.engine->file] = use.engine->weights_bytes;
+        std::uint64_t needed = needed_bytes;
+        for (const auto& [file, bytes] : missing)
+            needed = sum(needed, bytes);
+        const std::uint64_t free = device()->free_bytes();
+        if (needed <= free)
+            return;
+        for (const auto& [graph, engines] : set_.graphs)
+            for (const Engine& engine : engines)
+                if (engines_.count(engine.file) > 0)
+                    loaded[engine.file] = engine.weights_bytes;
+        std::uint64_t available = free;
+        for (const auto& [file, bytes] : loaded)
+            available = sum(available, bytes);
+        const std::pair<const std::string, EngineBucket>* fitting = nullptr;
+        for (const auto& each : set_.buckets)
+            if (each.second.peak_device_bytes <= available &&
+                (fitting == nullptr || each.second.max_tokens >= fitting->second.max_tokens))
+                fitting = &each;
+        std::string advice = "free memory on the GPU";
+        if (fitting != nullptr)
+            advice = text_of("decode ", batch > 1 ? "one image at a time, " : "", "at most ",
+                             fitting->second.max_tokens, " patch tokens: bucket ", fitting->first,
+                             " takes ", gigabytes(fitting->second.peak_device_bytes), " in all");
+        throw Failure(PID_ERROR_MEMORY, text_of("expected ", gigabytes(needed),
+                                                " of free device memory for this shape, but got ",
+                                                gigabytes(free), "; ", advice));
+    }
+
+    // The context of a profile, made when first needed.
+    Context& context_for(const EngineUse& use) {
+        const auto key = std::make_pair(use.engine->file, use.profile);
+        const auto found = contexts_.find(key);
+        if (found != contexts_.end())
+            return found->second;
+        device()->make_current();
+        nvinfer1::ICudaEngine& engine = load(*use.engine);
+        Context context;
+        context.execution.reset(engine.createExecutionContext(
+            nvinfer1::ExecutionContextAllocationStrategy::kUSER_MANAGED));
+        const auto stream = static_cast<cudaStream_t>(device()->stream());
+        if (!context.execution ||
+            !context.execution->setOptimizationProfileAsync(use.profile, stream))
+            refuse_engine(*use.engine);
+        context.scratch_bytes = engine.getDeviceMemorySizeForProfileV2(use.profile);
+        const auto profile = static_cast<std::size_t>(use.profile);
+        context.planned = context.scratch_bytes <= as_signed(use.engine->scratch_bytes.at(profile));
+        return contexts_.emplace(key, std::move(context)).first->second;
+    }
+
+    // An engine with its weights on the GPU.
+    nvinfer1::ICudaEngine& load(const Engine& engine) {
+        const auto found = engines_.find(engine.file);
+        if (found != engines_.end())
+            return *found->second;
+        const std::vector<char> blob =
+            read_file(engine_folder(bundle_, set_.name) / engine.file, engine.bytes);
+        std::unique_ptr<nvinfer1::ICudaEngine> loaded(
+            runtime_->deserializeCudaEngine(blob.data(), blob.size()));
+        if (!loaded)
+            refuse_engine(engine);
+        return *engines_.emplace(engine.file, std::move(loaded)).first->second;
+    }
+
+    // Make the session's block large enough for every context that works in it.
+    void fit_scratch() {
+        std::int64_t needed = 0;
+        for (const auto& [key, context] : contexts_)
+            if (!context.planned)
+                needed = std::max(needed, context.scratch_bytes);
+        if (needed <= scratch_bytes_)
+            return;
+        synchronize();
+        scratch_.reset(); // give the old one back before asking for the new one
+        scratch_bytes_ = 0;
+        try {
+            scratch_ = allocate(static_cast<std::size_t>(needed));
+        } catch (const Failure& failure) {
+            if (failure.status() != PID_ERROR_MEMORY)
+                throw;
+            throw Failure(PID_ERROR_MEMORY,
+                          text_of("expected ", gigabytes(static_cast<std::uint64_t>(needed)),
+                                  " of device memory for the engines' scratch, but got ",
+                                  failure.what(),
+                                  "; decode a smaller shape, or free memory on the GPU"));
+        }
+        scratch_bytes_ = needed;
+    }
+
+    std::filesystem::path bundle_;
+    const Manifest& manifest_;
+    EngineSet set_;
+    Logger logger_; // outlives what logs to it
+    std::unique_ptr<nvinfer1::IRuntime> runtime_;
+    std::map<std::string, std::unique_ptr<nvinfer1::ICudaEngine>> engines_;
+    Allocation scratch_;
+    std::int64_t scratch_bytes_ = 0;
+    std::map<std::pair<std::string, int>, Context> contexts_;
+    bool graphs_ = true;
+};
+
+} // namespace
+
+std::unique_ptr<Session> open_tensorrt(const std::filesystem::path& bundle,
+                                       const Manifest& manifest, const BackendOptions& options) {
+    const auto [name, ordinal] = parse_device(options.device.empty() ? "cuda" : options.device);
+    if (name != "cuda")
+        refuse("expected a device cuda or cuda:N for the tensorrt backend, but got ",
+               shown(options.device));
+    if (manifest.engines.empty())
+        refuse("expected engines in ", bundle.string(), ", but it has none; build them: pid-build ",
+               bundle.string());
+    const std::shared_ptr<CudaDevice> device = CudaDevice::open(ordinal, options.cuda_stream);
+    EngineSet set = choose_engines(bundle, manifest, options.engine_set, PID_TENSORRT_FLAVOR,
+                                   library_version(), device->architecture(), options.verify);
+    return std::make_unique<TensorRtSession>(bundle, manifest, std::move(set), device,
+                                             options.threads);
+}
+
+} // namespace pid::core

@@ -1,0 +1,399 @@
+// The C API over the classes of this library: every exception becomes a status.
+#include <algorithm>
+#include <atomic>
+#include <cstring>
+#include <exception>
+#include <filesystem>
+#include <memory>
+#include <new>
+#include <optional>
+#include <string>
+#include <thread>
+#include <utility>
+
+#include "backends.h"
+#include "cuda_driver.h"
+#include "decoder.h"
+#include "errors.h"
+#include "json_reader.h"
+#include "parallel.h"
+#include "pid/pid_runtime.h"
+#include "request.h"
+
+using namespace pid::core;
+
+struct pid_array {
+    Allocation memory;
+    pid_tensor view;
+};
+
+struct pid_decoder {
+    pid_decoder(const char* bundle, const BackendOptions& options, Warning warning)
+        : decoder(bundle, options, std::move(warning)), name(decoder.manifest().model_text("name")),
+          latent_convention(decoder.manifest().model_text("latent_convention")),
+          model_json(decoder.manifest().model.dump()) {}
+
+    Decoder decoder;
+    std::atomic<bool> busy{false};
+    std::atomic<std::thread::id> user{}; // the thread of the call that runs
+    std::string name;
+    std::string latent_convention;
+    std::string model_json;
+};
+
+namespace {
+
+constexpr int most_threads = 4096;
+
+pid_status failed(pid_status status, const char* message) noexcept {
+    try {
+        set_last_error(message);
+    } catch (...) { // no memory for a string: the message of the last failure stays
+    }
+    return status;
+}
+
+// Call a function, and turn what it throws into a status.
+template <typename Function>
+pid_status guarded(Function function) noexcept {
+    try {
+        function();
+        return PID_OK;
+    } catch (const Failure& failure) {
+        return failed(failure.status(), failure.what());
+    } catch (const std::bad_alloc&) {
+        return failed(PID_ERROR_MEMORY, "expected more memory, but there is none left; decode a "
+                                        "smaller shape or batch");
+    } catch (const std::exception& error) {
+        return failed(PID_ERROR_INTERNAL, error.what());
+    } catch (...) {
+        return failed(PID_ERROR_INTERNAL, "an exception of an unknown kind");
+    }
+}
+
+void require_given(const void* argument, const char* name) {
+    if (argument == nullptr)
+        refuse("expected an argument ", name, ", but got NULL");
+}
+
+// A structure of the caller's, who may have been compiled with an older and shorter one.
+template <typename Params>
+Params own_copy(const Params* given, Params params, const char* name) {
+    if (given == nullptr)
+        return params;
+    if (given->struct_bytes < sizeof(std::size_t) || given->struct_bytes > sizeof(Params))
+        refuse("expected ", name, " from its function of defaults, but got ", given->struct_bytes,
+               " bytes instead of ", sizeof(Params), "; or update the library");
+    std::memcpy(&params, given, given->struct_bytes);
+    params.struct_bytes = sizeof(Params);
+    return params;
+}
+
+// Holds a decoder for one call.
+class Use {
+public:
+    explicit Use(pid_decoder& decoder) : decoder_(decoder) {
+        if (decoder_.busy.exchange(true))
+            throw Failure(PID_ERROR_BUSY, "expected one call at a time, but another one uses this "
+                                          "decoder; open one per thread");
+        decoder_.user = std::this_thread::get_id();
+    }
+    ~Use() {
+        decoder_.user = std::thread::id();
+        decoder_.busy = false;
+    }
+    Use(const Use&) = delete;
+    Use& operator=(const Use&) = delete;
+
+private:
+    pid_decoder& decoder_;
+};
+
+std::string text_or_empty(const char* text) {
+    return text == nullptr ? "" : text;
+}
+
+BackendOptions backend_options(const pid_decoder_params& params) {
+    if (params.threads < 0 || params.threads > most_threads)
+        refuse("expected from 1 to ", most_threads, " threads, or 0 for all, but got ",
+               params.threads);
+    BackendOptions options;
+    options.backend = params.backend == nullptr ? "onnxruntime" : params.backend;
+    options.device = text_or_empty(params.device);
+    options.provider_library = text_or_empty(params.provider_library);
+    options.engine_set = text_or_empty(params.engine_set);
+    options.threads = params.threads == 0 ? core_count() : static_cast<std::size_t>(params.threads);
+    options.verify = params.verify != 0;
+    options.cuda_stream = params.cuda_stream;
+    return options;
+}
+
+pid_tensor view_of(const void* data, pid_dtype dtype, pid_memory memory, const Shape& shape) {
+    pid_tensor view{};
+    view.data = data;
+    view.dtype = dtype;
+    view.memory = memory;
+    view.rank = static_cast<std::int32_t>(shape.size());
+    std::copy(shape.begin(), shape.end(), view.shape);
+    return view;
+}
+
+Allocation allocate_result(Session& session, pid_memory memory, std::size_t bytes) {
+    if (memory == PID_CUDA)
+        return session.allocate(bytes);
+    return Allocation(new std::byte[bytes], std::default_delete<std::byte[]>());
+}
+
+void check_output_memory(const Session& session, pid_memory memory) {
+    if (memory != PID_HOST && memory != PID_CUDA)
+        refuse("expected output_memory PID_HOST or PID_CUDA, but got ", static_cast<int>(memory));
+    if (memory == PID_CUDA && !session.device())
+        refuse("expected output_memory PID_HOST, since this decoder runs on the CPU, but got "
+               "PID_CUDA; open it with a GPU");
+}
+
+// A checked request and the images it makes.
+struct Work {
+    pid_decode_params params;
+    Request request;
+    Shape shape;
+    std::size_t bytes;
+};
+
+Work prepare(const pid_decoder& decoder, const pid_decode_params* given) {
+    require_given(given, "params");
+    const pid_decode_params params =
+        own_copy(given, pid_decode_default_params(), "pid_decode_params");
+    const Session& session = decoder.decoder.session();
+    check_output_memory(session, params.output_memory);
+    Request request =
+        check_request(decoder.decoder.manifest(), params, session.device() != nullptr);
+    Shape shape = Decoder::image_shape(request.sizes, params.output);
+    const std::size_t bytes = count_of(shape) * pid_dtype_bytes(params.output);
+    return {params, std::move(request), std::move(shape), bytes};
+}
+
+void decode_into(pid_decoder& decoder, const Work& work, void* data) {
+    const pid_decode_params& params = work.params;
+    Progress progress;
+    if (params.progress != nullptr)
+        progress = [&](std::int32_t done, std::int32_t steps) {
+            return params.progress(done, steps, params.progress_user_data) == 0;
+        };
+    decoder.decoder.session().cancelled = false;
+    decoder.decoder.decode(work.request, params.output, {data, params.output_memory}, progress);
+}
+
+} // namespace
+
+const char* pid_last_error(void) {
+    return last_error();
+}
+
+const char* pid_status_name(pid_status status) {
+    switch (status) {
+    case PID_OK:
+        return "PID_OK";
+    case PID_ERROR_INPUT:
+        return "PID_ERROR_INPUT";
+    case PID_ERROR_MEMORY:
+        return "PID_ERROR_MEMORY";
+    case PID_ERROR_CANCELLED:
+        return "PID_ERROR_CANCELLED";
+    case PID_ERROR_BUSY:
+        return "PID_ERROR_BUSY";
+    case PID_ERROR_BACKEND:
+        return "PID_ERROR_BACKEND";
+    case PID_ERROR_INTERNAL:
+        return "PID_ERROR_INTERNAL";
+    }
+    return "an unknown status";
+}
+
+const char* pid_runtime_version(void) {
+    return PID_VERSION;
+}
+
+const char* pid_runtime_backends(void) {
+    return backend_names();
+}
+
+pid_tensor pid_host_tensor(const void* data, pid_dtype dtype, int32_t rank, const int64_t* shape) {
+    pid_tensor tensor{};
+    tensor.data = data;
+    tensor.dtype = dtype;
+    tensor.memory = PID_HOST;
+    tensor.rank = rank; // one out of range is refused where the tensor is used
+    for (int32_t axis = 0; axis < rank && axis < PID_MAX_RANK; ++axis)
+        tensor.shape[axis] = shape[axis];
+    return tensor;
+}
+
+pid_tensor pid_cuda_tensor(const void* data, pid_dtype dtype, int32_t rank, const int64_t* shape) {
+    pid_tensor tensor = pid_host_tensor(data, dtype, rank, shape);
+    tensor.memory = PID_CUDA;
+    return tensor;
+}
+
+size_t pid_dtype_bytes(pid_dtype dtype) {
+    switch (dtype) {
+    case PID_FLOAT32:
+        return 4;
+    case PID_FLOAT16:
+    case PID_BFLOAT16:
+        return 2;
+    case PID_FLOAT64:
+        return 8;
+    case PID_UINT8:
+        return 1;
+    }
+    return 0;
+}
+
+pid_tensor pid_array_tensor(const pid_array* array) {
+    return array == nullptr ? pid_tensor{} : array->view;
+}
+
+void pid_array_free(pid_array* array) {
+    delete array;
+}
+
+pid_decoder_params pid_decoder_default_params(void) {
+    pid_decoder_params params{};
+    params.struct_bytes = sizeof params;
+    params.verify = 1;
+    return params;
+}
+
+pid_decode_params pid_decode_default_params(void) {
+    pid_decode_params params{};
+    params.struct_bytes = sizeof params;
+    return params;
+}
+
+pid_status pid_decoder_open(const char* bundle_path, const pid_decoder_params* params,
+                            pid_decoder** decoder) {
+    return guarded([&] {
+        require_given(bundle_path, "bundle_path");
+        require_given(decoder, "decoder");
+        const pid_decoder_params own =
+            own_copy(params, pid_decoder_default_params(), "pid_decoder_params");
+        Warning warning;
+        if (own.warning != nullptr)
+            warning = [callback = own.warning, data = own.warning_user_data](
+                          const std::string& line) { callback(line.c_str(), data); };
+        *decoder = new pid_decoder(bundle_path, backend_options(own), std::move(warning));
+    });
+}
+
+void pid_decoder_close(pid_decoder* decoder) {
+    delete decoder;
+}
+
+pid_status pid_decoder_get_info(const pid_decoder* decoder, pid_decoder_info* info) {
+    return guarded([&] {
+        require_given(decoder, "decoder");
+        require_given(info, "info");
+        if (info->struct_bytes < sizeof(std::size_t))
+            refuse("expected info->struct_bytes to be the size of pid_decoder_info, but got ",
+                   info->struct_bytes);
+        const Manifest& manifest = decoder->decoder.manifest();
+        const Network& network = manifest.network;
+        std::uint64_t tokens = 0;
+        for (const auto& [name, bucket] : manifest.buckets)
+            tokens = std::max(tokens, bucket.max_tokens);
+        pid_decoder_info own{};
+        own.struct_bytes = info->struct_bytes;
+        own.name = decoder->name.c_str();
+        own.producer = manifest.producer.c_str();
+        own.latent_convention = decoder->latent_convention.c_str();
+        own.precision = manifest.precision.c_str();
+        own.latent_channels = static_cast<std::int64_t>(network.latent_channels);
+        own.pixels_per_latent =
+            static_cast<std::int64_t>(network.tokens_per_latent * network.patch_size);
+        own.text_dim = static_cast<std::int64_t>(network.text_dim);
+        own.text_max_length = static_cast<std::int64_t>(network.text_max_length);
+        own.max_image_pixels = static_cast<std::int64_t>(
+            product(tokens, product(network.patch_size, network.patch_size)));
+        own.default_steps = static_cast<std::int32_t>(manifest.sampler.steps);
+        own.max_steps = static_cast<std::int32_t>(manifest.sampler.max_steps);
+        own.takes_times = manifest.sampler.times.empty() ? 1 : 0;
+        std::memcpy(info, &own, std::min(info->struct_bytes, sizeof own));
+    });
+}
+
+const char* pid_decoder_model_json(const pid_decoder* decoder) {
+    return decoder == nullptr ? "" : decoder->model_json.c_str();
+}
+
+void* pid_decoder_cuda_stream(const pid_decoder* decoder) {
+    if (decoder == nullptr || !decoder->decoder.session().device())
+        return nullptr;
+    return decoder->decoder.session().device()->stream();
+}
+
+pid_status pid_decoder_decode(pid_decoder* decoder, const pid_decode_params* params,
+                              pid_array** image) {
+    return guarded([&] {
+        require_given(decoder, "decoder");
+        require_given(image, "image");
+        const Use use(*decoder);
+        const Work work = prepare(*decoder, params);
+        const pid_memory memory = work.params.output_memory;
+        auto result = std::make_unique<pid_array>();
+        result->memory = allocate_result(decoder->decoder.session(), memory, work.bytes);
+        result->view = view_of(result->memory.get(), work.params.output, memory, work.shape);
+        decode_into(*decoder, work, result->memory.get());
+        *image = result.release();
+    });
+}
+
+pid_status pid_decoder_decode_into(pid_decoder* decoder, const pid_decode_params* params,
+                                   void* data, size_t data_bytes) {
+    return guarded([&] {
+        require_given(decoder, "decoder");
+        require_given(data, "data");
+        const Use use(*decoder);
+        const Work work = prepare(*decoder, params);
+        if (data_bytes != work.bytes)
+            refuse("expected data of ", work.bytes, " bytes for images ", text_of_shape(work.shape),
+                   ", but got ", data_bytes);
+        decode_into(*decoder, work, data);
+    });
+}
+
+pid_status pid_decoder_output_shape(const pid_decoder* decoder, const pid_decode_params* params,
+                                    int64_t* shape) {
+    return guarded([&] {
+        require_given(decoder, "decoder");
+        require_given(params, "params");
+        require_given(shape, "shape");
+        const pid_decode_params own =
+            own_copy(params, pid_decode_default_params(), "pid_decode_params");
+        const Shape images =
+            Decoder::image_shape(check_sizes(decoder->decoder.manifest(), own.latent), own.output);
+        std::copy(images.begin(), images.end(), shape);
+    });
+}
+
+pid_status pid_decoder_read_state(pid_decoder* decoder, pid_array** state) {
+    return guarded([&] {
+        require_given(decoder, "decoder");
+        require_given(state, "state");
+        std::optional<Use> use; // not from within a progress callback, where a call runs already
+        if (decoder->user.load() != std::this_thread::get_id())
+            use.emplace(*decoder);
+        const Tensor tensor = decoder->decoder.state();
+        Session& session = decoder->decoder.session();
+        auto result = std::make_unique<pid_array>();
+        result->memory = allocate_result(session, PID_HOST, tensor.bytes());
+        result->view = view_of(result->memory.get(), PID_FLOAT32, PID_HOST, tensor.shape);
+        session.read(tensor, result->memory.get(), PID_HOST);
+        *state = result.release();
+    });
+}
+
+void pid_decoder_cancel(pid_decoder* decoder) {
+    if (decoder != nullptr)
+        decoder->decoder.session().cancelled = true;
+}

@@ -1,0 +1,136 @@
+#include "decoder.h"
+
+#include <algorithm>
+#include <utility>
+#include <vector>
+
+#include "advice.h"
+#include "errors.h"
+
+namespace pid::core {
+
+Decoder::Decoder(const std::filesystem::path& bundle, const BackendOptions& options,
+                 Warning warning)
+    : manifest_(read_manifest(bundle, options.verify, options.threads)),
+      constants_(read_constants(bundle, manifest_)),
+      session_(open_session(bundle, manifest_, options)), warning_(std::move(warning)) {}
+
+Shape Decoder::image_shape(const Sizes& sizes, pid_dtype output) {
+    if (output == PID_FLOAT32)
+        return sizes.shape({"B", std::uint64_t{3}, "H", "W"});
+    if (output == PID_UINT8)
+        return sizes.shape({"B", "H", "W", std::uint64_t{3}});
+    refuse("expected output float32 or uint8, but got another");
+}
+
+void Decoder::decode(const Request& request, pid_dtype output, const Target& target,
+                     const Progress& progress) {
+    const Schedule& schedule = request.schedule;
+    if (warning_) {
+        const Shape shape = image_shape(request.sizes, PID_FLOAT32);
+        const float sigma = *std::max_element(request.sigmas.begin(), request.sigmas.end());
+        for (const std::string& line :
+             advice(manifest_.model, shape[3], shape[2], sigma, request.has_caption))
+            warning_(line);
+    }
+    Program& program = bind(request.sizes);
+    write_inputs(program, request);
+    program.run("prologue", 0, 0,
+                [&](const BoundNoise& noise) { fill_noise(program, request, noise, 0); });
+    if (!schedule.moments.empty())
+        for (const std::uint64_t row : schedule.rows)
+            program.run("timestep", row, row, nullptr);
+    const auto steps = static_cast<std::int32_t>(schedule.rows.size());
+    for (std::size_t step = 0; step < schedule.rows.size(); ++step) {
+        program.run("step", schedule.rows[step], step, [&](const BoundNoise& noise) {
+            fill_noise(program, request, noise, step + 1);
+        });
+        if (progress && !progress(static_cast<std::int32_t>(step) + 1, steps))
+            session_->cancelled = true;
+        session_->throw_if_cancelled();
+    }
+    const char* image = output == PID_UINT8 ? "image_bytes" : "image";
+    program.run(image, 0, 0, nullptr);
+    session_->read(program.buffer(image), target.data, target.memory);
+}
+
+Tensor Decoder::state() const {
+    if (!program_)
+        refuse("expected a decode before its state is read");
+    Tensor state = program_->buffer("state");
+    state.shape = {state.shape[0], state.shape[1], state.shape[2] / 3, 3};
+    return state;
+}
+
+// The program at these sizes: the one of the last decode if they have not changed.
+Program& Decoder::bind(const Sizes& sizes) {
+    if (program_ && program_->sizes() == sizes)
+        return *program_;
+    const Bucket& bucket = session_->bucket_for(sizes.value("L"));
+    const std::uint64_t needed = Program::arena_bytes(bucket, sizes);
+    session_->synchronize();
+    program_.reset();
+    const bool fits = arena_ && needed <= arena_bytes_;
+    if (!fits) {
+        arena_.reset(); // give the old arena back before asking for the new one
+        arena_bytes_ = 0;
+    }
+    session_->prepare(planned_calls(manifest_, bucket, sizes), fits ? 0 : needed, sizes.value("B"));
+    if (!fits) {
+        try {
+            arena_ = session_->allocate(needed);
+        } catch (const Failure& failure) {
+            if (failure.status() != PID_ERROR_MEMORY)
+                throw;
+            throw Failure(PID_ERROR_MEMORY,
+                          text_of("expected ", gigabytes(needed), " of memory for the arena, but ",
+                                  "got ", failure.what(), "; decode a smaller shape or batch"));
+        }
+        arena_bytes_ = needed;
+    }
+    program_.emplace(manifest_, *session_, bucket, sizes, arena_, constants_);
+    return *program_;
+}
+
+// Put a decode's inputs into the arena.
+void Decoder::write_inputs(const Program& program, const Request& request) {
+    const auto write_padded = [&](const char* name, const void* values, std::size_t bytes) {
+        const Tensor buffer = program.buffer(name);
+        std::vector<std::byte> padded(buffer.bytes()); // unused rows are zero
+        std::copy_n(static_cast<const std::byte*>(values), bytes, padded.begin());
+        session_->write(buffer, padded.data(), PID_HOST);
+    };
+    const std::uint64_t batch = request.sizes.value("B");
+    session_->write(program.buffer("latent"), request.latent.data, request.latent.memory);
+    if (static_cast<std::uint64_t>(request.caption.shape[0]) == batch)
+        session_->write(program.buffer("caption"), request.caption.data, request.caption.memory);
+    else
+        for (std::uint64_t image = 0; image < batch; ++image)
+            session_->write(program.image_part("caption", image), request.caption.data,
+                            request.caption.memory);
+    session_->write(program.buffer("sigma"), request.sigmas.data(), PID_HOST);
+    const Schedule& schedule = request.schedule;
+    write_padded("update", schedule.updates.data(),
+                 schedule.updates.size() * sizeof schedule.updates[0]);
+    if (!schedule.moments.empty())
+        write_padded("timestep", schedule.moments.data(),
+                     schedule.moments.size() * sizeof schedule.moments[0]);
+}
+
+// Fill a noise instruction's target with one draw.
+void Decoder::fill_noise(Program& program, const Request& request, const BoundNoise& noise,
+                         std::size_t draw) {
+    const std::string& target = noise.instruction.target;
+    const Input& given = request.noises[draw];
+    if (draw > 0 && request.schedule.updates[draw - 1][2] == 0) {
+        session_->fill_zero(program.buffer(target)); // not used, but must not hold a NaN
+    } else if (given.data != nullptr) {
+        program.load_noise(noise, given.data, given.memory);
+    } else {
+        for (std::size_t image = 0; image < request.seeds.size(); ++image)
+            session_->fill_normal(program.image_part(target, image), request.seeds[image],
+                                  static_cast<std::uint32_t>(draw));
+    }
+}
+
+} // namespace pid::core

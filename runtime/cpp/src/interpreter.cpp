@@ -1,0 +1,226 @@
+#include "interpreter.h"
+
+#include <algorithm>
+#include <limits>
+#include <set>
+
+#include "errors.h"
+#include "tables.h"
+
+namespace pid::core {
+namespace {
+
+using Slices = std::vector<std::pair<std::uint64_t, std::uint64_t>>;
+
+// How a run is cut along its chunked axis; one slice, not to be used, when it has none.
+Slices slices_of(const Run& run, const Bucket& bucket, const Sizes& local) {
+    if (run.chunk.empty())
+        return {{0, 0}};
+    return even_slices(local.value(run.chunk), bucket.chunk_tokens);
+}
+
+// Product of the sizes of a shape from an axis on.
+std::uint64_t product_from(const Sizes& sizes, const SymbolicShape& shape, std::size_t axis) {
+    std::uint64_t count = 1;
+    for (; axis < shape.size(); ++axis)
+        count *= sizes.value(shape[axis]);
+    return count;
+}
+
+} // namespace
+
+Program::Program(const Manifest& manifest, Session& session, const Bucket& bucket,
+                 const Sizes& sizes, Allocation arena, const Constants& constants)
+    : manifest_(manifest), session_(session), bucket_(bucket), sizes_(sizes),
+      arena_(std::move(arena)) {
+    for (const auto& [name, buffer] : manifest.buffers) {
+        if (buffer.kind == "table")
+            session.write(this->buffer(name), compute_table(buffer.source, sizes).data(), PID_HOST);
+        else if (buffer.kind == "constant")
+            session.write(this->buffer(name), constants.at(name).data(), PID_HOST);
+    }
+}
+
+std::uint64_t Program::arena_bytes(const Bucket& bucket, const Sizes& sizes) {
+    const std::uint64_t bytes = product(bucket.arena_bytes, sizes.value("B"));
+    if (bytes >= std::min<std::uint64_t>(too_much, std::numeric_limits<std::size_t>::max() / 2))
+        refuse("expected a batch whose arena fits in memory, but got ", sizes.value("B"),
+               " images; decode a smaller batch");
+    return bytes;
+}
+
+Tensor Program::buffer(const std::string& name) const {
+    return tensor(name, 0, sizes_.shape(manifest_.buffers.at(name).shape));
+}
+
+Tensor Program::image_part(const std::string& name, std::uint64_t image) const {
+    const SymbolicShape& shape = manifest_.buffers.at(name).shape;
+    Shape part = sizes_.shape(shape);
+    part[0] = 1;
+    return tensor(name, image * product_from(sizes_, shape, 1), std::move(part));
+}
+
+void Program::run(const std::string& section, std::uint64_t row, std::uint64_t step,
+                  const NoiseSource& noise) {
+    const auto key = std::make_tuple(section, row, step);
+    auto found = parts_.find(key);
+    if (found == parts_.end()) {
+        Sizes sizes = sizes_;
+        sizes.set("row", row);
+        sizes.set("step", step);
+        found = parts_.emplace(key, bind_section(section, sizes)).first;
+    }
+    for (const Part& part : found->second) {
+        session_.throw_if_cancelled();
+        if (const auto* call = std::get_if<Call>(&part))
+            (*call)();
+        else
+            noise(std::get<BoundNoise>(part));
+    }
+}
+
+void Program::load_noise(const BoundNoise& noise, const void* image, pid_memory memory) {
+    session_.write(buffer(noise.instruction.image), image, memory);
+    noise.patchify();
+}
+
+// A section's noise, and a sequence for all that runs between.
+std::vector<Program::Part> Program::bind_section(const std::string& section, const Sizes& sizes) {
+    std::vector<Part> parts;
+    std::vector<Call> calls;
+    const auto end_sequence = [&] {
+        if (!calls.empty())
+            parts.emplace_back(session_.sequence(std::move(calls)));
+        calls.clear();
+    };
+    const std::vector<Instruction>& instructions = manifest_.program.at(section);
+    for (std::size_t index = 0; index < instructions.size(); ++index) {
+        const Instruction& instruction = instructions[index];
+        if (const auto* run = std::get_if<Run>(&instruction)) {
+            bind_run(*run, sizes, scratch_of(section, index), calls);
+        } else if (const auto* copy = std::get_if<Copy>(&instruction)) {
+            calls.push_back(session_.copy(buffer(copy->source), buffer(copy->target)));
+        } else {
+            end_sequence();
+            const auto& noise = std::get<Noise>(instruction);
+            bind_run(noise.patchify(), sizes_, scratch_of(section, index), calls);
+            parts.emplace_back(BoundNoise{noise, session_.sequence(std::move(calls))});
+            calls.clear();
+        }
+    }
+    end_sequence();
+    return parts;
+}
+
+// One call per slice of the chunked axis, and per image where slices are not contiguous.
+void Program::bind_run(const Run& run, const Sizes& sizes, const Scratch& scratch,
+                       std::vector<Call>& calls) {
+    const Sizes local = sizes.extended(run.dims);
+    const Graph& graph = manifest_.graphs.at(run.graph);
+    struct Binding {
+        const std::string& name;
+        const Port& port;
+        const Operand& operand;
+    };
+    std::vector<Binding> bindings;
+    for (const auto& [name, port] : graph.inputs)
+        bindings.push_back({name, port, run.inputs.at(name)});
+    for (const auto& [name, port] : graph.outputs)
+        bindings.push_back({name, port, run.outputs.at(name)});
+
+    const Slices slices = slices_of(run, bucket_, local);
+    const bool chunked = slices.size() > 1;
+    const bool whole = session_.whole_batches() && !chunked &&
+                       std::all_of(bindings.begin(), bindings.end(), [&](const Binding& each) {
+                           return covers_batch(each.operand, each.port, local);
+                       });
+    const std::uint64_t images = whole ? 1 : local.value("B");
+    for (std::uint64_t image = 0; image < images; ++image) {
+        for (const auto& [begin, end] : slices) {
+            Sizes one = local;
+            if (!whole)
+                one.set("B", 1);
+            if (chunked)
+                one.set(run.chunk, end - begin);
+            Bindings tensors;
+            for (const Binding& each : bindings)
+                tensors.emplace(
+                    each.name, slice(each.operand, each.port, sizes, one, image, run.chunk, begin));
+            calls.push_back(session_.bind(run.graph, tensors, scratch));
+        }
+    }
+}
+
+// What the graph of an instruction may work in.
+Scratch Program::scratch_of(const std::string& section, std::size_t index) const {
+    const auto planned = bucket_.scratch.find(section);
+    if (planned == bucket_.scratch.end())
+        return {};
+    const std::uint64_t begin = planned->second[index] * sizes_.value("B");
+    return {arena_.get() + begin, arena_bytes(bucket_, sizes_) - begin};
+}
+
+// Whether the batch elements of an operand lie next to each other.
+bool Program::covers_batch(const Operand& operand, const Port& port, const Sizes& local) const {
+    if (!has_symbol(port.shape, "B") || local.value("B") == 1)
+        return true;
+    return local.count(port.shape) == sizes_.count(manifest_.buffers.at(operand.buffer).shape);
+}
+
+// The part of a buffer an operand means for one image of the batch and one chunk.
+Tensor Program::slice(const Operand& operand, const Port& port, const Sizes& sizes,
+                      const Sizes& local, std::uint64_t image, const std::string& chunk,
+                      std::uint64_t begin) const {
+    const SymbolicShape& shape = manifest_.buffers.at(operand.buffer).shape;
+    std::uint64_t at = sizes.index(shape, operand.start);
+    if (has_symbol(port.shape, "B"))
+        at += image * product_from(sizes, shape, 1);
+    const auto cut = std::find(port.shape.begin(), port.shape.end(), Size(chunk));
+    if (!chunk.empty() && cut != port.shape.end()) {
+        const auto axis = static_cast<std::size_t>(cut - port.shape.begin());
+        at += begin * product_from(local, port.shape, axis + 1);
+    }
+    return tensor(operand.buffer, at, local.shape(port.shape));
+}
+
+Tensor Program::tensor(const std::string& name, std::uint64_t first, Shape shape) const {
+    const DType dtype = manifest_.buffers.at(name).dtype;
+    const std::uint64_t offset =
+        bucket_.offsets.at(name) * sizes_.value("B") + first * item_bytes(dtype);
+    return {arena_.get() + offset, dtype, std::move(shape)};
+}
+
+std::vector<PlannedCall> planned_calls(const Manifest& manifest, const Bucket& bucket,
+                                       const Sizes& sizes) {
+    std::vector<PlannedCall> calls;
+    for (const char* section : sections) {
+        for (const Instruction& instruction : manifest.program.at(section)) {
+            if (std::holds_alternative<Copy>(instruction))
+                continue;
+            const auto* noise = std::get_if<Noise>(&instruction);
+            const Run run = noise != nullptr ? noise->patchify() : std::get<Run>(instruction);
+            Sizes local = sizes.extended(run.dims);
+            local.set("B", 1);
+            std::set<std::uint64_t> lengths;
+            for (const auto& [begin, end] : slices_of(run, bucket, local))
+                lengths.insert(end - begin);
+            for (const std::uint64_t length : lengths) {
+                Sizes one = local;
+                if (!run.chunk.empty())
+                    one.set(run.chunk, length);
+                calls.push_back({run.graph, one});
+            }
+        }
+    }
+    return calls;
+}
+
+Slices even_slices(std::uint64_t count, std::uint64_t largest) {
+    const std::uint64_t parts = (count + largest - 1) / largest;
+    Slices slices;
+    for (std::uint64_t i = 0; i < parts; ++i)
+        slices.emplace_back(i * count / parts, (i + 1) * count / parts);
+    return slices;
+}
+
+} // namespace pid::core

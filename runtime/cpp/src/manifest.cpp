@@ -1,0 +1,316 @@
+#include "manifest.h"
+
+#include <algorithm>
+#include <cerrno>
+#include <cstring>
+#include <fstream>
+#include <system_error>
+
+#include "errors.h"
+#include "parallel.h"
+#include "safetensors.h"
+#include "sha256.h"
+
+namespace pid::core {
+namespace {
+
+constexpr std::uint64_t format_major = 1;
+
+DType read_dtype(const Json& value, const std::string& where) {
+    const std::string name = text(value, where);
+    DType dtype{};
+    if (!dtype_named(name, dtype))
+        refuse("expected a dtype the manifest knows in ", where, ", but got ", shown(name));
+    return dtype;
+}
+
+// A shape, or the start of an operand.
+SymbolicShape read_shape(const Json& value, const std::string& where) {
+    SymbolicShape shape;
+    for (const Json& item : list(value, where)) {
+        if (item.is_string())
+            shape.emplace_back(item.get<std::string>());
+        else
+            shape.emplace_back(integer(item, where));
+    }
+    return shape;
+}
+
+std::map<std::string, Port> read_ports(const Json& value, const std::string& where) {
+    std::map<std::string, Port> ports;
+    for (const auto& [name, port] : object(value, where).items()) {
+        object(port, where);
+        ports[plain_name(name, where)] = {
+            read_dtype(member(port, "dtype", where), where + ", dtype"),
+            read_shape(member(port, "shape", where), where + ", shape")};
+    }
+    return ports;
+}
+
+Graph read_graph(const Json& value, const std::string& where) {
+    object(value, where);
+    Graph graph;
+    graph.file = text(member(value, "file", where), where + ", file");
+    if (const auto contrib = value.find("contrib_file");
+        contrib != value.end() && !contrib->is_null())
+        graph.contrib_file = text(*contrib, where + ", contrib_file");
+    text(member(value, "stage", where), where + ", stage");
+    object(member(value, "options", where), where + ", options");
+    graph.inputs = read_ports(member(value, "inputs", where), where + ", inputs");
+    graph.outputs = read_ports(member(value, "outputs", where), where + ", outputs");
+    graph.weights_bytes = integer(member(value, "weights_bytes", where), where + ", weights_bytes");
+    graph.weights_sha256 = text(member(value, "weights_sha256", where), where + ", weights_sha256");
+    return graph;
+}
+
+Buffer read_buffer(const Json& value, const std::string& where) {
+    object(value, where);
+    Buffer buffer;
+    buffer.dtype = read_dtype(member(value, "dtype", where), where + ", dtype");
+    buffer.shape = read_shape(member(value, "shape", where), where + ", shape");
+    buffer.kind = text(member(value, "kind", where), where + ", kind");
+    buffer.source =
+        value.contains("source") ? object(value["source"], where + ", source") : Json::object();
+    return buffer;
+}
+
+Sampler read_sampler(const Json& value, const std::string& where) {
+    object(value, where);
+    Sampler sampler;
+    sampler.steps = integer(member(value, "steps", where), where + ", steps");
+    sampler.max_steps = integer(member(value, "max_steps", where), where + ", max_steps");
+    for (const Json& time : list(member(value, "times", where), where + ", times"))
+        sampler.times.push_back(number(time, where + ", times"));
+    const std::string schedules = where + ", schedules";
+    for (const auto& [steps, rows] : object(member(value, "schedules", where), schedules).items()) {
+        auto& schedule = sampler.schedules[plain_name(steps, schedules)];
+        for (const Json& row : list(rows, schedules))
+            schedule.push_back(integer(row, schedules));
+    }
+    return sampler;
+}
+
+std::map<std::string, Operand> read_operands(const Json& value, const std::string& where) {
+    std::map<std::string, Operand> operands;
+    for (const auto& [port, operand] : object(value, where).items()) {
+        Operand& read = operands[plain_name(port, where)];
+        if (operand.is_string()) {
+            read.buffer = operand.get<std::string>();
+            continue;
+        }
+        object(operand, where);
+        read.buffer = text(member(operand, "buffer", where), where + ", buffer");
+        if (const auto start = operand.find("start"); start != operand.end())
+            read.start = read_shape(*start, where + ", start");
+    }
+    return operands;
+}
+
+Run read_run(const Json& value, const std::string& where) {
+    Run run;
+    run.graph = text(member(value, "run", where), where + ", graph");
+    run.inputs = read_operands(member(value, "inputs", where), where + ", inputs");
+    run.outputs = read_operands(member(value, "outputs", where), where + ", outputs");
+    if (const auto chunk = value.find("chunk"); chunk != value.end() && !chunk->is_null()) {
+        run.chunk = text(*chunk, where + ", chunk");
+        if (run.chunk.empty())
+            refuse("expected a size to cut along in ", where, ", chunk, but got ''");
+    }
+    if (const auto dims = value.find("dims"); dims != value.end())
+        for (const auto& [local, symbol] : object(*dims, where + ", dims").items())
+            run.dims[plain_name(local, where + ", dims")] = text(symbol, where + ", dims");
+    return run;
+}
+
+Instruction read_instruction(const Json& value, const std::string& where) {
+    object(value, where);
+    const bool run = value.contains("run"), copy = value.contains("copy"),
+               noise = value.contains("noise");
+    if (run + copy + noise != 1)
+        refuse("expected run, copy or noise in ", where, ", but got ", shown(value));
+    if (run)
+        return read_run(value, where);
+    if (copy)
+        return Copy{text(value["copy"], where + ", source"),
+                    text(member(value, "to", where), where + ", target")};
+    return Noise{text(value["noise"], where + ", target"),
+                 text(member(value, "image", where), where + ", image"),
+                 text(member(value, "graph", where), where + ", graph")};
+}
+
+// A dimension of the network; whether it is a usable size is checked with the rest.
+std::uint64_t read_dimension(const Json& network, const char* name) {
+    const auto found = network.find(name);
+    if (found == network.end() || !found->is_number_unsigned())
+        refuse("expected a positive ", name, ", but the manifest has ",
+               found == network.end() ? "none" : shown(*found), "; export the bundle again");
+    return found->get<std::uint64_t>();
+}
+
+void check_version(const Json& raw) {
+    if (!raw.is_object() || !raw.contains("format") || raw["format"] != "pid-bundle")
+        refuse("expected a pid-bundle manifest, but ", manifest_file, " is none");
+    const std::string where = "format_version";
+    std::vector<std::uint64_t> version;
+    for (const Json& number : list(member(raw, "format_version", manifest_file), where))
+        version.push_back(integer(number, where));
+    if (version.size() == 2 && version[0] == format_major)
+        return;
+    std::string found;
+    for (const std::uint64_t number : version)
+        found += (found.empty() ? "" : ".") + std::to_string(number);
+    refuse("expected bundle format ", format_major, ".x, but got version ", found.substr(0, 80),
+           "; update pid-trt, or export the bundle again with this version");
+}
+
+// A member of the manifest that is an object of parts, each read by `read`.
+template <typename Part, typename Read>
+std::map<std::string, Part> read_parts(const Json& raw, const char* name, Read read) {
+    const std::string where = std::string(manifest_file) + ", " + name;
+    std::map<std::string, Part> parts;
+    for (const auto& [key, value] : object(member(raw, name, manifest_file), where).items())
+        parts.emplace(plain_name(key, where), read(value, where));
+    return parts;
+}
+
+std::string read_text_file(const std::filesystem::path& path) {
+    std::ifstream file(path, std::ios::binary);
+    std::string text(manifest_max_bytes + 1, '\0');
+    if (file)
+        file.read(text.data(), static_cast<std::streamsize>(text.size()));
+    if (!file.eof() || file.bad()) {
+        if (file && file.gcount() > static_cast<std::streamsize>(manifest_max_bytes))
+            refuse("expected ", path.string(), " to have at most ", manifest_max_bytes, " bytes");
+        refuse("expected a bundle (a folder with ", manifest_file, "), but cannot read ",
+               path.string(), ": ", std::strerror(errno));
+    }
+    text.resize(static_cast<std::size_t>(file.gcount()));
+    return text;
+}
+
+} // namespace
+
+Run Noise::patchify() const {
+    return {graph, {{"image", {image, {}}}}, {{"tokens", {target, {}}}}, "", {}};
+}
+
+Bucket read_bucket(const Json& value, const std::string& where) {
+    object(value, where);
+    Bucket bucket;
+    bucket.max_tokens = integer(member(value, "max_tokens", where), where + ", max_tokens");
+    bucket.chunk_tokens = integer(member(value, "chunk_tokens", where), where + ", chunk_tokens");
+    bucket.arena_bytes = integer(member(value, "arena_bytes", where), where + ", arena_bytes");
+    const std::string offsets = where + ", offsets";
+    for (const auto& [name, offset] : object(member(value, "offsets", where), offsets).items())
+        bucket.offsets[plain_name(name, offsets)] = integer(offset, offsets);
+    return bucket;
+}
+
+Manifest Manifest::parse(std::string_view text_of_file) {
+    const Json raw = parse_json(text_of_file, manifest_file);
+    check_version(raw);
+    const std::string where = manifest_file;
+    Manifest manifest;
+    manifest.producer = text(member(raw, "producer", where), where + ", producer");
+    manifest.model = object(member(raw, "model", where), where + ", model");
+    manifest.precision = text(member(raw, "precision", where), where + ", precision");
+    const Json& network = object(member(raw, "network", where), where + ", network");
+    manifest.network = {
+        read_dimension(network, "patch_size"), read_dimension(network, "text_max_length"),
+        read_dimension(network, "text_dim"), read_dimension(network, "latent_channels"),
+        integer(member(raw, "tokens_per_latent", where), where + ", tokens_per_latent")};
+    manifest.sampler = read_sampler(member(raw, "sampler", where), where + ", sampler");
+    manifest.files = read_parts<File>(raw, "files", [](const Json& file, const std::string& at) {
+        return File{integer(member(object(file, at), "bytes", at), at + ", bytes"),
+                    text(member(file, "sha256", at), at + ", sha256")};
+    });
+    manifest.graphs = read_parts<Graph>(raw, "graphs", read_graph);
+    manifest.buffers = read_parts<Buffer>(raw, "buffers", read_buffer);
+    manifest.buckets = read_parts<Bucket>(raw, "buckets", read_bucket);
+    manifest.program = read_parts<std::vector<Instruction>>(
+        raw, "program", [](const Json& section, const std::string& at) {
+            std::vector<Instruction> instructions;
+            for (const Json& instruction : list(section, at))
+                instructions.push_back(read_instruction(instruction, at));
+            return instructions;
+        });
+    manifest.engines =
+        raw.contains("engines") ? object(raw["engines"], where + ", engines") : Json::object();
+    if (!manifest.engines.empty())
+        manifest.engine_names = member_names(text_of_file, "engines");
+    check_manifest(manifest);
+    return manifest;
+}
+
+const std::pair<const std::string, Bucket>& Manifest::bucket_for(std::uint64_t tokens) const {
+    const std::pair<const std::string, Bucket>* smallest = nullptr;
+    std::uint64_t largest = 0;
+    for (const auto& bucket : buckets) { // in the order of their names
+        largest = std::max(largest, bucket.second.max_tokens);
+        if (bucket.second.max_tokens >= tokens &&
+            (smallest == nullptr || bucket.second.max_tokens < smallest->second.max_tokens))
+            smallest = &bucket;
+    }
+    if (smallest == nullptr)
+        refuse("expected at most ", largest, " patch tokens (H/", network.patch_size, " x W/",
+               network.patch_size, "), the largest bucket of this bundle, but got ", tokens,
+               "; export with a larger bucket or decode a smaller latent");
+    return *smallest;
+}
+
+std::string Manifest::model_text(const char* name) const {
+    const auto found = model.find(name);
+    return found != model.end() && found->is_string() ? found->get<std::string>() : "";
+}
+
+Manifest read_manifest(const std::filesystem::path& bundle, bool verify, std::size_t threads) {
+    Manifest manifest = Manifest::parse(read_text_file(bundle / manifest_file));
+    // The largest first, as one file is hashed by one thread.
+    std::vector<std::pair<std::uint64_t, std::string>> files;
+    for (const auto& [name, file] : manifest.files) {
+        const std::filesystem::path path = bundle / name;
+        std::error_code error;
+        if (!std::filesystem::is_regular_file(path, error))
+            refuse(bundle.string(), " has no file ", name, "; export or copy the bundle again");
+        const std::uintmax_t bytes = std::filesystem::file_size(path, error);
+        if (error || bytes != file.bytes)
+            refuse("expected ", path.string(), " to have ", file.bytes, " bytes, but it has ",
+                   error ? 0 : bytes, "; export or copy the bundle again");
+        files.emplace_back(file.bytes, name);
+    }
+    if (!verify)
+        return manifest;
+    std::sort(files.rbegin(), files.rend());
+    parallel_for(files.size(), threads, [&](std::size_t index) {
+        const std::filesystem::path path = bundle / files[index].second;
+        if (file_sha256(path) != manifest.files.at(files[index].second).sha256)
+            refuse(path.string(), " was altered: its SHA-256 is not the manifest's; ",
+                   "export or copy the bundle again");
+    });
+    return manifest;
+}
+
+std::map<std::string, std::vector<float>> read_constants(const std::filesystem::path& bundle,
+                                                         const Manifest& manifest) {
+    std::map<std::string, std::vector<float>> constants;
+    const Safetensors weights(bundle / weights_file);
+    for (const auto& [name, buffer] : manifest.buffers) {
+        if (buffer.kind != "constant")
+            continue;
+        const std::string tensor = buffer.source["tensor"].get<std::string>();
+        const SafetensorsEntry* entry = weights.find(tensor);
+        if (entry == nullptr)
+            refuse("cannot read constants from ", weights_file, ": expected a tensor ",
+                   shown(tensor), ", but it has none; export the bundle again");
+        SymbolicShape shape;
+        for (const std::int64_t size : entry->shape)
+            shape.emplace_back(static_cast<std::uint64_t>(size));
+        if (entry->dtype != "F32" || shape != buffer.shape)
+            refuse("expected constant '", name, "' in ", weights_file, " to be float32 of shape ",
+                   text_of(buffer.shape), ", but got ", entry->dtype, " ", text_of(shape));
+        constants[name] = weights.read_float32(tensor);
+    }
+    return constants;
+}
+
+} // namespace pid::core

@@ -1,0 +1,167 @@
+// The manifest: a decoder as data. See docs/bundle-format.md, which this implements.
+#pragma once
+
+#include <array>
+#include <cstdint>
+#include <filesystem>
+#include <map>
+#include <string>
+#include <string_view>
+#include <utility>
+#include <variant>
+#include <vector>
+
+#include "json_reader.h"
+#include "sizes.h"
+#include "tensor.h"
+
+namespace pid::core {
+
+constexpr const char* manifest_file = "manifest.json";
+constexpr const char* weights_file = "weights.safetensors";
+constexpr std::uint64_t manifest_max_bytes = 1U << 24U;
+
+// An input or output of a graph.
+struct Port {
+    DType dtype;
+    SymbolicShape shape;
+};
+
+// One ONNX file.
+struct Graph {
+    std::string file;
+    // The same graph with ONNX Runtime's own operators; "" if there is none.
+    std::string contrib_file;
+    std::map<std::string, Port> inputs;
+    std::map<std::string, Port> outputs;
+    std::uint64_t weights_bytes;
+    std::string weights_sha256;
+};
+
+// A named piece of memory.
+struct Buffer {
+    DType dtype;
+    SymbolicShape shape;
+    // "input" and "schedule" are written for every decode, "table" for every new shape, "constant"
+    // likewise, "temporary" and "output" by the program.
+    std::string kind;
+    // How to compute a table, or the tensor a constant is filled from.
+    Json source;
+};
+
+// A contiguous part of a buffer, from the element at index `start` (zeros when empty).
+struct Operand {
+    std::string buffer;
+    SymbolicShape start;
+};
+
+// Run a graph, over slices of its axis `chunk` unless that is "".
+struct Run {
+    std::string graph;
+    std::map<std::string, Operand> inputs;
+    std::map<std::string, Operand> outputs;
+    std::string chunk;
+    // What the graph's own symbols stand for.
+    std::map<std::string, std::string> dims;
+};
+
+// Copy one buffer to another of the same size.
+struct Copy {
+    std::string source;
+    std::string target;
+};
+
+// Fill `target` with the next draw of noise, generated or put by `graph` from an image.
+struct Noise {
+    std::string target;
+    std::string image;
+    std::string graph;
+
+    // What this stands for when noise is given as an image.
+    Run patchify() const;
+};
+
+using Instruction = std::variant<Run, Copy, Noise>;
+
+// Parts of a program: once; once per step before the first; per step; then one of the last two.
+constexpr std::array<const char*, 5> sections{"prologue", "timestep", "step", "image",
+                                              "image_bytes"};
+
+// Where every buffer, and every engine's scratch, begins in the arena is a multiple of this.
+constexpr std::uint64_t arena_alignment = 256;
+
+// A token budget: the largest L, the tokens of one chunk, and where each buffer lies.
+struct Bucket {
+    std::uint64_t max_tokens;
+    std::uint64_t chunk_tokens;
+    std::uint64_t arena_bytes;
+    std::map<std::string, std::uint64_t> offsets;
+    // Where the scratch of every instruction lies, by section; empty when it is not planned, as it
+    // is by engine sets alone.
+    std::map<std::string, std::vector<std::uint64_t>> scratch;
+};
+
+// The times a decode visits.
+struct Sampler {
+    std::uint64_t steps;
+    std::uint64_t max_steps;
+    // The times the network knows; empty when any time goes.
+    std::vector<double> times;
+    // By number of steps, the rows of `times` visited.
+    std::map<std::string, std::vector<std::uint64_t>> schedules;
+};
+
+// Size and hash of one file of the bundle.
+struct File {
+    std::uint64_t bytes;
+    std::string sha256;
+};
+
+struct Manifest {
+    std::string producer;
+    Json model;
+    std::string precision;
+    Network network;
+    Sampler sampler;
+    std::map<std::string, File> files;
+    std::map<std::string, Graph> graphs;
+    std::map<std::string, Buffer> buffers;
+    std::map<std::string, Bucket> buckets;
+    std::map<std::string, std::vector<Instruction>> program;
+    // Engine sets by name, read where they are used.
+    Json engines;
+    // Their names in the order of the file.
+    std::vector<std::string> engine_names;
+
+    // Read and check the text of manifest.json. Refuses one that cannot be run.
+    static Manifest parse(std::string_view text);
+
+    // The smallest bucket that holds `tokens` patch tokens. Refuses when none does.
+    const std::pair<const std::string, Bucket>& bucket_for(std::uint64_t tokens) const;
+    // A text of `model`; "" when it has none.
+    std::string model_text(const char* name) const;
+};
+
+// What a manifest must keep to before anything is allocated. Refuses one that contradicts itself
+// or promises the impossible.
+void check_manifest(const Manifest& manifest);
+
+// A bucket of the manifest or of an engine set, but for what the latter adds. Not checked yet.
+Bucket read_bucket(const Json& value, const std::string& where);
+
+// Refuse a bucket whose plan does not hold the manifest's buffers.
+// scratch_bytes: what the arena has room for besides.
+void check_bucket(const Manifest& manifest, const std::string& name, const Bucket& bucket,
+                  std::uint64_t scratch_bytes = 0);
+
+// Read a bundle's manifest and check its files.
+// verify: hash every file, on up to `threads` threads; otherwise only their sizes are compared.
+// Refuses a missing, altered or newer bundle.
+Manifest read_manifest(const std::filesystem::path& bundle, bool verify, std::size_t threads);
+
+// Values of the buffers of kind "constant", by buffer. Refuses weights that lack one or hold it in
+// another shape.
+std::map<std::string, std::vector<float>> read_constants(const std::filesystem::path& bundle,
+                                                         const Manifest& manifest);
+
+} // namespace pid::core

@@ -1,0 +1,329 @@
+#include "request.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstddef>
+#include <utility>
+
+#include "errors.h"
+#include "interpreter.h"
+
+namespace pid::core {
+namespace {
+
+constexpr std::size_t most_steps = 1000;
+
+struct FloatKind {
+    pid_dtype dtype;
+    std::size_t bytes;
+};
+
+constexpr std::array<FloatKind, 4> floats{
+    {{PID_FLOAT32, 4}, {PID_FLOAT16, 2}, {PID_BFLOAT16, 2}, {PID_FLOAT64, 8}}};
+
+const char* name_of(pid_rule rule) {
+    return rule == PID_SDE ? "sde" : "ode";
+}
+
+template <typename Numbers>
+std::string listed(const Numbers& numbers) {
+    std::string text = "[";
+    for (const auto number : numbers)
+        text += (text.size() > 1 ? ", " : "") + shown(static_cast<double>(number));
+    return text + "]";
+}
+
+// Factors of state, velocity and noise from t to t_next. sde: x0 = x - t v, then
+// (1 - t_next) x0 + t_next noise. ode: x + (t_next - t) v.
+std::array<float, 3> update_factors(double t, double t_next, pid_rule rule) {
+    if (rule == PID_ODE)
+        return {1, static_cast<float>(t_next - t), 0};
+    return {static_cast<float>(1 - t_next), static_cast<float>(-(1 - t_next) * t),
+            static_cast<float>(t_next)};
+}
+
+void add_updates(Schedule& schedule, const std::vector<double>& visited, pid_rule rule) {
+    for (std::size_t step = 0; step + 1 < visited.size(); ++step)
+        schedule.updates.push_back(update_factors(visited[step], visited[step + 1], rule));
+}
+
+// The numbers of steps a bundle knows, in ascending order: "1, 2, 4".
+std::string known_steps(const Sampler& sampler) {
+    std::vector<std::size_t> numbers;
+    for (const auto& [steps, rows] : sampler.schedules)
+        numbers.push_back(rows.size());
+    std::sort(numbers.begin(), numbers.end());
+    std::string text;
+    for (const std::size_t number : numbers)
+        text += (text.empty() ? "" : ", ") + std::to_string(number);
+    return text;
+}
+
+std::string latents_of(const Manifest& manifest) {
+    const std::string space = manifest.model_text("space");
+    if (space.empty())
+        return "latents of its own network";
+    return space + " latents, " + manifest.model_text("latent_convention");
+}
+
+[[noreturn]] void refuse_shape(const std::string& name, const SymbolicShape& wanted,
+                               const Shape& shape, const std::string& fix) {
+    std::string letters;
+    for (const Size& size : wanted) {
+        const auto* symbol = std::get_if<std::string>(&size);
+        letters += (letters.empty() ? "" : ", ") +
+                   (symbol != nullptr ? *symbol : std::to_string(std::get<std::uint64_t>(size)));
+    }
+    refuse("expected ", name, " shape [", letters, "], but got ", text_of_shape(shape), "; ", fix);
+}
+
+// The shape of a tensor that is given. wanted: letters stand for any size but 0.
+Shape check_shape(const pid_tensor& tensor, const std::string& name, const SymbolicShape& wanted,
+                  const std::string& fix) {
+    if (tensor.rank < 0 || tensor.rank > PID_MAX_RANK)
+        refuse("expected a ", name, " of at most ", PID_MAX_RANK, " axes, but got rank ",
+               tensor.rank, "; ", fix);
+    Shape shape(tensor.shape, tensor.shape + tensor.rank);
+    bool fits = shape.size() == wanted.size();
+    for (std::size_t axis = 0; fits && axis < shape.size(); ++axis) {
+        const auto* number = std::get_if<std::uint64_t>(&wanted[axis]);
+        fits = shape[axis] > 0 &&
+               (number == nullptr || static_cast<std::uint64_t>(shape[axis]) == *number);
+    }
+    if (!fits)
+        refuse_shape(name, wanted, shape, fix);
+    return shape;
+}
+
+bool all_finite(const float* values, std::size_t count) {
+    return std::all_of(values, values + count, [](float value) { return std::isfinite(value); });
+}
+
+std::vector<float> convert(const void* data, pid_dtype dtype, std::size_t count) {
+    std::vector<float> values(count);
+    const auto* halves = static_cast<const std::uint16_t*>(data);
+    const auto* doubles = static_cast<const double*>(data);
+    for (std::size_t i = 0; i < count; ++i) {
+        if (dtype == PID_FLOAT64)
+            values[i] = static_cast<float>(doubles[i]);
+        else
+            values[i] =
+                dtype == PID_FLOAT16 ? float_of_half(halves[i]) : float_of_bfloat16(halves[i]);
+    }
+    return values;
+}
+
+// A tensor whose shape was checked, as float32.
+Input check_values(const pid_tensor& tensor, const std::string& name, Shape shape,
+                   bool has_device) {
+    const auto* kind = std::find_if(floats.begin(), floats.end(), [&](const FloatKind& each) {
+        return each.dtype == tensor.dtype;
+    });
+    if (kind == floats.end())
+        refuse("expected ", name,
+               " values of float32, float16, bfloat16 or float64, but got others; convert them");
+    std::uint64_t bytes = kind->bytes;
+    for (const std::int64_t size : shape)
+        bytes = product(bytes, static_cast<std::uint64_t>(size));
+    if (bytes >= too_much)
+        refuse("expected a ", name, " that fits in memory, but got shape ", text_of_shape(shape));
+    if (reinterpret_cast<std::uintptr_t>(tensor.data) % kind->bytes != 0)
+        refuse("expected ", name, " values aligned to ", kind->bytes,
+               " bytes, but got the address ", tensor.data, "; copy them");
+    Input input{tensor.data, tensor.memory, std::move(shape), {}};
+    if (tensor.memory == PID_CUDA) {
+        if (!has_device)
+            refuse("expected ", name,
+                   " in host memory, but got it on a GPU; copy it, or decode on a GPU");
+        if (tensor.dtype != PID_FLOAT32)
+            refuse("expected ", name, " on a GPU to be float32, but got others; convert it");
+        return input;
+    }
+    if (tensor.memory != PID_HOST)
+        refuse("expected ", name, " in memory PID_HOST or PID_CUDA, but got ",
+               static_cast<int>(tensor.memory));
+    if (tensor.dtype != PID_FLOAT32) {
+        input.converted = convert(tensor.data, tensor.dtype, count_of(input.shape));
+        input.data = input.converted.data();
+    }
+    if (!all_finite(static_cast<const float*>(input.data), count_of(input.shape)))
+        refuse("expected a finite ", name,
+               ", but it holds NaN or infinity; look at the step that made it");
+    return input;
+}
+
+// The caption embedding that stands for none: zeros [1, text_max_length, text_dim].
+Input empty_caption(const Network& network) {
+    Input caption;
+    caption.shape = {1, static_cast<std::int64_t>(network.text_max_length),
+                     static_cast<std::int64_t>(network.text_dim)};
+    caption.converted.resize(count_of(caption.shape));
+    caption.data = caption.converted.data();
+    return caption;
+}
+
+Input check_caption(const Manifest& manifest, const pid_tensor& tensor, std::uint64_t batch,
+                    bool has_device) {
+    const Network& network = manifest.network;
+    if (tensor.data == nullptr)
+        return empty_caption(network);
+    const SymbolicShape wanted{"B", "T", network.text_dim};
+    const std::string fix = text_of("B is 1 or that of the latent, ", batch, ", and T at most ",
+                                    network.text_max_length);
+    Shape shape = check_shape(tensor, "caption", wanted, fix);
+    const auto images = static_cast<std::uint64_t>(shape[0]);
+    if ((images != 1 && images != batch) ||
+        static_cast<std::uint64_t>(shape[1]) > network.text_max_length)
+        refuse_shape("caption", wanted, shape, fix);
+    return check_values(tensor, "caption", std::move(shape), has_device);
+}
+
+std::vector<float> check_sigmas(const pid_decode_params& params, std::uint64_t batch) {
+    if (params.sigma_count == 0)
+        return std::vector<float>(batch, 0.0F);
+    if ((params.sigma_count != 1 && params.sigma_count != batch) || params.sigma == nullptr)
+        refuse("expected one sigma or ", batch, ", but got ",
+               params.sigma == nullptr ? 0 : params.sigma_count, "; give one per image");
+    const std::vector<float> given(params.sigma, params.sigma + params.sigma_count);
+    for (const float sigma : given)
+        if (!(sigma >= 0 && sigma <= 1))
+            refuse("expected sigma in [0, 1], but got ", listed(given), "; 0 is a clean latent");
+    return given.size() == batch ? given : std::vector<float>(batch, given[0]);
+}
+
+std::vector<std::uint64_t> check_seeds(const pid_decode_params& params, std::uint64_t batch) {
+    std::vector<std::uint64_t> seeds(batch);
+    if (params.seed_count > 1 || (params.seed_count == 1 && params.seeds == nullptr)) {
+        if (params.seed_count != batch || params.seeds == nullptr)
+            refuse("expected one seed or ", batch, ", but got ",
+                   params.seeds == nullptr ? 0 : params.seed_count);
+        std::copy_n(params.seeds, batch, seeds.begin());
+        return seeds;
+    }
+    const std::uint64_t first = params.seed_count == 1 ? params.seeds[0] : 0;
+    for (std::uint64_t image = 0; image < batch; ++image)
+        seeds[image] = first + image; // modulo 2^64
+    return seeds;
+}
+
+// The noise image of every draw.
+std::vector<Input> check_noises(const pid_decode_params& params, const Sizes& sizes,
+                                std::size_t steps, bool has_device) {
+    std::vector<pid_tensor> given(steps + 1); // the last one is multiplied by 0
+    given[0] = params.noise;
+    if (params.step_noise_count > 0 && params.rule == PID_SDE) { // ode adds none
+        if (params.step_noise_count != steps - 1 || params.step_noise == nullptr)
+            refuse("expected ", steps - 1,
+                   " step noises, one after every step but the last, but got ",
+                   params.step_noise == nullptr ? 0 : params.step_noise_count);
+        std::copy_n(params.step_noise, steps - 1, given.begin() + 1);
+    }
+    const SymbolicShape wanted{sizes.value("B"), std::uint64_t{3}, sizes.value("H"),
+                               sizes.value("W")};
+    std::vector<Input> noises;
+    for (const pid_tensor& tensor : given) {
+        if (tensor.data == nullptr)
+            noises.emplace_back();
+        else
+            noises.push_back(
+                check_values(tensor, "noise",
+                             check_shape(tensor, "noise", wanted, "it has the shape of the images"),
+                             has_device));
+    }
+    return noises;
+}
+
+Schedule schedule_of_times(const Sampler& sampler, const pid_decode_params& params) {
+    if (params.time_count == 0 || params.times == nullptr)
+        refuse("expected times, since this bundle takes any, but got none; give for example ",
+               "1.0,0.75,0.5,0.25,0");
+    if (params.time_count - 1 > std::min<std::uint64_t>(sampler.max_steps, most_steps))
+        refuse("expected at most ", sampler.max_steps, " steps, but got ", params.time_count - 1,
+               "; leave out some times");
+    const std::vector<double> visited(params.times, params.times + params.time_count);
+    bool descending = visited.size() > 1 && visited.front() <= 1 && visited.back() == 0;
+    for (std::size_t step = 0; step + 1 < visited.size(); ++step)
+        descending = descending && visited[step] > visited[step + 1];
+    if (!descending)
+        refuse("expected times descending from at most 1 to 0, but got ", listed(visited),
+               "; the last is 0");
+    const std::size_t steps = visited.size() - 1;
+    if (params.steps != 0 && static_cast<std::size_t>(params.steps) != steps)
+        refuse("expected ", params.steps, " steps, but got times of ", steps,
+               "; give the times alone");
+    Schedule schedule;
+    add_updates(schedule, visited, params.rule);
+    for (std::size_t step = 0; step < steps; ++step) {
+        schedule.rows.push_back(step);
+        schedule.moments.push_back(static_cast<float>(visited[step]) * 1000.0F);
+    }
+    return schedule;
+}
+
+} // namespace
+
+Schedule check_schedule(const Sampler& sampler, const pid_decode_params& params) {
+    if (params.rule != PID_SDE && params.rule != PID_ODE)
+        refuse("expected rule ", name_of(PID_SDE), " or ", name_of(PID_ODE), ", but got ",
+               static_cast<int>(params.rule));
+    if (params.steps < 0)
+        refuse("expected at least one step, but got ", params.steps, "; 0 is the bundle's default");
+    if (sampler.times.empty())
+        return schedule_of_times(sampler, params);
+    if (params.time_count > 0)
+        refuse("expected no times, since this bundle knows only its own, but got ",
+               params.time_count, "; give steps, or export with --arbitrary-timesteps");
+    const std::uint64_t steps =
+        params.steps == 0 ? sampler.steps : static_cast<std::uint64_t>(params.steps);
+    const auto found = sampler.schedules.find(std::to_string(steps));
+    if (found == sampler.schedules.end())
+        refuse("expected ", known_steps(sampler), " steps, but got ", steps,
+               "; more steps need a bundle exported with --arbitrary-timesteps");
+    Schedule schedule;
+    schedule.rows = found->second;
+    std::vector<double> visited;
+    for (const std::uint64_t row : schedule.rows)
+        visited.push_back(sampler.times[row]);
+    visited.push_back(0);
+    add_updates(schedule, visited, params.rule);
+    return schedule;
+}
+
+Sizes check_sizes(const Manifest& manifest, const pid_tensor& latent) {
+    const Network& network = manifest.network;
+    const std::string fix = "this bundle takes " + latents_of(manifest);
+    if (latent.data == nullptr)
+        refuse("expected a latent, but got none; ", fix);
+    const Shape shape =
+        check_shape(latent, "latent", {"B", network.latent_channels, "h", "w"}, fix);
+    const auto size = [&](std::size_t axis) { return static_cast<std::uint64_t>(shape[axis]); };
+    const Sizes sizes = Sizes::of_request(network, size(0), size(2), size(3), 1, 1);
+    Program::arena_bytes(manifest.bucket_for(sizes.value("L")).second, sizes);
+    return sizes;
+}
+
+Request check_request(const Manifest& manifest, const pid_decode_params& params, bool has_device) {
+    Schedule schedule = check_schedule(manifest.sampler, params);
+    Sizes sizes = check_sizes(manifest, params.latent);
+    const std::uint64_t batch = sizes.value("B");
+    Input latent = check_values(params.latent, "latent",
+                                Shape(params.latent.shape, params.latent.shape + 4), has_device);
+    Input caption = check_caption(manifest, params.caption, batch, has_device);
+    std::vector<float> sigmas = check_sigmas(params, batch);
+    std::vector<std::uint64_t> seeds = check_seeds(params, batch);
+    const std::size_t times = manifest.sampler.times.size();
+    sizes = Sizes::of_request(manifest.network, batch, sizes.value("h"), sizes.value("w"),
+                              static_cast<std::uint64_t>(caption.shape[1]),
+                              times > 0 ? times : schedule.rows.size());
+    std::vector<Input> noises = check_noises(params, sizes, schedule.rows.size(), has_device);
+    return {std::move(sizes),
+            std::move(schedule),
+            std::move(latent),
+            std::move(caption),
+            params.caption.data != nullptr,
+            std::move(sigmas),
+            std::move(seeds),
+            std::move(noises)};
+}
+
+} // namespace pid::core

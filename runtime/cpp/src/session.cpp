@@ -1,0 +1,100 @@
+#include "session.h"
+
+#include <cstring>
+#include <new>
+#include <utility>
+
+#include "cuda_driver.h"
+#include "errors.h"
+#include "noise.h"
+
+namespace pid::core {
+namespace {
+
+constexpr std::align_val_t alignment{4096};
+
+Allocation allocate_on_host(std::size_t bytes) {
+    auto* memory = static_cast<std::byte*>(::operator new(bytes, alignment, std::nothrow));
+    if (memory == nullptr)
+        throw Failure(PID_ERROR_MEMORY, "not enough memory");
+    return Allocation(memory, [](std::byte* held) { ::operator delete(held, alignment); });
+}
+
+} // namespace
+
+Session::Session(std::shared_ptr<CudaDevice> device, std::size_t threads)
+    : device_(std::move(device)), threads_(threads) {}
+
+void Session::prepare(const std::vector<PlannedCall>&, std::uint64_t, std::uint64_t) {}
+
+Call Session::sequence(std::vector<Call> calls) {
+    return [this, calls = std::move(calls)] {
+        for (const Call& call : calls) {
+            throw_if_cancelled();
+            call();
+        }
+    };
+}
+
+Allocation Session::allocate(std::size_t bytes) {
+    return device_ ? device_->allocate(bytes) : allocate_on_host(bytes);
+}
+
+void Session::write(const Tensor& tensor, const void* source, pid_memory memory) {
+    if (!device_)
+        std::memcpy(tensor.address, source, tensor.bytes());
+    else if (memory == PID_CUDA)
+        device_->copy_on_device(tensor.address, source, tensor.bytes());
+    else
+        device_->copy_to_device(tensor.address, source, tensor.bytes());
+}
+
+void Session::read(const Tensor& tensor, void* target, pid_memory memory) {
+    if (!device_) {
+        std::memcpy(target, tensor.address, tensor.bytes());
+    } else if (memory == PID_CUDA) {
+        device_->copy_on_device(target, tensor.address, tensor.bytes());
+        device_->synchronize();
+    } else {
+        device_->copy_to_host(target, tensor.address, tensor.bytes());
+    }
+}
+
+Call Session::copy(const Tensor& source, const Tensor& target) {
+    if (!device_)
+        return [source, target] { std::memcpy(target.address, source.address, source.bytes()); };
+    return [device = device_, source, target] {
+        device->copy_on_device(target.address, source.address, source.bytes());
+    };
+}
+
+void Session::fill_zero(const Tensor& tensor) {
+    if (device_)
+        device_->fill_zero(tensor.address, tensor.bytes());
+    else
+        std::memset(tensor.address, 0, tensor.bytes());
+}
+
+void Session::fill_normal(const Tensor& tensor, std::uint64_t seed, std::uint32_t draw) {
+    const std::size_t count = count_of(tensor.shape);
+    if (!device_) {
+        standard_normal(seed, draw, 0, count, reinterpret_cast<float*>(tensor.address), threads_);
+        return;
+    }
+    std::vector<float> values(count);
+    standard_normal(seed, draw, 0, count, values.data(), threads_);
+    device_->copy_to_device(tensor.address, values.data(), tensor.bytes());
+}
+
+void Session::synchronize() {
+    if (device_)
+        device_->synchronize();
+}
+
+void Session::throw_if_cancelled() const {
+    if (cancelled)
+        throw Failure(PID_ERROR_CANCELLED, "expected a decode to run to its end, but it was "
+                                           "cancelled");
+}
+
+} // namespace pid::core

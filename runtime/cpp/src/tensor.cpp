@@ -1,0 +1,73 @@
+#include "tensor.h"
+
+#include <array>
+#include <cmath>
+#include <cstring>
+
+namespace pid::core {
+namespace {
+
+struct Kind {
+    const char* name;
+    std::size_t bytes;
+};
+
+// In the order of DType.
+constexpr std::array<Kind, 4> kinds{
+    {{"float32", 4}, {"float16", 2}, {"bfloat16", 2}, {"uint8", 1}}};
+
+} // namespace
+
+std::size_t item_bytes(DType dtype) {
+    return kinds[static_cast<std::size_t>(dtype)].bytes;
+}
+
+const char* name_of(DType dtype) {
+    return kinds[static_cast<std::size_t>(dtype)].name;
+}
+
+bool dtype_named(std::string_view name, DType& dtype) {
+    for (std::size_t i = 0; i < kinds.size(); ++i) {
+        if (name == kinds[i].name) {
+            dtype = static_cast<DType>(i);
+            return true;
+        }
+    }
+    return false;
+}
+
+std::size_t count_of(const Shape& shape) {
+    std::size_t count = 1;
+    for (const std::int64_t size : shape)
+        count *= static_cast<std::size_t>(size);
+    return count;
+}
+
+std::string text_of_shape(const Shape& shape) {
+    std::string text = "[";
+    for (const std::int64_t size : shape)
+        text += (text.size() > 1 ? ", " : "") + std::to_string(size);
+    return text + "]";
+}
+
+float float_of_half(std::uint16_t half) {
+    const int exponent = (half >> 10) & 31;
+    const int fraction = half & 1023;
+    float value = 0;
+    if (exponent == 31)
+        value = fraction != 0 ? NAN : INFINITY;
+    else if (exponent == 0)
+        value = std::ldexp(static_cast<float>(fraction), -24);
+    else
+        value = std::ldexp(static_cast<float>(fraction + 1024), exponent - 25);
+    return (half & 0x8000U) != 0 ? -value : value;
+}
+
+float float_of_bfloat16(std::uint16_t bits) {
+    const std::uint32_t word = static_cast<std::uint32_t>(bits) << 16U;
+    float value = 0;
+    std::memcpy(&value, &word, sizeof value);
+    return value;
+}
+
+} // namespace pid::core

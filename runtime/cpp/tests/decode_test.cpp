@@ -1,0 +1,274 @@
+// Decodes by the public C++ API: memory, progress, cancellation. That the pixels are Python's is
+// the business of tests/test_cpp_runtime.py.
+#include <atomic>
+#include <chrono>
+#include <optional>
+#include <thread>
+
+#include "golden_decode.h"
+
+namespace {
+
+using namespace pid::test;
+using pid::Decoder;
+
+constexpr float close = 1e-5F;
+
+class Decode : public WithData {
+protected:
+    static void SetUpTestSuite() {
+        if (!data_folder().empty())
+            decoder_ = std::make_unique<Decoder>(bundle(), quick());
+    }
+    static void TearDownTestSuite() { decoder_.reset(); }
+
+    static Decoder& decoder() { return *decoder_; }
+
+    pid_status status_of(pid::DecodeRequest& request) {
+        try {
+            decoder().decode(request);
+        } catch (const pid::Error& error) {
+            expect_one_line(error.what());
+            return error.status();
+        }
+        return PID_OK;
+    }
+
+private:
+    static std::unique_ptr<Decoder> decoder_;
+};
+
+std::unique_ptr<Decoder> Decode::decoder_;
+
+TEST_F(Decode, IsRepeatableAndTheSameInBytes) {
+    Case one;
+    const pid::Array image = decoder().decode(one.request);
+    EXPECT_EQ(image.shape(), (std::vector<std::int64_t>{1, 3, 64, 96}));
+    EXPECT_EQ(image.count(), 3U * 64 * 96);
+    const auto values = floats(image);
+    EXPECT_EQ(floats(decoder().decode(one.request)), values);
+    one.request.output = PID_UINT8;
+    const pid::Array pixels = decoder().decode(one.request);
+    EXPECT_EQ(pixels.shape(), decoder().output_shape(one.request));
+    for (std::size_t i = 0; i < 64U * 96; ++i) {
+        for (std::size_t channel = 0; channel < 3; ++channel) {
+            const float wanted = (values[channel * 64 * 96 + i] + 1) * 127.5F;
+            ASSERT_NEAR(pixels.data<std::uint8_t>()[3 * i + channel], wanted, 0.501F);
+        }
+    }
+}
+
+TEST_F(Decode, OfABatchIsThatOfItsImages) {
+    Case both(2);
+    const auto images = floats(decoder().decode(both.request));
+    const std::size_t half = images.size() / 2;
+    for (std::size_t image = 0; image < 2; ++image) {
+        Case one;
+        const auto* latent = both.latent.data() + image * one.latent.size();
+        one.request.latent = pid::host_tensor(latent, {1, channels, 2, 3});
+        one.request.seeds = {7 + image};
+        const auto begin = images.begin() + static_cast<std::ptrdiff_t>(image * half);
+        const std::vector<float> part(begin, begin + static_cast<std::ptrdiff_t>(half));
+        EXPECT_LE(difference(floats(decoder().decode(one.request)), part), close);
+    }
+}
+
+TEST_F(Decode, ShapesMayComeAndGo) {
+    std::vector<std::vector<float>> first;
+    for (int round = 0; round < 2; ++round) {
+        std::size_t at = 0;
+        for (const auto& [batch, height, width] :
+             std::vector<std::array<std::int64_t, 3>>{{1, 2, 3}, {2, 3, 2}, {1, 5, 5}, {3, 1, 1}}) {
+            Case each(batch, height, width);
+            const auto image = floats(decoder().decode(each.request));
+            if (round == 0)
+                first.push_back(image);
+            else
+                EXPECT_EQ(image, first[at++]);
+        }
+    }
+}
+
+TEST_F(Decode, GivenNoiseTakesThePlaceOfTheSeeds) {
+    Case one;
+    const auto noise = numbers(3U * 64 * 96, 3);
+    const pid_tensor image = pid::host_tensor(noise.data(), {1, 3, 64, 96});
+    one.request.noise = image;
+    one.request.step_noise = {image, image, image};
+    const auto wanted = floats(decoder().decode(one.request));
+    one.request.seeds = {12345};
+    EXPECT_EQ(floats(decoder().decode(one.request)), wanted);
+    one.request.step_noise[1] = pid_tensor{}; // this one from the seed
+    EXPECT_GT(difference(floats(decoder().decode(one.request)), wanted), 1e-3F);
+}
+
+TEST_F(Decode, TakesOtherFloats) {
+    Case one;
+    std::vector<double> doubles(one.latent.begin(), one.latent.end());
+    const auto wanted = floats(decoder().decode(one.request));
+    const std::int64_t shape[] = {1, channels, 2, 3};
+    one.request.latent = pid_host_tensor(doubles.data(), PID_FLOAT64, 4, shape);
+    EXPECT_EQ(floats(decoder().decode(one.request)), wanted);
+    const std::vector<std::uint16_t> halves(one.latent.size(), 0x3800); // 0.5
+    const std::vector<std::uint16_t> brains(one.latent.size(), 0x3F00); // 0.5
+    const std::vector<float> singles(one.latent.size(), 0.5F);
+    one.request.latent = pid_host_tensor(halves.data(), PID_FLOAT16, 4, shape);
+    const auto of_halves = floats(decoder().decode(one.request));
+    one.request.latent = pid_host_tensor(brains.data(), PID_BFLOAT16, 4, shape);
+    EXPECT_EQ(floats(decoder().decode(one.request)), of_halves);
+    one.request.latent = pid_host_tensor(singles.data(), PID_FLOAT32, 4, shape);
+    EXPECT_EQ(floats(decoder().decode(one.request)), of_halves);
+}
+
+// Memory
+
+TEST_F(Decode, WhatIsBorrowedIsNotKept) {
+    // Everything borrowed is given back at once, which AddressSanitizer would notice.
+    std::optional<Decoder> decoder;
+    {
+        const std::string path = bundle();
+        auto options = std::make_unique<pid::DecoderOptions>(quick());
+        options->backend = "onnxruntime";
+        options->device = "CPUExecutionProvider";
+        decoder.emplace(path, *options);
+    }
+    auto one = std::make_unique<Case>();
+    one->request.sigma = {0.5F};
+    one->request.progress = [](int, int) { return true; };
+    pid::Array image = decoder->decode(one->request);
+    one.reset();
+    const pid::Array state = decoder->state();
+    EXPECT_EQ(state.shape(), (std::vector<std::int64_t>{1, 24, 256, 3}));
+    const Decoder moved = std::move(*decoder);
+    EXPECT_EQ(decoder->get(), nullptr);
+    decoder.reset();
+    const pid::Array kept = std::move(image);
+    EXPECT_EQ(kept.count(), 3U * 64 * 96);
+}
+
+TEST_F(Decode, ResultsOutliveTheirDecoder) {
+    Case one;
+    auto decoder = std::make_unique<Decoder>(bundle(), quick());
+    const pid::Array image = decoder->decode(one.request);
+    const pid::Array state = decoder->state();
+    const auto values = floats(image);
+    decoder.reset();
+    EXPECT_EQ(floats(image), values);
+    for (const float value : floats(state))
+        ASSERT_TRUE(std::isfinite(value));
+}
+
+TEST_F(Decode, IntoMemoryOfTheCaller) {
+    Case one;
+    const auto wanted = floats(decoder().decode(one.request));
+    std::vector<float> own(wanted.size() + 2, 42.0F);
+    decoder().decode_into(one.request, own.data() + 1, wanted.size() * sizeof(float));
+    EXPECT_EQ(std::vector<float>(own.begin() + 1, own.end() - 1), wanted);
+    EXPECT_EQ(own.front(), 42.0F);
+    EXPECT_EQ(own.back(), 42.0F);
+    for (const std::size_t bytes :
+         {std::size_t{0}, wanted.size() * sizeof(float) - 1, wanted.size() * sizeof(float) + 1})
+        EXPECT_THROW(decoder().decode_into(one.request, own.data(), bytes), pid::Error);
+    EXPECT_EQ(own.front(), 42.0F);
+}
+
+// Progress, cancellation
+
+TEST_F(Decode, ReportsEveryStep) {
+    Case one;
+    std::vector<std::pair<int, int>> told;
+    std::vector<float> last;
+    one.request.steps = 2;
+    one.request.progress = [&](int done, int steps) {
+        told.emplace_back(done, steps);
+        last = floats(decoder().state());
+        return true;
+    };
+    decoder().decode(one.request);
+    EXPECT_EQ(told, (std::vector<std::pair<int, int>>{{1, 2}, {2, 2}}));
+    EXPECT_EQ(floats(decoder().state()), last);
+}
+
+TEST_F(Decode, StopsWhenProgressSaysSo) {
+    Case one;
+    const auto wanted = floats(decoder().decode(one.request));
+    for (const int stop : {1, 3, 4}) {
+        int calls = 0;
+        one.request.progress = [&](int done, int) {
+            ++calls;
+            return done < stop;
+        };
+        EXPECT_EQ(status_of(one.request), PID_ERROR_CANCELLED);
+        EXPECT_EQ(calls, stop);
+    }
+    one.request.progress = nullptr;
+    EXPECT_EQ(floats(decoder().decode(one.request)), wanted); // and can be used again
+}
+
+TEST_F(Decode, WhatProgressThrowsComesOut) {
+    Case one;
+    one.request.progress = [](int, int) -> bool { throw std::out_of_range("of my own"); };
+    EXPECT_THROW(decoder().decode(one.request), std::out_of_range);
+}
+
+TEST_F(Decode, IsCancelledFromItsCallback) {
+    Case one;
+    one.request.progress = [&](int, int) {
+        decoder().cancel();
+        return true;
+    };
+    EXPECT_EQ(status_of(one.request), PID_ERROR_CANCELLED);
+    one.request.progress = nullptr;
+    EXPECT_EQ(status_of(one.request), PID_OK);
+}
+
+TEST_F(Decode, IsCancelledFromAnotherThread) {
+    Case one;
+    std::atomic<bool> first_step{false}, ended{false};
+    one.request.progress = [&](int, int) {
+        first_step = true;
+        while (first_step) // until the other thread has cancelled
+            std::this_thread::yield();
+        return true;
+    };
+    std::thread other([&] {
+        while (!first_step && !ended)
+            std::this_thread::yield();
+        decoder().cancel();
+        first_step = false;
+    });
+    EXPECT_EQ(status_of(one.request), PID_ERROR_CANCELLED);
+    ended = true;
+    other.join();
+}
+
+TEST_F(Decode, ServesOneCallAtATime) {
+    Case one, two;
+    pid_status within = PID_OK, beside = PID_OK;
+    one.request.progress = [&](int, int) {
+        within = status_of(two.request);
+        std::thread([&] { beside = status_of(two.request); }).join();
+        return true;
+    };
+    EXPECT_EQ(status_of(one.request), PID_OK);
+    EXPECT_EQ(within, PID_ERROR_BUSY);
+    EXPECT_EQ(beside, PID_ERROR_BUSY);
+}
+
+TEST_F(Decode, TellsWhatCouldBeBetter) {
+    std::vector<std::string> warnings;
+    pid::DecoderOptions options = quick();
+    options.warning = [&](const std::string& line) { warnings.push_back(line); };
+    Decoder decoder(bundle(), options);
+    Case one;
+    decoder.decode(one.request);
+    EXPECT_TRUE(warnings.empty());
+    one.request.sigma = {0.9F};
+    one.request.caption = pid_tensor{};
+    decoder.decode(one.request);
+    ASSERT_EQ(warnings.size(), 2U);
+    EXPECT_NE(warnings[0].find("sigma 0.9 is beyond 0.8"), std::string::npos);
+    EXPECT_NE(warnings[1].find("no caption"), std::string::npos);
+}
+
+} // namespace

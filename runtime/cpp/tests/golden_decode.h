@@ -1,0 +1,62 @@
+// A decode of the golden-sized bundle "v1", which every test of decoding starts from.
+#pragma once
+
+#include <cmath>
+#include <string>
+#include <vector>
+
+#include "pid/pid_runtime.hpp"
+#include "test_support.h"
+
+namespace pid::test {
+
+constexpr std::int64_t channels = 16, text_tokens = 12, text_dim = 32, pixels_per_latent = 32;
+
+// Numbers of order 1 that are the same everywhere.
+inline std::vector<float> numbers(std::size_t count, float phase) {
+    std::vector<float> values(count);
+    for (std::size_t i = 0; i < count; ++i)
+        values[i] = std::sin(static_cast<float>(i) * 0.7F + phase);
+    return values;
+}
+
+inline std::string bundle() {
+    return (data_folder() / "v1").string();
+}
+
+inline DecoderOptions quick() {
+    DecoderOptions options;
+    options.threads = 1;
+    options.verify = false;
+    return options;
+}
+
+// A latent and a caption, and a request that borrows them.
+struct Case {
+    explicit Case(std::int64_t batch = 1, std::int64_t height = 2, std::int64_t width = 3)
+        : latent(numbers(static_cast<std::size_t>(batch * channels * height * width), 1)),
+          caption(numbers(static_cast<std::size_t>(text_tokens * text_dim), 2)) {
+        request.latent = host_tensor(latent.data(), {batch, channels, height, width});
+        request.caption = host_tensor(caption.data(), {1, text_tokens, text_dim});
+        request.seeds = {7};
+    }
+    Case(const Case&) = delete;
+    Case& operator=(const Case&) = delete;
+
+    std::vector<float> latent;
+    std::vector<float> caption;
+    DecodeRequest request;
+};
+
+inline std::vector<float> floats(const Array& array) {
+    return {array.data<float>(), array.data<float>() + array.count()};
+}
+
+inline float difference(const std::vector<float>& a, const std::vector<float>& b) {
+    float largest = a.size() == b.size() ? 0 : INFINITY;
+    for (std::size_t i = 0; i < a.size() && i < b.size(); ++i)
+        largest = std::max(largest, std::abs(a[i] - b[i]));
+    return largest;
+}
+
+} // namespace pid::test

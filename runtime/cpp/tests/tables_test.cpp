@@ -1,0 +1,33 @@
+// Position tables against those of the Python runtime, which wrote tables.json.
+#include "tables.h"
+
+#include <cmath>
+
+#include "test_support.h"
+
+namespace {
+
+using Tables = pid::test::WithData;
+
+TEST_F(Tables, AreThoseOfPython) {
+    const auto cases = pid::test::read_json(pid::test::data_folder() / "tables.json");
+    ASSERT_GT(cases.size(), 10U);
+    for (const auto& each : cases) {
+        const auto size = [&](const char* name) {
+            return each["sizes"][name].get<std::uint64_t>();
+        };
+        const pid::core::Network network{size("patch_size"), size("T"), 1, 1,
+                                         size("tokens_per_latent")};
+        const auto sizes =
+            pid::core::Sizes::of_request(network, 1, size("h"), size("w"), size("T"), 1);
+        const auto got = pid::core::compute_table(each["source"], sizes);
+        const auto wanted = each["values"].get<std::vector<float>>();
+        ASSERT_EQ(got.size(), wanted.size()) << each["source"];
+        float largest = 0;
+        for (std::size_t i = 0; i < got.size(); ++i)
+            largest = std::max(largest, std::abs(got[i] - wanted[i]));
+        EXPECT_LE(largest, each["tolerance"].get<float>()) << each["source"] << each["sizes"];
+    }
+}
+
+} // namespace

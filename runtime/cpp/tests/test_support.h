@@ -1,0 +1,51 @@
+// What the tests share.
+#pragma once
+
+#include <cstdint>
+#include <filesystem>
+#include <fstream>
+#include <sstream>
+#include <string>
+#include <vector>
+
+#include <gtest/gtest.h>
+#include <nlohmann/json.hpp>
+
+namespace pid::test {
+
+using Path = std::filesystem::path;
+
+// Where tests/test_cpp_runtime.py put manifests, tables and bundles; "" when it does not run this.
+Path data_folder();
+
+nlohmann::json read_json(const Path& path);
+
+std::string read_bytes(const Path& path);
+void write_bytes(const Path& path, const std::string& bytes);
+
+// A folder that is removed with all that is in it.
+class Folder {
+public:
+    Folder();
+    ~Folder();
+    Folder(const Folder&) = delete;
+    Folder& operator=(const Folder&) = delete;
+
+    const Path& path() const { return path_; }
+    // A copy of a bundle of the data folder, with an absolute path.
+    Path copy_of(const std::string& bundle) const;
+
+private:
+    Path path_;
+};
+
+// A complaint as users should meet it: one line that says something.
+void expect_one_line(const std::string& message);
+
+// A test of what Python wrote; skipped when it wrote nothing.
+class WithData : public testing::Test {
+protected:
+    void SetUp() override;
+};
+
+} // namespace pid::test

@@ -1,0 +1,862 @@
+"""The C++ runtime: built, tested by CTest, and compared with Python's.
+
+Its own tests (runtime/cpp/tests) get what they compare with from here, in a folder. Everything is
+skipped where what it is built with cannot be had.
+"""
+
+import copy
+import functools
+import importlib.util
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from PIL import Image
+from safetensors.numpy import save_file
+
+from pid_runtime.decoder import Decoder
+from pid_runtime.errors import PidRuntimeError
+from pid_runtime.manifest import MANIFEST_FILE, Manifest, Sizes, read_manifest, sizes_for
+from pid_runtime.manifest_check import ALIGNMENT, LARGEST_ARENA
+from pid_runtime.noise import image_noise
+from pid_runtime.request import Rule
+from pid_runtime.tables import compute_table
+
+ROOT = Path(__file__).parent.parent
+BUILD = ROOT / "build" / "cpp"
+TOLERANCE = 1e-5
+
+NETWORKS = {"v1": "flux_2k", "v1.5": "flux_v1pt5", "flux2": "flux2_2k"}
+"""Bundles by the name of their folder, and the golden file of their network."""
+
+Floats = NDArray[np.float32]
+
+# What it is built with
+
+
+def tool(name: str) -> str:
+    """A program of the virtual environment or the system; the test is skipped without it."""
+    folders = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+    found = shutil.which(name, path=folders)
+    if found is None:
+        pytest.skip(f"no {name}: pip install cmake ninja, and install a C++17 compiler")
+    return found
+
+
+def run(*command: object, environment: Mapping[str, str] | None = None) -> str:
+    """Output of a command that must succeed, with these variables added to its environment."""
+    done = subprocess.run(
+        [str(word) for word in command],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=900,
+        env={**os.environ, **(environment or {})},
+        check=False,
+    )
+    if done.returncode:
+        pytest.fail(f"{' '.join(map(str, command))} ended with {done.returncode}:\n{done.stdout}")
+    return done.stdout
+
+
+@pytest.fixture(scope="session")
+def dependencies() -> Path:
+    """A folder for CMAKE_PREFIX_PATH."""
+    for name in ("cmake", "ninja", "c++", "bash"):
+        tool(name)
+    folder = BUILD / "dependencies"
+    script = ROOT / "runtime" / "cpp" / "tools" / "get_dependencies.sh"
+    done = subprocess.run(
+        [tool("bash"), str(script), str(folder), sys.executable],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode:
+        reason = (done.stderr.strip() or f"exit code {done.returncode}").splitlines()[-1]
+        pytest.skip(f"what the C++ runtime is built with cannot be had: {reason}")
+    return folder
+
+
+def build(
+    folder: Path,
+    dependencies: Path,
+    options: Mapping[str, str],
+    *targets: str,
+    source: Path = ROOT,
+) -> Path:
+    """Configure and build in `folder`: all, or some targets."""
+    settings = {
+        "CMAKE_MAKE_PROGRAM": tool("ninja"),
+        "CMAKE_PREFIX_PATH": str(dependencies),
+        **options,
+    }
+    defines = [f"-D{key}={value}" for key, value in settings.items()]
+    run(tool("cmake"), "-S", source, "-B", folder, "-G", "Ninja", *defines)
+    chosen = ("--target", *targets) if targets else ()
+    run(tool("cmake"), "--build", folder, *chosen)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def release(dependencies: Path) -> Path:
+    """The build folder of the library, its tests and the command, free of warnings."""
+    options = {
+        "PID_WARNINGS_AS_ERRORS": "ON",
+        "PID_BUILD_CLI": "ON",
+        # By itself CMake does not tell an installed library of a folder inside the sources.
+        "CMAKE_INSTALL_RPATH": str(dependencies / "lib"),
+    }
+    return build(BUILD / "release", dependencies, options)
+
+
+def executable(folder: Path, name: str) -> Path:
+    (found,) = (p for p in folder.rglob(name) if p.is_file() and os.access(p, os.X_OK))
+    return found
+
+
+# What it is tested with
+
+
+@functools.cache
+def manifest_tests() -> Any:
+    """The module tests/test_manifest.py: its manifests, and how it breaks them."""
+    path = Path(__file__).with_name("test_manifest.py")
+    spec = importlib.util.spec_from_file_location("manifest_tests", path)
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+MESSAGES = {
+    "program sections": "program",
+    "options": "option",
+    "an instruction": "an object",
+    "a name": "a string",
+    "even head_dim": "head_dim",
+    "divisible by 4": "a multiple of 4",
+    "NaN": "JSON",
+    "a plain name": "a plain name|to be JSON",  # half a surrogate pair is no JSON to it
+    "run with": "run with|an operand for",
+    "rows below": "rows",
+    "known sizes": "known sizes",
+}
+"""What the C++ runtime says where Python's words are others."""
+
+
+def broken_manifests() -> list[dict[str, str]]:
+    """Manifests that fail a check, with a regular expression for the complaint."""
+    tests = manifest_tests()
+    found: list[dict[str, str]] = []
+
+    def add(name: str, text: str, message: str) -> None:
+        with pytest.raises(PidRuntimeError):
+            Manifest.from_json(text)
+        found.append({"name": name, "text": text, "message": MESSAGES.get(message, message)})
+
+    for path, value, message in tests.REFUSED:
+        add(ascii(f"{path} = {value}")[:80], tests.changed(path, value), message)
+    for path, value, message in (
+        ("sampler/schedules", {"4": [0, 1, 2, 3]}, "no schedules"),
+        ("sampler/steps", 101, "up to max_steps"),
+        ("sampler/steps", 0, "up to max_steps"),
+        ("buffers/timestep/shape/1", 2, "buffer 'timestep'"),
+    ):
+        text = tests.changed(path, value, arbitrary=True)
+        add(f"any times: {path} = {value}", text, message)
+    for version in ([2, 0], [0, 9], [1], [1, 0, 0], "1.0", None, [True, 0], []):
+        add(f"version {version}", tests.changed("format_version", version), "version")
+    for member in tests.TREES[False]:
+        if member != "engines":
+            add(f"no {member}", tests.changed(member, tests.DELETED), "")
+    for member in ("engines", "model", "network", "files", "graphs", "buffers", "program"):
+        for value in ([], None, 3, "text"):
+            add(f"{member} = {value!r}", tests.changed(member, value), "")
+    for size in ("Hs", "Ws", "h", "w", "H", "W"):
+        text = tests.changed("buffers/s/shape", ["B", size, tests.CONFIG.hidden_size])
+        add(f"a shape of {size} alone", text, "")
+    shape = list(reversed(tests.TREES[False]["graphs"]["image.0"]["inputs"]["x"]["shape"][1:]))
+    text = tests.changed("graphs/image.0/inputs/x/shape", ["B", *shape])
+    add("the chunked axis is not the first", text, "to have L first")
+    for text in ("", "{", "[]", "null", "[" * 100_000, '{"format": "pid-bundle"}', "\x00", "\xff"):
+        add(f"text {text[:20]!r}", text, "")
+    return found
+
+
+def valid_manifests(bundles: list[Path]) -> list[dict[str, Any]]:
+    tests = manifest_tests()
+    newer = copy.deepcopy(tests.TREES[False])
+    newer["format_version"][1] += 7
+    for part in (newer, newer["sampler"], newer["buffers"]["state"], newer["program"]["step"][0]):
+        part["comment"] = {"of a": ["later", "version", 1.5, None]}
+    trees = [*tests.TREES.values(), newer]
+    texts = [json.dumps(tree) for tree in trees]
+    texts += [(bundle / MANIFEST_FILE).read_text("utf-8") for bundle in bundles]
+    found: list[dict[str, Any]] = []
+    for text in texts:
+        manifest = Manifest.from_json(text)
+        counts = {"buffers": len(manifest.buffers), "graphs": len(manifest.graphs)}
+        counts |= {"step": len(manifest.program["step"]), "times": len(manifest.sampler.times)}
+        found.append({"text": text, **counts})
+    return found
+
+
+def mutated_manifests(count: int) -> Iterator[dict[str, Any]]:
+    """Manifests with values deleted, replaced, moved or repeated, and Python's judgement."""
+    tests, choose = manifest_tests(), random.Random(0)
+    scalars = [*range(-1, 20), 64, 256, 1024, 2**24, 2**31, 2**53, 0.5, -1.0, None, True, False]
+    scalars += ["", "..", "a/b", "fp16", "float16", "uint8", "state", "x.0", *tests.SYMBOLS]
+    values = [*scalars, [], {}, [1], ["B", "L", 16], {"buffer": "state"}]
+    for number in range(count):
+        arbitrary = choose.random() < 0.5
+        tree = copy.deepcopy(tests.TREES[arbitrary])
+        name = f"{number}:"
+        for _ in range(choose.randint(1, 2)):
+            place, other = choose.choices(tests.PLACES[arbitrary], k=2)
+            how = choose.choice(["replace", "delete", "move", "repeat"])
+            value = choose.choice(values)
+            name += f" {how} {'/'.join(map(str, place))}"
+            try:
+                node = tests.follow(tree, place[:-1])
+                if how == "replace":
+                    node[place[-1]] = value
+                elif how == "delete":
+                    del node[place[-1]]
+                elif how == "move":
+                    node[place[-1]] = copy.deepcopy(tests.follow(tree, other))
+                else:
+                    node.insert(place[-1], copy.deepcopy(node[place[-1]]))
+            except (KeyError, IndexError, TypeError, AttributeError):
+                continue  # an earlier change took that place away, or it is no list
+        text = json.dumps(tree)
+        try:
+            Manifest.from_json(text)
+        except PidRuntimeError:
+            yield {"name": name, "text": text, "refused": True}
+        else:
+            yield {"name": name, "text": text, "refused": False}
+
+
+def tables() -> list[dict[str, Any]]:
+    """Tables as Python computes them, at some sizes."""
+    grids = [(1, 1, 3), (2, 3, 5), (9, 1, 1), (12, 7, 300)]
+    sources: list[tuple[dict[str, Any], float]] = []
+    for kind in ("cos", "sin"):
+        for head_dim, reference in ((8, 64.0), (64, 64.0), (72, 128.0)):
+            options = {"head_dim": head_dim, "reference": reference, "extent": 16.0, "theta": 1e4}
+            sources.append(({"table": f"rope_2d_{kind}", **options}, 4e-6))
+        for head_dim in (2, 64):
+            source = {"table": f"rope_1d_{kind}", "head_dim": head_dim, "theta": 1e4}
+            sources.append((source, 4e-5))
+    for axis in ("column", "row"):
+        options = {"size": 8, "patch_size": 4, "theta": 1e4}
+        sources.append(({"table": "pixel_axis", "axis": axis, **options}, 1e-7))
+    found: list[dict[str, Any]] = []
+    for height, width, text in grids:
+        named = {"h": height, "w": width, "T": text, "tokens_per_latent": 2, "patch_size": 4}
+        sizes = {"Hs": 2 * height, "Ws": 2 * width, "T": text}
+        for source, tolerance in sources:
+            values = compute_table(dict(source), Sizes(sizes)).ravel().tolist()
+            found.append(
+                {"source": source, "sizes": named, "values": values, "tolerance": tolerance}
+            )
+    return found
+
+
+def edited(bundle: Path, copy_to: Path, edit: Callable[[Any], object]) -> Path:
+    """A copy of a bundle with another manifest."""
+    shutil.copytree(bundle, copy_to)
+    path = copy_to / MANIFEST_FILE
+    tree = json.loads(path.read_text("utf-8"))
+    edit(tree)
+    path.write_text(json.dumps(tree), "utf-8")
+    return copy_to
+
+
+def make_huge(tree: Any) -> None:
+    """Let the only bucket hold so much that a batch of 512 has no address."""
+    manifest = Manifest.from_json(json.dumps(tree))
+    tokens = 1 << 24
+    while True:
+        sizes = sizes_for(
+            manifest.network, manifest.tokens_per_latent, manifest.sampler.max_steps, tokens
+        )
+        row = sizes.extended({"h": "w", "w": "h", "Hs": "Ws", "Ws": "Hs", "H": "W", "W": "H"})
+        offsets: dict[str, int] = {}
+        end = 0
+        for name, buffer in manifest.buffers.items():
+            offsets[name] = end
+            size = max(each.bytes(buffer.dtype, buffer.shape) for each in (sizes, row))
+            end += -(-size // ALIGNMENT) * ALIGNMENT
+        if end <= LARGEST_ARENA:
+            break
+        tokens //= 2
+    assert 512 * end > 1 << 47
+    bucket = {"max_tokens": tokens, "chunk_tokens": tokens, "arena_bytes": end}
+    tree["buckets"] = {"huge": {**bucket, "offsets": offsets}}
+
+
+@pytest.fixture(scope="session")
+def data(
+    tmp_path_factory: pytest.TempPathFactory,
+    golden_bundle: Path,
+    free_bundle: Path,
+    export_network: Callable[..., Path],
+) -> Path:
+    """What runtime/cpp/tests reads, and the bundles that both runtimes decode."""
+    folder = tmp_path_factory.mktemp("cpp")
+    shutil.copytree(golden_bundle, folder / "v1")
+    shutil.copytree(free_bundle, folder / "any_times")
+    for name, network in NETWORKS.items():
+        if name != "v1":
+            export_network(folder / "exported", network).rename(folder / name)
+    edited(golden_bundle, folder / "huge", make_huge)
+
+    def exchange(tree: Any) -> None:
+        tree["graphs"]["unpatchify"]["file"] = tree["graphs"]["latent"]["file"]
+        tree["graphs"]["unpatchify"].pop("contrib_file", None)
+
+    edited(golden_bundle, folder / "wrong_graph", exchange)
+    bundles = [folder / name for name in (*NETWORKS, "any_times", "huge", "wrong_graph")]
+    for name, content in (
+        ("valid_manifests", valid_manifests(bundles)),
+        ("broken_manifests", broken_manifests()),
+        ("tables", tables()),
+    ):
+        (folder / f"{name}.json").write_text(json.dumps(content), "utf-8")
+    with (folder / "mutated_manifests.jsonl").open("w", encoding="utf-8") as file:
+        file.writelines(json.dumps(each) + "\n" for each in mutated_manifests(400))
+    return folder
+
+
+# Tests of its own
+
+
+def ctest(folder: Path, data: Path, environment: Mapping[str, str] | None = None) -> None:
+    command = (tool("ctest"), "--test-dir", folder, "--output-on-failure", "--no-tests=error")
+    output = run(*command, environment={"PID_TEST_DATA": str(data), **(environment or {})})
+    assert "100% tests passed" in output and "Skipped" not in output, output
+
+
+def test_unit_and_api_tests(release: Path, data: Path) -> None:
+    ctest(release, data)
+
+
+def clang_with_libfuzzer(folder: Path) -> dict[str, str]:
+    """Settings for Clang, if there is one with its sanitizers."""
+    source = folder / "fuzzer.cpp"
+    source.write_text(
+        'extern "C" int LLVMFuzzerTestOneInput(const char*, unsigned long) { return 0; }'
+    )
+    command = ["clang++", "-fsanitize=fuzzer,address,undefined", str(source), "-o", f"{folder}/a"]
+    try:
+        subprocess.run(command, check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError):
+        return {"PID_SANITIZE": "address,undefined"}
+    return {
+        "PID_SANITIZE": "address,undefined,fuzzer-no-link",
+        "CMAKE_C_COMPILER": "clang",
+        "CMAKE_CXX_COMPILER": "clang++",
+    }
+
+
+@pytest.fixture(scope="session")
+def sanitized(dependencies: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A static build with AddressSanitizer and UndefinedBehaviorSanitizer, and fuzz targets."""
+    options = clang_with_libfuzzer(tmp_path_factory.mktemp("clang"))
+    folder = BUILD / ("sanitized-clang" if "CMAKE_CXX_COMPILER" in options else "sanitized")
+    options |= {
+        "CMAKE_BUILD_TYPE": "Debug",
+        "BUILD_SHARED_LIBS": "OFF",
+        "PID_BUILD_CLI": "OFF",
+        "PID_BUILD_FUZZERS": "ON",
+        "PID_WARNINGS_AS_ERRORS": "ON",
+    }
+    tests = ("pid_unit_tests", "pid_api_tests", "pid_two_decoders")
+    return build(folder, dependencies, options, *tests, "fuzz_manifest", "fuzz_safetensors")
+
+
+def test_with_address_and_undefined_behavior_sanitizers(sanitized: Path, data: Path) -> None:
+    # What is slow without optimisation, the fuzz targets do as well.
+    slow = "-Manifests.Mutated*:PortableOrNot/*:Noise.IsStandardNormal"
+    asan = "allocator_may_return_null=1:detect_leaks=1"
+    ctest(sanitized, data, {"ASAN_OPTIONS": asan, "GTEST_FILTER": slow})
+
+
+@pytest.mark.parametrize("target", ["manifest", "safetensors"])
+def test_fuzz(sanitized: Path, data: Path, tmp_path: Path, target: str) -> None:
+    corpus = tmp_path / "corpus"
+    corpus.mkdir()
+    if target == "manifest":
+        small = json.dumps(manifest_tests().TREES[False])
+        (corpus / "small").write_text(small)
+        (corpus / "bundle").write_bytes((data / "v1" / MANIFEST_FILE).read_bytes())
+    else:
+        save_file({"a": np.zeros((2, 3), np.float32), "b": np.zeros(4, np.uint8)}, corpus / "two")
+        save_file({"latent": np.zeros((1, 2, 1, 1), np.float16)}, corpus / "latent")
+    limits = ("-max_total_time=5", "-runs=20000", "-max_len=200000", "-seed=1")
+    output = run(executable(sanitized, f"fuzz_{target}"), corpus, *limits)
+    assert re.search(r"Done \d+ (runs|in)", output), output
+
+
+# In other projects
+
+
+def page_blocks(language: str) -> list[str]:
+    """Code blocks of docs/embedding.md."""
+    text = (ROOT / "docs" / "embedding.md").read_text("utf-8")
+    return re.findall(rf"```{re.escape(language)}\n(.*?)```", text, re.S)
+
+
+def write_project(folder: Path) -> tuple[Path, str]:
+    """The project of the page; and what stands in it to find the package."""
+    project, subdirectory = page_blocks("cmake")
+    (cpp,), (c,) = page_blocks("cpp"), page_blocks("c")
+    assert cpp.count("\n") < 40 and c.count("\n") < 40
+    (folder / "CMakeLists.txt").write_text(project)
+    (folder / "decode.cpp").write_text(cpp)
+    (folder / "decode.c").write_text(c)
+    return folder, subdirectory
+
+
+def check_programs(
+    folder: Path, data: Path, work: Path, environment: Mapping[str, str] | None = None
+) -> None:
+    """Run both programs and compare with Python."""
+    latent = np.random.default_rng(0).standard_normal((1, 16, 2, 3), np.float32)
+    (work / "latent.f32").write_bytes(latent.tobytes())
+    program, bundle = executable(folder, "decode"), data / "v1"
+    image = work / "image.ppm"
+    run(program, bundle, work / "latent.f32", 2, 3, image, environment=environment)
+    with Decoder.open(bundle, threads=1, verify=False) as decoder:
+        want = decoder.decode(latent, seed=42, output="uint8")[0]
+        zeros = decoder.decode(np.zeros_like(latent), seed=42, output="uint8")[0]
+    with Image.open(image) as read:
+        assert abs(np.asarray(read).astype(int) - want).max() <= 1
+    output = run(executable(folder, "decode_c"), bundle, environment=environment)
+    shown = re.fullmatch(r"96 x 64, first pixel (\d+)\n", output)
+    assert shown and abs(int(shown[1]) - int(zeros[0, 0, 0])) <= 1
+    for command in ((program, bundle), (executable(folder, "decode_c"), work / "absent")):
+        variables = {**os.environ, **(environment or {})}
+        done = subprocess.run(command, capture_output=True, text=True, check=False, env=variables)
+        assert done.returncode == 2 and done.stderr.count("\n") == 1
+
+
+def test_a_project_that_finds_the_installed_package(
+    release: Path, dependencies: Path, data: Path, tmp_path: Path
+) -> None:
+    prefix = tmp_path / "prefix"
+    run(tool("cmake"), "--install", release, "--prefix", prefix)
+    assert (prefix / "bin" / "pid-decode-cpp").is_file()
+    # The names it shows are those of the C API.
+    (library,) = (p for p in prefix.rglob("libpid_runtime.so.*.*.*"))
+    shown = run("nm", "-D", "--defined-only", library).split()[2::3]
+    assert "pid_decoder_decode" in shown
+    assert [name for name in shown if not name.startswith("pid_")] == []
+    (tmp_path / "project").mkdir()
+    project, _ = write_project(tmp_path / "project")
+    folder = build(tmp_path / "build", prefix, {}, source=project)
+    check_programs(folder, data, tmp_path)
+
+
+def test_a_project_with_the_sources_and_two_decoders_in_two_threads(
+    dependencies: Path, data: Path, tmp_path: Path
+) -> None:
+    # With ThreadSanitizer, as every build of the library takes a while.
+    source = BUILD / "subdirectory-source"
+    source.mkdir(parents=True, exist_ok=True)
+    project, subdirectory = write_project(source)
+    text = (project / "CMakeLists.txt").read_text()
+    found = re.search(r"^find_package\(pid_runtime.*\n", text, re.M)
+    assert found
+    (project / "CMakeLists.txt").write_text(text.replace(found[0], subdirectory))
+    if not (project / "pid-trt").is_symlink():
+        (project / "pid-trt").symlink_to(ROOT)
+    options = {
+        "CMAKE_BUILD_TYPE": "Debug",
+        "PID_BUILD_TESTS": "ON",
+        "PID_BUILD_CLI": "OFF",
+        "PID_SANITIZE": "thread",
+    }
+    targets = ("decode", "decode_c", "pid_two_decoders")
+    folder = build(BUILD / "subdirectory", dependencies, options, *targets, source=project)
+    # ONNX Runtime is not instrumented: what it does with memory between its threads is not seen.
+    environment = {"TSAN_OPTIONS": "ignore_noninstrumented_modules=1:halt_on_error=1"}
+    check_programs(folder, data, tmp_path, environment)
+    environment["PID_TEST_DATA"] = str(data)
+    run(executable(folder, "pid_two_decoders"), environment=environment)
+
+
+# Parity with Python
+
+
+class Process:
+    """runtime/cpp/tests/decoder_process.cpp, which decodes as it is told."""
+
+    def __init__(self, program: Path, folder: Path) -> None:
+        self.folder, self.files = folder, 0
+        self.process = subprocess.Popen(
+            [program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+
+    def ask(self, request: dict[str, Any]) -> dict[str, Any]:
+        assert self.process.stdin and self.process.stdout
+        self.process.stdin.write(json.dumps(request) + "\n")
+        self.process.stdin.flush()
+        answer = json.loads(self.process.stdout.readline())
+        assert "error" not in answer, answer
+        return answer
+
+    def save(self, array: Floats) -> dict[str, Any]:
+        self.files += 1
+        path = self.folder / f"{self.files}.f32"
+        path.write_bytes(np.ascontiguousarray(array, np.float32).tobytes())
+        return {"file": str(path), "shape": list(array.shape)}
+
+    def decode(self, tensors: dict[str, Any], **options: Any) -> NDArray[Any]:
+        target = self.folder / "image"
+        given = {
+            name: [self.save(each) for each in tensor]
+            if name == "step_noise"
+            else self.save(tensor)
+            for name, tensor in tensors.items()
+        }
+        answer = self.ask({"decode": given, "to": str(target), **options})
+        kind = np.uint8 if options.get("output") == "uint8" else np.float32
+        return np.frombuffer(target.read_bytes(), kind).reshape(answer["shape"])
+
+
+@pytest.fixture
+def process(release: Path, tmp_path: Path) -> Iterator[Process]:
+    decoder = Process(executable(release, "pid_decoder_process"), tmp_path)
+    yield decoder
+    decoder.process.communicate(timeout=60)
+    assert decoder.process.returncode == 0
+
+
+def assert_equal(got: NDArray[Any], want: NDArray[Any], tolerance: float) -> None:
+    assert got.shape == want.shape and got.dtype == want.dtype
+    errors = np.abs(got.astype(np.float64) - want.astype(np.float64))
+    spread = {q: float(np.quantile(errors, q)) for q in (0.5, 0.99, 1)}
+    assert errors.max() <= tolerance, f"quantiles of the error: {spread}"
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_decodes_are_those_of_python(process: Process, data: Path, name: str) -> None:
+    bundle, random_numbers = data / name, np.random.default_rng(3)
+    network = read_manifest(bundle, verify=False).network
+    scale = network["patch_size"] * read_manifest(bundle, verify=False).tokens_per_latent
+    caption = random_numbers.standard_normal((2, 9, network["text_dim"]), np.float32)
+    process.ask({"open": str(bundle), "threads": 1})
+    with Decoder.open(bundle, threads=1, verify=False) as python:
+        for height, width in ((2, 3), (4, 1)):
+            shape = (2, network["latent_channels"], height, width)
+            latent = random_numbers.standard_normal(shape, np.float32)
+            tensors = {"latent": latent, "caption": caption}
+            options = {"sigma": [0.0, 0.5], "seeds": [7]}
+            want = python.decode(latent, caption, sigma=[0.0, 0.5], seed=7)
+            assert_equal(process.decode(tensors, **options), want, TOLERANCE)
+            pixels = process.decode(tensors, **options, output="uint8")
+            wanted = python.decode(latent, caption, sigma=[0.0, 0.5], seed=7, output="uint8")
+            assert_equal(pixels, wanted, 1)
+            assert (pixels != wanted).mean() < 1e-3
+            draws = [
+                np.stack([image_noise(b, k, height * scale, width * scale) for b in (20, 30)])
+                for k in range(4)
+            ]
+            tensors = {"latent": latent, "noise": draws[0], "step_noise": draws[1:]}
+            want = python.decode(latent, noise=draws[0], step_noise=draws[1:])
+            assert_equal(process.decode(tensors), want, TOLERANCE)
+        one = {"latent": latent[:1], "caption": caption[:1]}
+        cases: list[tuple[int, Rule]] = [(1, "sde"), (2, "ode")]
+        for steps, rule in cases:
+            want = python.decode(*one.values(), steps=steps, rule=rule, seed=2**64 - 1)
+            got = process.decode(one, steps=steps, rule=rule, seeds=[2**64 - 1])
+            assert_equal(got, want, TOLERANCE)
+
+
+def test_any_times_and_chunks_are_those_of_python(
+    process: Process, data: Path, chunked_bundle: Path
+) -> None:
+    latent = np.random.default_rng(5).standard_normal((2, 16, 3, 3), np.float32)
+    times = [1.0, 0.8, 0.5, 0.0]
+    cases: list[tuple[Path, dict[str, Any]]]
+    cases = [(data / "any_times", {"times": times}), (chunked_bundle, {})]
+    for bundle, options in cases:
+        process.ask({"open": str(bundle), "threads": 1})
+        with Decoder.open(bundle, threads=1, verify=False) as python:
+            want = python.decode(latent, seed=[4, 4], **options)
+        assert_equal(process.decode({"latent": latent}, seeds=[4, 4], **options), want, TOLERANCE)
+
+
+# The command
+
+
+class Work:
+    """A folder with latents, and the command to run there."""
+
+    def __init__(self, program: Path, bundle: Path, folder: Path) -> None:
+        self.program, self.bundle, self.folder = program, bundle, folder
+        folder.mkdir()
+        numbers = np.random.default_rng(1)
+        self.latent = numbers.standard_normal((16, 2, 3), np.float32)
+        self.caption = numbers.standard_normal((12, 32), np.float32)
+        self.file("latent", latent=self.latent)
+        self.file("caption", caption=self.caption)
+
+    def file(self, name: str, **tensors: NDArray[Any]) -> Path:
+        path = self.folder / f"{name}.safetensors"
+        path.parent.mkdir(exist_ok=True)
+        save_file(tensors, path)
+        return path
+
+    def command(self, *arguments: object, bundle: Path | None = None) -> list[str]:
+        given = (bundle or self.bundle, "--threads", 1, *arguments)
+        return [str(self.program), *map(str, given)]
+
+    def run(self, *arguments: object, bundle: Path | None = None) -> tuple[int, str, str]:
+        done = subprocess.run(
+            self.command(*arguments, bundle=bundle),
+            capture_output=True,
+            text=True,
+            cwd=self.folder,
+            check=False,
+        )
+        return done.returncode, done.stdout, done.stderr
+
+    def tree(self) -> dict[str, bytes | None]:
+        return {
+            str(path.relative_to(self.folder)): path.read_bytes() if path.is_file() else None
+            for path in self.folder.rglob("*")
+        }
+
+    def refusal(self, *arguments: object, bundle: Path | None = None) -> str:
+        before = self.tree()
+        code, out, err = self.run(*arguments, bundle=bundle)
+        assert (code, out) == (2, ""), err
+        assert err.startswith("pid-decode-cpp: ") and err.count("\n") == 1 and err.endswith("\n")
+        assert self.tree() == before
+        return err
+
+    def pixels(self, name: str) -> NDArray[np.uint8]:
+        with Image.open(self.folder / name) as image:
+            assert image.format == "PNG" and image.mode == "RGB"
+            return np.asarray(image)
+
+
+@pytest.fixture
+def work(release: Path, data: Path, tmp_path: Path) -> Work:
+    return Work(executable(release, "pid-decode-cpp"), data / "v1", tmp_path / "work")
+
+
+ONE = ("--latent", "latent.safetensors", "--caption", "caption.safetensors", "-o", "image.png")
+
+
+def test_command_decodes_one_latent(work: Work) -> None:
+    code, out, err = work.run(*ONE, "--seed", 7, "--sigma", "0.25", "--steps", 2, "--rule=ode")
+    assert (code, err) == (0, "")
+    assert re.fullmatch(r"image\.png: 96x64, seed 7, \d+\.\d\d s\n", out)
+    with Decoder.open(work.bundle, threads=1, verify=False) as python:
+        want = python.decode(
+            work.latent[None],
+            work.caption[None],
+            seed=7,
+            sigma=0.25,
+            steps=2,
+            rule="ode",
+            output="uint8",
+        )
+    assert_equal(work.pixels("image.png"), want[0], 1)
+    assert "exists; choose another name or add --overwrite" in work.refusal(*ONE)
+    assert work.run(*ONE, "--overwrite")[0] == 0
+
+
+def test_command_decodes_a_folder_in_order(work: Work) -> None:
+    sigma = np.array([0, 0.5], np.float16)
+    both = np.stack([work.latent, -work.latent]).astype(np.float16)
+    work.file("latents/a", z=both, caption=work.caption, sigma=sigma)
+    work.file("latents/b", latent=work.latent[None], caption=work.caption)
+    (work.folder / "latents" / "notes.txt").write_text("not a latent")
+    code, out, err = work.run("--latents", "latents", "-o", "images", "--json", "--seed", 2**64 - 1)
+    assert (code, err) == (0, "")
+    result = json.loads(out)
+    assert [each["image"] for each in result["images"]] == [
+        "images/a-0.png",
+        "images/a-1.png",
+        "images/b.png",
+    ]
+    seconds = [each.pop("seconds") for each in result["images"]]
+    assert min(seconds) > 0
+    assert result["images"][1] == {
+        "latent": "latents/a.safetensors",
+        "index": 1,
+        "image": "images/a-1.png",
+        "width": 96,
+        "height": 64,
+        "seed": 0,
+        "sigma": 0.5,
+    }
+    del result["images"]
+    assert result == {"bundle": str(work.bundle), "backend": "onnxruntime", "device": "cpu"}
+    with Decoder.open(work.bundle, threads=1, verify=False) as python:
+        want = python.decode(
+            both[1:].astype(np.float32), work.caption[None], sigma=0.5, output="uint8"
+        )
+    assert_equal(work.pixels("images/a-1.png"), want[0], 1)
+    assert sorted(os.listdir(work.folder / "images")) == ["a-0.png", "a-1.png", "b.png"]
+
+
+def test_command_warns(work: Work) -> None:
+    code, _, err = work.run("--latent", "latent.safetensors", "-o", "image.png", "--sigma", "0.9")
+    assert code == 0 and err.count("\n") == 2
+    assert "warning: sigma 0.9 is beyond 0.8, the highest in training" in err
+    assert "warning: 1 of 1 images have no caption and get the empty embedding" in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((), "the following arguments are required"),
+        (("-o", "a.png"), "--latent"),
+        ((*ONE, "--latents", "."), "not allowed with"),
+        ((*ONE, "--steps", 4, "--times", "1,0"), "not allowed with"),
+        ((*ONE, "--captions", "."), "not allowed with"),
+        ((*ONE, "--sheet", "a.png"), "--sheet"),
+        ((*ONE, "more"), "unrecognized arguments"),
+        ((*ONE, "--seed"), "expected one argument"),
+        ((*ONE, "--seed", "-1"), "expected a whole number from 0 to 2^64 - 1, but got '-1'"),
+        ((*ONE, "--seed", 2**64), "expected a whole number from 0 to 2^64 - 1"),
+        ((*ONE, "--seed", "1.5"), "expected a whole number"),
+        ((*ONE, "--threads", 0), "expected a whole number from 1"),
+        ((*ONE, "--sigma", "1.01"), "expected a number in [0, 1], but got '1.01'"),
+        ((*ONE, "--sigma", "nan"), "expected a number in [0, 1], but got 'nan'"),
+        ((*ONE, "--sigma", "high"), "expected a number, but got 'high'"),
+        ((*ONE, "--times", "1,half,0"), "expected a number, but got"),
+        ((*ONE, "--rule", "euler"), "'euler'"),
+        ((*ONE, "--steps", 3), "expected 1, 2, 4 steps, but got 3"),
+        ((*ONE, "--steps", 0), "steps"),
+        ((*ONE, "--times", "1,0"), "--arbitrary-timesteps"),
+        ((*ONE, "--backend", "tensorflow"), "expected a backend of onnxruntime, tensorrt"),
+        ((*ONE, "--device", "abacus"), "CPUExecutionProvider"),
+        ((*ONE, "--device", "cuda:first"), "expected a device such as cuda:0"),
+        ((*ONE, "--latent-key", "b"), "expected a tensor 'b' in latent.safetensors"),
+        ((*ONE, "--caption-key", "b"), "change --caption-key"),
+        ((*ONE[:-1], "image.gif"), "expected an image name ending in .png"),
+        ((*ONE[:-1], "no/image.png"), "expected a folder to write image.png in"),
+        (("--latent", "absent", "-o", "a.png"), "but absent is none"),
+        (("--latent", "caption.safetensors", "-o", "a.png"), "choose with --latent-key"),
+        (("--latents", "absent", "-o", "a"), "expected a folder for --latents"),
+        (("--latents", ".", "-o", "caption.safetensors", "--latent-key", "latent"), ""),
+        (("--latents", ".", "--captions", "absent", "-o", "a"), "expected a folder for --captions"),
+    ],
+    ids=str,
+)
+def test_command_refuses(work: Work, arguments: tuple[object, ...], message: str) -> None:
+    assert message in work.refusal(*arguments)
+
+
+def test_command_refuses_latents_that_do_not_fit(work: Work) -> None:
+    nan = work.latent.copy()
+    nan[3, 1, 1] = np.nan
+    for name, latent, message in (
+        ("wide", np.zeros((16, 17, 16), np.float32), "expected at most 1024 patch tokens"),
+        ("channels", work.latent[:15].copy(), "expected latent shape [B, 16, h, w], but got "),
+        ("rank", work.latent[0].copy(), "to be [C, h, w] or [B, C, h, w], but got [2, 3]"),
+        ("empty", np.zeros((16, 0, 3), np.float32), "but got [16, 0, 3]"),
+        ("double", work.latent.astype(np.float64), "to be F32, F16, BF16, but got F64; convert"),
+        ("nan", nan, "holds NaN or infinity"),
+    ):
+        path = work.file(name, latent=latent)
+        refused = work.refusal("--latent", path, "-o", "image.png")
+        assert message in refused and str(path) in refused
+    (work.folder / "cut.safetensors").write_bytes(path.read_bytes()[:-7])
+    refused = work.refusal("--latent", "cut.safetensors", "-o", "image.png")
+    assert "expected cut.safetensors to be a safetensors file, but got: " in refused
+    work.file("batch/a", latent=np.stack([work.latent] * 2))
+    work.file("batch/a-1", latent=work.latent)
+    refused = work.refusal("--latents", "batch", "-o", "images")
+    assert "expected every image to have its own name, but got " in refused
+
+
+def test_command_refuses_damaged_bundles(work: Work, tmp_path: Path) -> None:
+    bundle = edited(
+        work.bundle, tmp_path / "later", lambda tree: tree.update(format_version=[2, 0])
+    )
+    assert "expected bundle format 1.x" in work.refusal(*ONE, bundle=bundle)
+    assert "expected a bundle" in work.refusal(*ONE, bundle=tmp_path)
+    shutil.copytree(work.bundle, tmp_path / "altered")
+    graph = tmp_path / "altered" / "latent.onnx"
+    graph.write_bytes(graph.read_bytes()[:-1] + b"!")
+    assert "latent.onnx was altered" in work.refusal(*ONE, bundle=tmp_path / "altered")
+
+
+def test_command_leaves_nothing_half_written_when_interrupted(work: Work) -> None:
+    for number in range(40):
+        work.file(f"latents/{number}", latent=np.zeros((16, 8, 8), np.float32))
+    images = work.folder / "images"
+    command = work.command("--latents", "latents", "-o", "images", "--no-verify")
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=work.folder)
+    deadline = time.monotonic() + 120
+    while not any(images.glob("*.png")):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130 and err.endswith("pid-decode-cpp: interrupted\n")
+    written = os.listdir(images)
+    assert 0 < len(written) < 40 and all(name.endswith(".png") for name in written)
+    assert all(work.pixels(f"images/{name}").shape == (256, 256, 3) for name in written)
+
+
+def test_command_shows_progress_on_a_terminal(work: Work) -> None:
+    for quiet in (False, True):
+        main, secondary = os.openpty()
+        options = ("--overwrite", "--no-verify", *(["--quiet"] if quiet else []))
+        done = subprocess.run(
+            work.command(*ONE, *options),
+            stdout=subprocess.DEVNULL,
+            stderr=secondary,
+            cwd=work.folder,
+            check=False,
+        )
+        os.close(secondary)
+        shown = b""
+        try:
+            while part := os.read(main, 4096):
+                shown += part
+        except OSError:  # nobody writes any more
+            pass
+        os.close(main)
+        assert done.returncode == 0
+        assert (b"Decoding" in shown) == (not quiet), shown
+
+
+def test_command_ends_quietly_when_nobody_reads(work: Work) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run(
+        work.command(*ONE), stdout=writer, stderr=subprocess.PIPE, cwd=work.folder, check=False
+    )
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (141, b"")
+
+
+def test_command_has_help_and_a_version(work: Work) -> None:
+    code, out, err = work.run("--help")
+    assert (code, err) == (0, "")
+    assert "pid-decode-cpp flux-2k --latent latent.safetensors" in out
+    version = re.search(r'^version = "(.*)"$', (ROOT / "pyproject.toml").read_text(), re.M)
+    assert version and work.run("--version") == (0, f"pid-decode-cpp {version[1]}\n", "")
