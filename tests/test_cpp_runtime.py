@@ -152,7 +152,6 @@ MESSAGES = {
     "a plain name": "a plain name|to be JSON",  # half a surrogate pair is no JSON to it
     "run with": "run with|an operand for",
     "rows below": "rows",
-    "known sizes": "known sizes",
 }
 """What the C++ runtime says where Python's words are others."""
 

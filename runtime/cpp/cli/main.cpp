@@ -208,6 +208,7 @@ int run_command(int count, char** words) {
 } // namespace
 } // namespace pid::cli
 
+// NOLINTNEXTLINE(bugprone-exception-escape): only of bugs, which may end the process
 int main(int count, char** words) {
     return pid::cli::run_command(count, words);
 }
