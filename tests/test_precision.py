@@ -22,7 +22,10 @@ from pid_runtime.decoder import Decoder
 from pid_runtime.manifest import Manifest, read_manifest
 
 GOLDEN = Path(__file__).parent / "golden"
-FILES = ("flux_v1pt5", "flux_2k_real_heads")
+FILES = (
+    "flux_v1pt5",
+    *(pytest.param(name, marks=pytest.mark.slow) for name in ("flux_2k_real_heads", "flux2_2k")),
+)
 ALLOWANCE = 1.1
 
 HALVES = (onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16)
