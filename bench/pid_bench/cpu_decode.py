@@ -29,7 +29,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from pid_export.bundle import ExportOptions, export_bundle
 from pid_export.errors import ExportInputError
-from pid_export.graphs import OPSET
+from pid_export.onnx_ports import OPSET
 from pid_ref.checkpoint import state_shapes
 from pid_ref.config import PidConfig
 from pid_ref.errors import PidInputError

@@ -7,19 +7,10 @@ copy is left, of the result. Engines are built for one image, so the batch axis 
 """
 
 import numpy as np
-import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from pid_runtime.manifest import Graph
-
-OPSET = 22
-"""As in the bundle's graphs."""
-
-_TYPES = {
-    "float32": TensorProto.FLOAT,
-    "float16": TensorProto.FLOAT16,
-    "bfloat16": TensorProto.BFLOAT16,
-}
+from pid_export.onnx_ports import OPSET, TENSOR_TYPES, port_infos
+from pid_runtime.manifest import Graph, Port
 
 
 def attention_graph(graph: Graph, *, bf16_island: bool = False) -> bytes:
@@ -51,7 +42,9 @@ def attention_graph(graph: Graph, *, bf16_island: bool = False) -> bytes:
         helper.make_node("Transpose", ["mean_t"], ["mean"], name="mean", perm=[1, 0, 2]),
     ]
     if bf16_island:
-        nodes.append(helper.make_node("Cast", ["mean"], ["out"], name="out", to=_TYPES[port.dtype]))
+        nodes.append(
+            helper.make_node("Cast", ["mean"], ["out"], name="out", to=TENSOR_TYPES[port.dtype])
+        )
     result = "out" if bf16_island else "mean"
     nodes.append(helper.make_node("Reshape", [result, "join"], ["attended"], name="attended"))
     shapes = {"split": [-1, heads, width // heads], "join": [1, -1, width]}
@@ -59,8 +52,8 @@ def attention_graph(graph: Graph, *, bf16_island: bool = False) -> bytes:
         helper.make_graph(
             nodes,
             "attention",
-            [_value(name, _TYPES[p.dtype], p.shape) for name, p in graph.inputs.items()],
-            [_value(name, _TYPES[p.dtype], p.shape) for name, p in graph.outputs.items()],
+            port_infos(_of_one_image(graph.inputs)),
+            port_infos(_of_one_image(graph.outputs)),
             [numpy_helper.from_array(np.array(s, np.int64), n) for n, s in shapes.items()],
         ),
         ir_version=10,
@@ -70,6 +63,8 @@ def attention_graph(graph: Graph, *, bf16_island: bool = False) -> bytes:
     return model.SerializeToString(deterministic=True)
 
 
-def _value(name: str, kind: int, shape: tuple[int | str, ...]) -> onnx.ValueInfoProto:
-    one_image = [1 if size == "B" else size for size in shape]
-    return helper.make_tensor_value_info(name, kind, one_image)
+def _of_one_image(ports: dict[str, Port]) -> dict[str, Port]:
+    return {
+        name: Port(port.dtype, tuple(1 if size == "B" else size for size in port.shape))
+        for name, port in ports.items()
+    }

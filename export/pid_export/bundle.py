@@ -15,7 +15,8 @@ from pid_export.arena import plan_arena
 from pid_export.contrib import contrib_graph
 from pid_export.errors import ExportInputError
 from pid_export.fold import fold_graph, fold_tables
-from pid_export.graphs import OPSET, GraphExporter, Placed, check_graph
+from pid_export.graphs import GraphExporter, Placed, check_graph
+from pid_export.onnx_ports import OPSET
 from pid_export.output import check_space, new_folder
 from pid_export.program import ProgramSpec, build_program
 from pid_export.weights_file import Slot, WeightsWriter

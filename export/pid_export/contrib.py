@@ -4,19 +4,12 @@ Written with standard operators, ONNX Runtime keeps the whole table of attention
 `heads * Q * S` values. Its own operator has flash kernels, on the CPU and on CUDA.
 """
 
-import onnx
-from onnx import TensorProto, helper
+from onnx import helper
 
+from pid_export.onnx_ports import port_infos
 from pid_export.program import GraphSpec
-from pid_runtime.manifest import Port
 
 DOMAIN = "com.microsoft"
-
-_TYPES = {
-    "float32": TensorProto.FLOAT,
-    "float16": TensorProto.FLOAT16,
-    "bfloat16": TensorProto.BFLOAT16,
-}
 
 
 def contrib_graph(name: str, spec: GraphSpec, opset: int) -> bytes | None:
@@ -36,7 +29,7 @@ def contrib_graph(name: str, spec: GraphSpec, opset: int) -> bytes | None:
         num_heads=spec.options["heads"],
         scale=1.0,
     )
-    graph = helper.make_graph([attention], name, _values(spec.inputs), _values(spec.outputs))
+    graph = helper.make_graph([attention], name, port_infos(spec.inputs), port_infos(spec.outputs))
     model = helper.make_model(
         graph,
         ir_version=10,
@@ -44,10 +37,3 @@ def contrib_graph(name: str, spec: GraphSpec, opset: int) -> bytes | None:
         opset_imports=[helper.make_opsetid("", opset), helper.make_opsetid(DOMAIN, 1)],
     )
     return model.SerializeToString(deterministic=True)
-
-
-def _values(ports: dict[str, Port]) -> list[onnx.ValueInfoProto]:
-    return [
-        helper.make_tensor_value_info(name, _TYPES[port.dtype], port.shape)
-        for name, port in ports.items()
-    ]
