@@ -2,8 +2,14 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
+
+import pytest
+
+from pid_bench.errors import BenchInputError
+from pid_bench.figures import END, main, pages, with_figures
 
 ROOT = Path(__file__).parent.parent
 NETWORKS = {"2kto4k-v1": "v1", "2kto4k": "v1.5"}
@@ -54,3 +60,36 @@ def test_engines_fit_the_memory_that_was_promised() -> None:
         if most is not None:
             allowance = 1.05 if network == "v1.5" else 1
             assert float(peak.strip("* GB")) <= most * allowance
+
+
+def test_marked_tables_are_those_of_the_measurements() -> None:
+    marked = {page.name for page in pages(ROOT) if END in page.read_text("utf-8")}
+    assert {"README.md", "memory.md"} <= marked
+    for page in pages(ROOT):
+        text = page.read_text("utf-8")
+        assert with_figures(text, ROOT) == text, f"{page}: run python -m pid_bench.figures"
+
+
+def test_an_altered_figure_is_found_and_mended(tmp_path: Path, run_command: Any) -> None:
+    shutil.copytree(ROOT / "bench/results", tmp_path / "bench/results")
+    text = (ROOT / "README.md").read_text("utf-8")
+    page = tmp_path / "README.md"
+    page.write_text(text.replace("| fast | `2k` | 2.90 GB |", "| fast | `2k` | 1.90 GB |"))
+    arguments = ("--root", tmp_path)
+    code, out, _ = run_command(main, *arguments, "--check")
+    assert (code, page.read_text("utf-8") == text) == (1, False) and "README.md" in out
+    assert run_command(main, *arguments)[0] == 0
+    assert page.read_text("utf-8") == text
+    assert run_command(main, *arguments, "--check")[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        (f"<!-- figures: nothing -->\n{END}", "'nothing'"),
+        ("<!-- figures: engine-memory -->\n| a |", "has none"),
+    ],
+)
+def test_wrong_markers(text: str, says: str) -> None:
+    with pytest.raises(BenchInputError, match=says):
+        with_figures(text, ROOT)

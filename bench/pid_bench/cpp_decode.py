@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pid_bench.cpu_decode import cpu_name
+from pid_bench.hardware import cpu_name
 from pid_export.bundle import ExportOptions, export_bundle
 from pid_export.errors import ExportInputError
 from pid_ref.checkpoint import state_shapes

@@ -1,0 +1,81 @@
+"""Two reports against each other: what became faster or slower, beyond their noise."""
+
+import math
+from dataclasses import dataclass
+
+from pid_bench.report import Report, Row
+from pid_bench.tables import Table, milliseconds
+
+
+@dataclass(frozen=True)
+class Change:
+    """One case in both reports."""
+
+    key: str
+    before_ms: float
+    after_ms: float
+    change: float
+    """after / before - 1."""
+    noise: float
+    """How much of a change says nothing: half of both spreads (p10 to p90), together."""
+    hardware: tuple[str, str]
+    """What each ran on; times of different hardware are no change of the code."""
+
+    @property
+    def verdict(self) -> str:
+        """faster, slower, or within noise."""
+        if abs(self.change) <= self.noise:
+            return "within noise"
+        return "slower" if self.change > 0 else "faster"
+
+
+def compare(before: Report, after: Report) -> tuple[list[Change], list[str]]:
+    """Cases measured in both, in the order of `before`, and what can not be compared, in words."""
+    changes: list[Change] = []
+    notes: list[str] = []
+    theirs = {row.key: row for row in after.rows if row.kind == "measured"}
+    ours = {row.key: row for row in before.rows if row.kind == "measured"}
+    for key, row in ours.items():
+        other = theirs.get(key)
+        if other is None:
+            notes.append(f"{key}: only in the first")
+        elif row.status != "ok" or other.status != "ok":
+            notes.append(f"{key}: {row.status} then {other.status}")
+        else:
+            changes.append(_change(before, row, after, other))
+    notes += [f"{key}: only in the second" for key in theirs if key not in ours]
+    return changes, notes
+
+
+def changes_table(changes: list[Change]) -> Table:
+    """One line per case."""
+    rows = tuple(
+        (
+            each.key,
+            milliseconds(each.before_ms),
+            milliseconds(each.after_ms),
+            f"{100 * each.change:+.1f} %",
+            f"{100 * each.noise:.1f} %",
+            each.verdict + ("" if len(set(each.hardware)) == 1 else " (other hardware)"),
+        )
+        for each in changes
+    )
+    return Table("Changes", ("case", "before ms", "after ms", "change", "noise", ""), rows)
+
+
+def _change(before: Report, row: Row, after: Report, other: Row) -> Change:
+    assert row.median_ms and other.median_ms
+    return Change(
+        key=row.key,
+        before_ms=row.median_ms,
+        after_ms=other.median_ms,
+        change=other.median_ms / row.median_ms - 1,
+        noise=math.hypot(_noise(row), _noise(other)),
+        hardware=(before.hardware(row), after.hardware(other)),
+    )
+
+
+def _noise(row: Row) -> float:
+    """Half of the spread of a row's times, relative to their median."""
+    assert row.median_ms and row.p90_ms is not None and row.p10_ms is not None
+    return (row.p90_ms - row.p10_ms) / 2 / row.median_ms

@@ -1,0 +1,284 @@
+"""What a case runs: a decode of one latent, made ready once and then timed as often as wanted.
+
+All contenders of a network get the same latent, caption, weights and noise, so that their images
+can be compared. The reference is handed its noise; a bundle's decode draws it, as it does for a
+user, and that is part of its time.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from pid_bench.cascades import build_cascade
+from pid_bench.cases import BACKENDS, PID, Backend, Case
+from pid_bench.measure import WHOLE, Clock, EventClock, WallClock
+from pid_bench.pid_stages import CAPTION_TOKENS
+from pid_bench.stage import Pipeline
+from pid_ref.checkpoint import read_checkpoint, state_shapes
+from pid_ref.config import PidConfig
+from pid_ref.network import PidNet
+from pid_ref.sampler import sample
+from pid_ref.weights import RandomWeights
+from pid_runtime.decoder import Decoder, open_session
+from pid_runtime.engines import read_engine_sets
+from pid_runtime.manifest import PRECISIONS, read_constants, read_manifest
+from pid_runtime.noise import image_noise
+from pid_runtime.session import Call, Session
+
+SEED = 0
+"""Of inputs and noise, and of weights unless a bundle has others."""
+
+RECOMPILES = 64
+"""How often torch may compile one function anew: stages of one class differ in their options."""
+
+SDPA_BACKENDS = {0: "math", 1: "flash", 2: "memory-efficient", 3: "cuDNN", 4: "overrideable"}
+"""torch's attentions, as it numbers them."""
+
+
+@dataclass(frozen=True)
+class Materials:
+    """What a case needs besides its own description."""
+
+    config: dict[str, Any]
+    """Fields of `PidConfig`."""
+    checkpoint: str = ""
+    """Path of real weights; random ones when empty."""
+    seed: int = SEED
+    """Of random weights."""
+    bundle: str = ""
+    """Path of the bundle, for programs."""
+    engines: str = ""
+    """Name of the engine set in it, for TensorRT."""
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A decode, ready to run."""
+
+    decode: Callable[[], Any]
+    """Makes the image `[1, 3, H, W]`, float32, with spans for its stages."""
+    clock: Clock
+    attention: str
+    """What computes attention."""
+    close: Callable[[], None] = lambda: None
+
+
+def make_contender(case: Case, materials: Materials) -> Contender:
+    """Load weights and graphs. Raises what the libraries raise, and the packages' input errors."""
+    if case.device == "cpu":
+        torch.set_num_threads(case.threads)
+    torch._dynamo.config.recompile_limit = RECOMPILES  # pyright: ignore[reportPrivateUsage]
+    backend = BACKENDS[case.backend]
+    if case.pipeline != PID:
+        return _cascade(case, backend)
+    if backend.network == "program":
+        return _program(case, backend, materials)
+    return _reference(case, backend, materials)
+
+
+def _reference(case: Case, backend: Backend, materials: Materials) -> Contender:
+    config = PidConfig(**materials.config)
+    public = backend.network == "public"
+    dtype = torch.float32 if public else _dtype(case.precision)
+    source = _weights(config, materials)
+    with torch.device("meta"):
+        net = PidNet(config)
+    state = {name: source[name].to(case.device, dtype) for name in net.state_dict()}
+    net.load_state_dict(state, assign=True)
+    net.eval().requires_grad_(False)
+    forward: Callable[..., Tensor] = net
+    if backend.compile == "inductor":
+        forward = cast(Callable[..., Tensor], torch.compile(net, dynamic=False))
+    latent, caption, sigma = inputs_of(case, config)
+    noises = [
+        torch.from_numpy(image_noise(SEED, draw, case.height, case.width, config.patch_size))[None]
+        for draw in range(case.steps)
+    ]
+    first, *later = (noise.to(case.device) for noise in noises)
+    clock = _torch_clock(case)
+
+    class Timed:
+        """The network as `sample` calls it."""
+
+        s_embedder = net.s_embedder
+
+        def __call__(self, *args: Tensor) -> Tensor:
+            with clock.span("step"):
+                return forward(*args)
+
+    timed = cast(PidNet, Timed())
+    autocast = torch.autocast(case.device, torch.bfloat16) if public else nullcontext()
+
+    def decode() -> Tensor:
+        with clock.span(WHOLE), torch.inference_mode(), autocast:
+            image = sample(timed, latent, caption, sigma, first, later, steps=case.steps)
+            return image.clamp_(-1, 1)
+
+    kind = torch.bfloat16 if public else dtype
+    return Contender(decode, clock, _sdpa(case, config.num_heads, config.head_dim, kind))
+
+
+def _program(case: Case, backend: Backend, materials: Materials) -> Contender:
+    bundle = Path(materials.bundle)
+    manifest = read_manifest(bundle, verify=False)
+    device = backend.provider or case.device
+    session = open_session(
+        bundle,
+        manifest,
+        backend.runtime,
+        device,
+        threads=case.threads or None,
+        verify=False,
+        engines=materials.engines or None,
+    )
+    config = PidConfig(**materials.config)
+    attention = "ONNX Runtime"
+    on_device = case.device == "cuda"
+    clock: Clock = WallClock(torch.cuda.synchronize) if on_device else WallClock()
+    if backend.runtime == "torch":
+        from pid_runtime.backend_torch import TorchSession
+
+        if backend.compile == "inductor":
+            cast(TorchSession, session).compile()
+        clock = _torch_clock(case)
+        attention = _sdpa(case, config.num_heads, config.head_dim, _dtype(case.precision))
+    elif backend.runtime == "tensorrt":
+        from pid_runtime.backend_tensorrt import TensorRtSession
+
+        clock = EventClock(torch.cuda.ExternalStream(cast(TensorRtSession, session).stream))
+        bucket = read_engine_sets(manifest)[materials.engines].buckets[
+            manifest.bucket_for(tokens_in(case, config))[0]
+        ]
+        attention = f"TensorRT, {bucket.attentions_fused} of {bucket.attentions} fused"
+    elif backend.provider:
+        attention = backend.title
+    timed = cast(Session, _TimedSession(session, clock))
+    decoder = Decoder(manifest, timed, read_constants(bundle, manifest))
+    latent, caption, _ = inputs_of(case, config)
+    given = (latent, caption) if on_device else (latent.numpy(), caption.numpy())
+
+    def decode() -> Any:
+        with clock.span(WHOLE):
+            return decoder.decode(*given, seed=SEED, steps=case.steps, dlpack=on_device)
+
+    return Contender(decode, clock, attention, decoder.close)
+
+
+def _cascade(case: Case, backend: Backend) -> Contender:
+    pipeline = pipeline_of(case)
+    clock, dtype = _torch_clock(case), _dtype(case.precision)
+    modules = pipeline.build(case.device, dtype)
+    if backend.compile == "inductor":
+        modules = {
+            name: cast(nn.Module, torch.compile(module, dynamic=False))
+            for name, module in modules.items()
+        }
+    timed = {name: _TimedModule(name, module, clock) for name, module in modules.items()}
+    generator = torch.Generator().manual_seed(SEED)
+    latent = torch.randn(pipeline.latent_shape, generator=generator).to(case.device)
+
+    def decode() -> Tensor:
+        with clock.span(WHOLE), torch.inference_mode():
+            return pipeline.run(timed, latent)
+
+    return Contender(decode, clock, _sdpa(case, 24, 64, dtype))
+
+
+def pipeline_of(case: Case) -> Pipeline:
+    """The cascade of a case."""
+    steps = {"steps": case.steps} if case.steps else {}
+    return build_cascade(
+        case.pipeline, case.space, case.height, case.width, depth=case.depth, **steps
+    )
+
+
+def inputs_of(case: Case, config: PidConfig) -> tuple[Tensor, Tensor, Tensor]:
+    """The latent `[1, C, h, w]`, caption `[1, T, text_dim]` and sigma `[1]` of PiD cases."""
+    numbers = np.random.default_rng(SEED)
+    multiple = config.size_multiple
+    shape = (1, config.latent_channels, case.height // multiple, case.width // multiple)
+    latent = numbers.standard_normal(shape, np.float32)
+    tokens = min(CAPTION_TOKENS, config.text_max_length)
+    caption = numbers.standard_normal((1, tokens, config.text_dim), np.float32)
+    device = torch.device(case.device)
+    return (
+        torch.from_numpy(latent).to(device),
+        torch.from_numpy(caption).to(device),
+        torch.zeros(1, device=device),
+    )
+
+
+def tokens_in(case: Case, config: PidConfig) -> int:
+    """Patch tokens of a case's image."""
+    return (case.height // config.patch_size) * (case.width // config.patch_size)
+
+
+def engine_set_of(bundle: Path, flavor: str) -> str:
+    """The first engine set of a flavour in a bundle; empty when there is none."""
+    for name, engines in read_engine_sets(read_manifest(bundle, verify=False)).items():
+        if engines.flavor == flavor:
+            return name
+    return ""
+
+
+class _TimedSession:
+    """A session whose sequences (prologue, step, image) are timed; all else is the session's."""
+
+    def __init__(self, session: Session, clock: Clock) -> None:
+        self._session = session
+        self._clock = clock
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._session, name)
+
+    def sequence(self, name: str, calls: Sequence[Call]) -> Call:
+        run = self._session.sequence(name, calls)
+
+        def timed() -> None:
+            with self._clock.span(name):
+                run()
+
+        return timed
+
+
+class _TimedModule(nn.Module):
+    """A module whose calls are timed."""
+
+    def __init__(self, name: str, module: nn.Module, clock: Clock) -> None:
+        super().__init__()
+        self.module = module
+        self._stage, self._clock = name, clock
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        with self._clock.span(self._stage):
+            return self.module(*args, **kwargs)
+
+
+def _weights(config: PidConfig, materials: Materials) -> Mapping[str, Tensor]:
+    if materials.checkpoint:
+        return read_checkpoint(materials.checkpoint, config)
+    return RandomWeights(state_shapes(config), materials.seed)
+
+
+def _torch_clock(case: Case) -> Clock:
+    return EventClock() if case.device == "cuda" else WallClock()
+
+
+def _dtype(precision: str) -> torch.dtype:
+    return getattr(torch, PRECISIONS[precision])
+
+
+def _sdpa(case: Case, heads: int, head_dim: int, dtype: torch.dtype) -> str:
+    """Which of its attentions torch chooses for such heads."""
+    q = torch.empty(1, heads, 256, head_dim, device=case.device, dtype=dtype)
+    try:
+        chosen = int(cast(Any, torch)._fused_sdp_choice(q, q, q))
+    except (AttributeError, RuntimeError):  # it is not part of what torch promises
+        return "torch"
+    return f"torch {SDPA_BACKENDS.get(chosen, str(chosen))}"

@@ -1,0 +1,134 @@
+"""The work of a PiD decode: of the network as it stands, and of our program of stages."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from pid_bench.stage import Stage, normal
+from pid_bench.work import NO_WORK, Work, count_calls, total
+from pid_export.bundle import STEP_COUNTS, dimensions_of, network_of
+from pid_export.program import ProgramSpec, build_program
+from pid_ref.config import PidConfig
+from pid_ref.errors import PidInputError
+from pid_ref.network import PidNet
+from pid_runtime.manifest import ITEM_BYTES, Run, sizes_of_request
+from pid_runtime.stages import DTYPES, build_stage
+
+CAPTION_TOKENS = 300
+"""Text tokens of a caption embedding as the release makes them."""
+
+KNOWN_TIMES = 1 + max(STEP_COUNTS)
+"""Rows of a bundle's modulation table: the single step's time, and those of four steps."""
+
+
+def reference_step(
+    config: PidConfig,
+    height: int,
+    width: int,
+    caption_tokens: int = CAPTION_TOKENS,
+    steps: int = 1,
+) -> Stage:
+    """The reference network at `height` x `width` output pixels, called once per step.
+
+    Raises `PidInputError` unless both are multiples of the network's `size_multiple`.
+    """
+    h, w = _latent_size(config, height, width)
+
+    def inputs(device: torch.device, dtype: torch.dtype) -> tuple[Tensor, ...]:
+        return (
+            normal((1, 3, height, width), device, dtype),
+            torch.full((1,), 999.0, device=device),
+            normal((1, caption_tokens, config.text_dim), device, dtype, seed=1),
+            normal((1, config.latent_channels, h, w), device, dtype, seed=2),
+            torch.zeros(1, device=device),
+        )
+
+    return Stage("pid step", lambda: PidNet(config), inputs, steps=steps)
+
+
+def program_work(
+    config: PidConfig,
+    height: int,
+    width: int,
+    caption_tokens: int = CAPTION_TOKENS,
+    steps: int = 4,
+    precision: str = "bf16",
+) -> Work:
+    """A decode by our program: the prologue once, `steps` steps, the image once.
+
+    precision: fp32, fp16 or bf16, as bundles have it. Raises as `program_work_by_graph`.
+    """
+    return total(
+        program_work_by_graph(config, height, width, caption_tokens, steps, precision).values()
+    )
+
+
+def program_work_by_graph(
+    config: PidConfig,
+    height: int,
+    width: int,
+    caption_tokens: int = CAPTION_TOKENS,
+    steps: int = 4,
+    precision: str = "bf16",
+) -> dict[str, Work]:
+    """`program_work` by graph, with the modulation table under "table".
+
+    Every graph is counted on all tokens at once: chunks have the same FLOP, but read their weights
+    again. Raises `PidInputError` unless height and width are multiples of the network's
+    `size_multiple`.
+    """
+    h, w = _latent_size(config, height, width)
+    network = network_of(config)
+    dimensions = dimensions_of(network)
+    program = build_program(config, precision, KNOWN_TIMES)
+    sizes = sizes_of_request(
+        network,
+        config.size_multiple // config.patch_size,
+        batch=1,
+        latent_height=h,
+        latent_width=w,
+        text_tokens=caption_tokens,
+        rows=KNOWN_TIMES,
+    )
+    works: dict[str, Work] = {"table": _table(program)}
+    for section, times in (("prologue", 1), ("step", steps), ("image", 1)):
+        for run in program.sections[section]:
+            if isinstance(run, Run):
+                spec = program.graphs[run.graph]
+                local = sizes.extended(run.dims)
+                with torch.device("meta"):
+                    stage = build_stage(spec.stage, spec.options, dimensions, precision)
+                    inputs = {
+                        name: torch.empty(local.shape(port.shape), dtype=DTYPES[port.dtype])
+                        for name, port in spec.inputs.items()
+                    }
+                # Only attention is run more than once in a step, and it has no parameters.
+                works[run.graph] = works.get(run.graph, NO_WORK) + count_calls(
+                    stage, (), inputs, times
+                )
+    return works
+
+
+def _table(program: ProgramSpec) -> Work:
+    """What the bundle keeps instead of the timestep network: weights that no graph holds."""
+    sizes = [
+        (buffer.dtype, math.prod(int(size) for size in buffer.shape))
+        for buffer in program.buffers.values()
+        if buffer.kind == "constant"
+    ]
+    return Work(
+        flop=0,
+        parameters=sum(count for _, count in sizes),
+        weight_bytes=sum(ITEM_BYTES[dtype] * count for dtype, count in sizes),
+        bytes_moved=0,
+    )
+
+
+def _latent_size(config: PidConfig, height: int, width: int) -> tuple[int, int]:
+    multiple = config.size_multiple
+    if min(height, width) < 1 or height % multiple or width % multiple:
+        raise PidInputError(
+            f"expected width and height in multiples of {multiple}, but got {width}x{height}"
+        )
+    return height // multiple, width // multiple

@@ -1,0 +1,154 @@
+"""A report to be read: report.md and report.html, which needs no other file."""
+
+from collections.abc import Iterable
+from html import escape
+from pathlib import Path
+
+from pid_bench.charts import Bar, log_lines, stacked_bars
+from pid_bench.report import REPORT_FILE, Report, Row, write_file, write_report
+from pid_bench.tables import Table, label, pixels, tables, to_markdown
+
+_ABOUT = (
+    "Every decode starts from the same latent and ends in pixels; encoding the caption is not part "
+    "of it. TFLOP are counted from the graphs, never estimated from time. What is marked as "
+    "published was measured by others on other hardware."
+)
+
+_STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; margin: 2em auto; max-width: 72em; padding: 0 1em;
+  color: #222; background: #fff }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: 13px }
+td, th { border-bottom: 1px solid #ddd; padding: .2em .7em; text-align: left; white-space: nowrap }
+td.number, th.number { text-align: right }
+.scroll { overflow-x: auto }
+svg { width: 100%; max-width: 60em; font: 12px system-ui, sans-serif; fill: #222 }
+svg .grid { stroke: #ddd }
+@media (prefers-color-scheme: dark) {
+  body { color: #ddd; background: #1b1b1b } svg { fill: #ddd }
+  td, th { border-color: #444 } svg .grid { stroke: #444 } }
+"""
+
+
+def write_all(folder: Path, report: Report) -> None:
+    """Write report.json, report.md and report.html; the first is what the others are made from."""
+    write_report(folder / REPORT_FILE, report)
+    write_file(folder / "report.md", to_markdown_page(report))
+    write_file(folder / "report.html", to_html_page(report))
+
+
+def to_markdown_page(report: Report) -> str:
+    """The tables as one page."""
+    parts = ["# pid-bench", _ABOUT]
+    for table in tables(report):
+        parts += [f"## {table.title}", to_markdown(table)]
+    return "\n\n".join(parts) + "\n"
+
+
+def to_html_page(report: Report) -> str:
+    """Charts, then the tables, as one page."""
+    parts = [f"<h2>{escape(title)}</h2>\n{chart}" for title, chart in charts(report)]
+    parts += [
+        f'<h2>{escape(table.title)}</h2>\n<div class="scroll">{_html_table(table)}</div>'
+        for table in tables(report)
+    ]
+    body = "\n".join(parts)
+    return (
+        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        f"<title>pid-bench</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n"
+        f"<h1>pid-bench</h1>\n<p>{escape(_ABOUT)}</p>\n{body}\n</body>\n</html>\n"
+    )
+
+
+def charts(report: Report) -> list[tuple[str, str]]:
+    """Titles and SVG: latency by stage, memory by bucket, and cost against resolution."""
+    done = [row for row in report.rows if row.kind == "measured" and row.status == "ok"]
+    found: list[tuple[str, str]] = []
+    groups = dict.fromkeys(
+        (row.environment, row.output_size, row.precision, row.device) for row in done
+    )
+    for group in groups:
+        environment, size, precision, device = group
+        rows = [
+            row
+            for row in done
+            if (row.environment, row.output_size, row.precision, row.device) == group
+        ]
+        name = f"{pixels(size)}, {precision}, {device} ({environment})"
+        found.append((f"Latency by stage: {name}", stacked_bars(_latencies(rows), "ms")))
+        found.append((f"Memory: {name}", stacked_bars(_peaks(rows), "GB")))
+    engines = _engine_bars(report.rows)
+    if engines:
+        found.append(("Device memory of engines by bucket", stacked_bars(engines, "GB")))
+    work = _against_resolution(report.rows, "tflop")
+    if work:
+        chart = log_lines(work, "output megapixels", "TFLOP of a decode")
+        found.append(("Cost against resolution: work, counted", chart))
+    times = _against_resolution(done, "median_ms")
+    if any(len(points) > 1 for points in times.values()):
+        chart = log_lines(times, "output megapixels", "median ms")
+        found.append(("Cost against resolution: time, measured", chart))
+    return found
+
+
+def _latencies(rows: Iterable[Row]) -> list[Bar]:
+    """Every row's stages, and what is outside of them."""
+    bars: list[Bar] = []
+    for row in rows:
+        assert row.median_ms is not None
+        parts = {stage.name: stage.median_ms for stage in row.stages if stage.median_ms}
+        rest = row.median_ms - sum(parts.values())
+        bars.append((_named(row), {**parts, "other": max(0.0, rest)}))
+    return bars
+
+
+def _peaks(rows: Iterable[Row]) -> list[Bar]:
+    """Weights, and the rest of the peak, as far as it was measured."""
+    bars: list[Bar] = []
+    for row in rows:
+        peak = row.peak_rss_bytes
+        if peak is None:
+            peak = max(row.peak_reserved_bytes or 0, row.device_used_bytes or 0)
+        weights = min(row.weight_bytes or 0, peak)
+        bars.append((_named(row), {"weights": weights / 1e9, "the rest": (peak - weights) / 1e9}))
+    return bars
+
+
+def _engine_bars(rows: Iterable[Row]) -> list[Bar]:
+    """The arena holds buffers and scratch, which overlap in part."""
+    bars: dict[str, Bar] = {}
+    for row in rows:
+        memory = row.engine_memory
+        if memory:
+            parts = {
+                "weights": memory["weights_bytes"] / 1e9,
+                "buffers": memory["buffers_bytes"] / 1e9,
+                "scratch beside them": (memory["arena_bytes"] - memory["buffers_bytes"]) / 1e9,
+            }
+            name = f"{row.backend}, bucket {row.bucket}"
+            bars[name] = (name, parts)
+    return list(bars.values())
+
+
+def _against_resolution(rows: Iterable[Row], field: str) -> dict[str, list[tuple[float, float]]]:
+    series: dict[str, dict[float, float]] = {}
+    for row in rows:
+        value = getattr(row, field)
+        if value and row.kind != "reported" and (field != "tflop" or row.kind == "counted"):
+            megapixels = row.output_size[0] * row.output_size[1] / 1e6
+            series.setdefault(_named(row), {})[megapixels] = value
+    return {name: list(points.items()) for name, points in series.items()}
+
+
+def _named(row: Row) -> str:
+    return f"{label(row)} ({row.reduced})" if row.reduced else label(row)
+
+
+def _html_table(table: Table) -> str:
+    def line(cells: tuple[str, ...], tag: str) -> str:
+        kinds = (' class="number"' if table.is_number(i) else "" for i in range(len(cells)))
+        return "".join(
+            f"<{tag}{kind}>{escape(cell)}</{tag}>" for cell, kind in zip(cells, kinds, strict=True)
+        )
+
+    rows = "\n".join(f"<tr>{line(row, 'td')}</tr>" for row in table.rows)
+    return f"<table>\n<tr>{line(table.header, 'th')}</tr>\n{rows}\n</table>"

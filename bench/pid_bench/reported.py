@@ -1,0 +1,35 @@
+"""What the paper published: rows of their own, never mixed with what was measured here."""
+
+from pid_bench.report import Row
+
+_SOURCE = "published in arXiv 2605.23902, on a GB200"
+
+_PUBLISHED_MS = {
+    "PiD": 211.2,
+    "VAE + Real-ESRGAN": 62.2,
+    "LUA": 369.3,
+    "TSD-SR": 724.8,
+    "InvSR": 1017.7,
+    "SeedVR2": 1237.5,
+}
+"""Milliseconds from a 512x512 latent to 2048x2048 pixels, by pipeline."""
+
+
+def reported_rows() -> tuple[Row, ...]:
+    """One row per published pipeline."""
+    return tuple(
+        Row(
+            key=f"reported/{name}",
+            pipeline=name,
+            backend="",
+            kind="reported",
+            message=_SOURCE,
+            device="cuda",
+            input_size=(512, 512),
+            output_size=(2048, 2048),
+            weights="real",
+            median_ms=milliseconds,
+            ratio_to_pid=milliseconds / _PUBLISHED_MS["PiD"],
+        )
+        for name, milliseconds in _PUBLISHED_MS.items()
+    )

@@ -1,0 +1,165 @@
+"""One case in a process of its own: `python -m pid_bench.worker`, driven by `pid_bench.runner`.
+
+It is told what to do in lines of JSON on stdin and answers each in one line on stdout:
+
+    {"case": .., "materials": ..}   {"load_seconds", "first_seconds", "timer", "attention"}
+    {"ceilings": precision, ..}     {"matmul_tflop_per_s", "copy_gb_per_s"}
+    {"round": true}                 {"spans": {"decode": ms, stage: ms, ..}, "user_ms"}
+    {"finish": PATH}                {"peak_rss_bytes", ..}; some of the image's pixels go to PATH
+
+A line {"error", "status"} says why it cannot, and ends the process.
+"""
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any, TextIO
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from pid_bench import hardware, measure
+from pid_bench.cases import PID, Case
+from pid_bench.contenders import Contender, Materials, make_contender
+
+SAMPLED = 64
+"""Rows and columns of pixels, spread over an image, that contenders are compared by."""
+
+_NO_MEMORY = (
+    "out of memory",
+    "can't allocate memory",
+    "failed to allocate memory",
+    "bad_alloc",
+    "of free device memory",  # the TensorRT backend's own check
+    "of memory for the arena",
+)
+
+
+class Worker:
+    """What the process is to do, one method for every kind of line."""
+
+    def __init__(self) -> None:
+        self._begin = time.monotonic()
+        self._contender: Contender | None = None
+        self._cuda: measure.CudaMemory | None = None
+        self._case: Case | None = None
+        self._image: Any = None
+
+    def answer(self, request: dict[str, Any]) -> dict[str, Any]:
+        """Do what a line says."""
+        if "ceilings" in request:
+            return _ceilings(**request)
+        if "case" in request:
+            return self._prepare(Case(**request["case"]), Materials(**request["materials"]))
+        if "finish" in request:
+            return self._finish(Path(request["finish"]))
+        return self._round()
+
+    def _prepare(self, case: Case, materials: Materials) -> dict[str, Any]:
+        if case.device == "cuda":
+            self._cuda = measure.CudaMemory()
+        self._case = case
+        self._contender = make_contender(case, materials)
+        loaded = time.monotonic()
+        self._decode()
+        first = time.monotonic()
+        for _ in range(measure.WARMUPS[case.device] - 1):
+            self._decode()
+        if self._cuda:
+            self._cuda.reset()
+        else:
+            measure.reset_peak_rss()
+        return {
+            "load_seconds": loaded - self._begin,
+            "first_seconds": first - loaded,
+            "timer": self._contender.clock.timer,
+            "attention": self._contender.attention,
+        }
+
+    def _round(self) -> dict[str, Any]:
+        before = measure.process_seconds()
+        spans = self._decode()
+        return {"spans": spans, "user_ms": 1000 * (measure.process_seconds() - before)}
+
+    def _decode(self) -> dict[str, float]:
+        assert self._contender is not None
+        self._image = None  # or two images would be held at a time
+        self._image = self._contender.decode()
+        return self._contender.clock.read()
+
+    def _finish(self, sample: Path) -> dict[str, Any]:
+        assert self._contender is not None and self._case is not None
+        memory: dict[str, int] = {}
+        if self._cuda:
+            memory.update(self._cuda.peaks())
+        else:
+            memory["peak_rss_bytes"] = measure.peak_rss_bytes()
+        image = _on_host(self._image)
+        self._contender.close()
+        wanted = (1, 3, self._case.height, self._case.width)
+        if image.shape != wanted or not np.isfinite(image).all():
+            shape = "x".join(map(str, image.shape))
+            raise ValueError(f"expected finite pixels {wanted}, but got {shape} or NaN among them")
+        if self._case.pipeline == PID:
+            np.save(sample, sampled(image))
+        return memory
+
+
+def sampled(image: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Pixels on a grid over an image `[1, 3, H, W]`: `[3, at most SAMPLED, at most SAMPLED]`."""
+    rows, columns = (
+        np.unique(np.linspace(0, side - 1, SAMPLED).astype(int)) for side in image.shape[2:]
+    )
+    return np.ascontiguousarray(image[0][:, rows][:, :, columns])
+
+
+def failure(error: BaseException) -> dict[str, str]:
+    """What went wrong, in one line, and whether memory was short."""
+    text = " ".join((str(error) or type(error).__name__).split())
+    short = isinstance(error, MemoryError | torch.OutOfMemoryError) or any(
+        words in text.lower() for words in _NO_MEMORY
+    )
+    return {"error": text[:300], "status": "oom" if short else "error"}
+
+
+def main() -> int:
+    """Answer lines until there are no more."""
+    answers = _own_stdout()
+    worker = Worker()
+    for line in sys.stdin:
+        try:
+            answer = worker.answer(json.loads(line))
+        except Exception as error:  # noqa: BLE001 - whatever a library raises is that case's result
+            answer = failure(error)
+        answers.write(json.dumps(answer) + "\n")
+        answers.flush()
+        if "error" in answer:
+            return 1
+    return 0
+
+
+def _ceilings(ceilings: str, device: str, threads: int) -> dict[str, float]:
+    return {
+        "matmul_tflop_per_s": hardware.matmul_tflop_per_s(ceilings, device, threads),
+        "copy_gb_per_s": hardware.copy_gb_per_s(device, threads),
+    }
+
+
+def _on_host(image: Any) -> NDArray[np.float32]:
+    if isinstance(image, np.ndarray):
+        return image
+    return torch.from_dlpack(image).float().cpu().numpy()
+
+
+def _own_stdout() -> TextIO:
+    """Stdout for the answers alone: what libraries print there goes to stderr."""
+    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)
+    return answers
+
+
+if __name__ == "__main__":
+    sys.exit(main())
