@@ -61,15 +61,17 @@ def looks_like(shapes: Mapping[str, Shape]) -> str:
     width, channels = first[:2]
     gated = any(name.startswith(("lq_proj.pit_head.", "pit_lq_gate.")) for name in shapes)
     version = "v1.5" if gated else "v1"
-    released = {
-        each.space.name: each.config
+    kinds = [
+        each
         for each in CHECKPOINTS.values()
         if (each.version, _grid_channels(each.config)) == (version, channels)
-    }
-    if not released:
+    ]
+    if not kinds:
         return f"a {channels}-channel {version} of no released kind"
-    usual = next(iter(released.values())).latent_hidden
-    odd = f" of latent hidden size {width}" if width != usual else ""
+    usual = [each for each in kinds if each.config.latent_hidden == width]
+    full_size = [each for each in kinds if each.file is None]
+    released = dict.fromkeys(each.space.name for each in usual or full_size)
+    odd = "" if usual else f" of latent hidden size {width}"
     return f"{_one_of(list(released))} {version}{odd}"
 
 

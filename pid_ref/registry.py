@@ -4,12 +4,13 @@ import difflib
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import Literal
+from pathlib import Path
+from typing import Literal, get_args
 
 from pid_ref.config import PidConfig
 from pid_ref.errors import PidInputError
 
-Variant = Literal["2k", "2kto4k", "2kto4k-v1", "2kto4k-undistilled"]
+Variant = Literal["2k", "2kto4k", "2kto4k-v1", "2kto4k-undistilled", "any"]
 Version = Literal["v1", "v1.5"]
 Size = tuple[int, int]
 """Width and height of an image, in pixels."""
@@ -18,13 +19,42 @@ HUB_REPO = "nvidia/PiD"
 """Where NVIDIA publishes the weights, on the Hugging Face hub."""
 
 CHECKPOINT_FILE = "model_ema_bf16.pth"
-"""The one file in every checkpoint's folder."""
+"""The one file in the folder of every checkpoint on the hub."""
 
 WEIGHTS_LICENSE = (
     "The PiD weights are NVIDIA's, under its NSCLv1 license: non-commercial use only (research or "
     f"evaluation); see https://huggingface.co/{HUB_REPO}. The code of pid-trt is Apache-2.0."
 )
 """What a user is told before weights are downloaded."""
+
+NANO_LICENSE = "The nano weights are part of pid-trt, under its Apache-2.0 license."
+"""What a bundle made of them says."""
+
+NANO_STD = (
+    *(3.86, 0.652, 0.627, 0.381, 0.344, 0.379, 0.254, 0.26, 0.255, 0.236),  # luma
+    *(0.797, 0.112, 0.0956),  # blue difference
+    *(1.06, 0.11, 0.0978),  # red difference
+)
+"""Standard deviation over photographs of every block DCT coefficient of a `nano` latent."""
+
+NANO_CONFIG = PidConfig(
+    latent_hidden=96,
+    latent_padding="replicate",
+    latent_gate="token",
+    pixel_gate=True,
+    hidden_size=64,
+    num_heads=1,
+    patch_depth=3,
+    patch_size=32,
+    pixel_hidden_size=8,
+    pixel_attn_size=72,
+    pixel_num_heads=1,
+    pixel_depth=1,
+    text_dim=64,
+    text_max_length=8,
+    rope_reference=2048,
+)
+"""The network of the weights that ship: small, with the released head sizes."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +79,8 @@ class LatentSpace:
     """See `factor`."""
     diffusers: str
     """What a diffusers pipeline returns for `output_type="latent"`, and what is left to do."""
+    std: tuple[float, ...] | None = None
+    """Of a space whose encoder is the block DCT: the standard deviation of every channel."""
     partly_denoised: Literal["interpolation", "euler"] = "interpolation"
     """What a latent of noise level sigma is.
 
@@ -146,6 +178,18 @@ SPACES = {
             shift=None,
             diffusers="not a diffusers pipeline: the Scale-RAE's [B, 1152, h, w]",
         ),
+        LatentSpace(
+            name="nano",
+            aliases=(),
+            channels=16,
+            down=8,
+            scale=4,
+            convention="the 16 lowest coefficients of an 8x8 block DCT in YCbCr, each over its std",
+            factor=None,
+            shift=None,
+            diffusers="not a diffusers pipeline: what `Decoder.encode` makes of an image",
+            std=NANO_STD,
+        ),
     )
 }
 """Every latent space by name."""
@@ -153,13 +197,14 @@ SPACES = {
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """One released set of weights."""
+    """One set of weights: NVIDIA's, on the hub, or our own, in this package."""
 
     name: str
-    """Its folder on the hub."""
+    """Its folder on the hub, if it is there."""
     space: LatentSpace
     variant: Variant
-    """"2kto4k" is the newest distilled one of its space, "2kto4k-v1" one that v1.5 superseded."""
+    """"2kto4k" is the newest distilled one of its space, "2kto4k-v1" one that v1.5 superseded,
+    "any" one that has no sizes it was trained for."""
     version: Version
     config: PidConfig
     """The network these weights fit."""
@@ -167,10 +212,16 @@ class Checkpoint:
     """Whether it decodes in 4 steps; an undistilled one needs many steps and guidance."""
     deprecated: bool
     """Whether the hub moved it to `checkpoints_deprecated/`."""
+    captioned: bool = True
+    """Whether it was trained with captions; if not, the empty embedding is the right one."""
+    license: str = WEIGHTS_LICENSE
+    """Under which terms its weights may be used."""
+    file: Path | None = None
+    """The weights, if they are part of this package; None if they are on the hub."""
 
     @property
     def hub_path(self) -> str:
-        """Its file, relative to the root of `HUB_REPO`."""
+        """Its file on the hub, relative to the root of `HUB_REPO`."""
         root = "checkpoints_deprecated" if self.deprecated else "checkpoints"
         return f"{root}/{self.name}/{CHECKPOINT_FILE}"
 
@@ -181,7 +232,12 @@ class Checkpoint:
 
     @property
     def trained_sizes(self) -> tuple[Size, ...]:
-        """The (width, height) pairs it was trained at, ascending; see `_sizes_2kto4k`."""
+        """The (width, height) pairs it was trained at, ascending; see `_sizes_2kto4k`.
+
+        None for variant "any", which was trained on crops of photographs of any size.
+        """
+        if self.variant == "any":
+            return ()
         sizes = _SIZES_2K if self.variant == "2k" else _sizes_2kto4k()
         sides = self.config.size_multiple
         both = {(w, h) for w, h in sizes if w % sides == h % sides == 0}
@@ -228,6 +284,20 @@ _RELEASED: tuple[tuple[str, str, Variant, Version], ...] = (
     ),
 )
 
+NANO = Checkpoint(
+    name="nano_sr4x_4step",
+    space=SPACES["nano"],
+    variant="any",
+    version="v1.5",
+    config=NANO_CONFIG,
+    distilled=True,
+    deprecated=False,
+    captioned=False,
+    license=NANO_LICENSE,
+    file=Path(__file__).parent / "nano" / "nano.safetensors",
+)
+"""The checkpoint that ships: a small decoder of photographs."""
+
 CHECKPOINTS = {
     name: Checkpoint(
         name=name,
@@ -239,8 +309,8 @@ CHECKPOINTS = {
         deprecated=variant == "2kto4k-v1",
     )
     for name, space, variant, version in _RELEASED
-}
-"""Every checkpoint by its folder's name."""
+} | {NANO.name: NANO}
+"""Every checkpoint by its name."""
 
 REFUSED = {
     "PiD_res2kto4k_sr4x_official_flux2_distill_4step": (
@@ -250,7 +320,7 @@ REFUSED = {
 }
 """Folders on the hub that must not be used, with the reason and what to use instead."""
 
-_VARIANTS: tuple[Variant, ...] = ("2k", "2kto4k", "2kto4k-v1", "2kto4k-undistilled")
+_VARIANTS: tuple[Variant, ...] = get_args(Variant)
 
 
 def find_space(name: str) -> LatentSpace:
@@ -264,8 +334,8 @@ def find_space(name: str) -> LatentSpace:
     )
 
 
-def find_checkpoint(space: str, variant: str) -> Checkpoint:
-    """The checkpoint of a space (name or alias) and a variant.
+def find_checkpoint(space: str, variant: str | None = None) -> Checkpoint:
+    """The checkpoint of a space (name or alias) and a variant; None for the only one it has.
 
     "2kto4k" is the newest distilled one, "2kto4k-v1" the v1 one, which is the same checkpoint
     where no v1.5 exists (sd3, sdxl). Raises `PidInputError` for an unknown space or variant, or
@@ -273,6 +343,13 @@ def find_checkpoint(space: str, variant: str) -> Checkpoint:
     """
     found = find_space(space)
     offered = {each.variant: each for each in CHECKPOINTS.values() if each.space == found}
+    if variant is None:
+        if len(offered) > 1:
+            raise PidInputError(
+                f"expected a variant of {found.name} ({', '.join(offered)}), but got none; "
+                "choose one of these"
+            )
+        return next(iter(offered.values()))
     if variant not in _VARIANTS:
         raise PidInputError(
             f"expected a variant of {found.name} ({', '.join(offered)}), but got {variant!r}; "
@@ -337,6 +414,8 @@ def size_warnings(checkpoint: Checkpoint, height: int, width: int) -> list[str]:
     a size outside `trained_sizes`. Neither is an error: such images decode.
     """
     warnings: list[str] = []
+    if not checkpoint.trained_sizes:
+        return warnings
     size = f"{width}x{height}"
     if checkpoint.variant != "2k" and width * height <= max(w * h for w, h in _SIZES_2K):
         has_2k = any(

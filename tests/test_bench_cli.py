@@ -237,7 +237,10 @@ def test_dry_run_shows_the_record_of_the_build(
         (("--depth", "0"), "--depth of at least 1"),
         (("--threads", "0"), "--threads of at least 1"),
         (("--device", "tpu"), "--device cpu or cuda"),
-        (("--space", "dinov2", "--variant", "2k", "--cascades", "all"), "public autoencoder"),
+        (
+            ("--space", "dinov2", "--variant", "2k", "--cascades", "all"),
+            "whose autoencoder diffusers has",
+        ),
         (("--config", "none.json"), "file of network dimensions"),
         (("--bundle", "none"), "expected a bundle"),
         (("--checkpoint", "a", "--depth", "1"), "--checkpoint or --depth"),

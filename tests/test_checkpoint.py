@@ -404,6 +404,7 @@ def test_looks_like_names_every_released_network() -> None:
         "siglip v1",
         "flux or qwenimage v1.5",
         "flux2 v1.5",
+        "nano v1.5",
     }
 
 

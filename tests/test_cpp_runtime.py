@@ -199,6 +199,7 @@ def valid_manifests(bundles: list[Path]) -> list[dict[str, Any]]:
     tests = manifest_tests()
     newer = copy.deepcopy(tests.TREES[False])
     newer["format_version"][1] += 7
+    newer["codec"] = {"kind": "of a later version"}
     for part in (newer, newer["sampler"], newer["buffers"]["state"], newer["program"]["step"][0]):
         part["comment"] = {"of a": ["later", "version", 1.5, None]}
     trees = [*tests.TREES.values(), newer]
@@ -718,11 +719,16 @@ def test_command_decodes_a_folder_in_order(work: Work) -> None:
     assert sorted(os.listdir(work.folder / "images")) == ["a-0.png", "a-1.png", "b.png"]
 
 
-def test_command_warns(work: Work) -> None:
+def test_command_warns(work: Work, tmp_path: Path) -> None:
     code, _, err = work.run("--latent", "latent.safetensors", "-o", "image.png", "--sigma", "0.9")
     assert code == 0 and err.count("\n") == 2
     assert "warning: sigma 0.9 is beyond 0.8, the highest in training" in err
     assert "warning: 1 of 1 images have no caption and get the empty embedding" in err
+    bundle = edited(
+        work.bundle, tmp_path / "bare", lambda tree: tree["model"].update(captioned=False)
+    )
+    arguments = ("--latent", "latent.safetensors", "-o", "image.png", "--overwrite")
+    assert work.run(*arguments, bundle=bundle)[::2] == (0, "")
 
 
 @pytest.mark.parametrize(

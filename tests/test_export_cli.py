@@ -29,7 +29,7 @@ from pid_export.verify import load_network
 from pid_export.weights_file import WeightsWriter
 from pid_ref.checkpoint import state_shapes
 from pid_ref.config import PidConfig
-from pid_ref.registry import CHECKPOINTS, Checkpoint, find_checkpoint
+from pid_ref.registry import CHECKPOINTS, NANO, Checkpoint, find_checkpoint
 from pid_ref.sampler import sample
 from pid_ref.weights import RandomWeights
 from pid_runtime.decoder import Decoder
@@ -281,8 +281,11 @@ def test_every_checkpoint(export: Export, checkpoint: Checkpoint) -> None:
     assert model["checkpoint"] == checkpoint.name and model["version"] == checkpoint.version
     assert model["space"] == checkpoint.space.name and model["variant"] == checkpoint.variant
     assert model["latent_convention"] == checkpoint.space.convention
-    assert model["distilled"] == checkpoint.distilled and model["trained_sizes"]
-    assert "non-commercial" in model["weights_license"]
+    assert model["distilled"] == checkpoint.distilled
+    ours = checkpoint is NANO
+    assert ("non-commercial" not in model["weights_license"]) == ours
+    assert (model["trained_sizes"] == []) == (not model["captioned"]) == ours
+    assert (manifest.codec is not None) == ours
     assert config_of(manifest.network) == reduced(checkpoint).config
     if checkpoint.name in FIRST_OF_THEIR_KIND:
         check_files(export.bundle)
@@ -291,7 +294,7 @@ def test_every_checkpoint(export: Export, checkpoint: Checkpoint) -> None:
 
 
 def test_kinds_of_checkpoints() -> None:
-    assert len(CHECKPOINTS) == 16 and len(FIRST_OF_THEIR_KIND) == 9
+    assert len(CHECKPOINTS) == 17 and len(FIRST_OF_THEIR_KIND) == 10
 
 
 # Graphs
@@ -466,7 +469,7 @@ def test_a_graph_unlike_its_manifest_is_an_error(
 def test_full_size_fits_the_budget(version: str, gigabytes: float) -> None:
     """The brief allows 1.95 GB in bf16; a plain export of v1 takes 2.68."""
     for checkpoint in CHECKPOINTS.values():
-        if checkpoint.version != version or not checkpoint.distilled:
+        if checkpoint.version != version or not checkpoint.distilled or checkpoint is NANO:
             continue
         slots = weight_slots(checkpoint.config, build_program(checkpoint.config, "bf16", 5), "bf16")
         size = sum(slot.bytes for slot in slots.values())
@@ -479,6 +482,7 @@ def test_full_size_fits_the_budget(version: str, gigabytes: float) -> None:
 def test_buckets() -> None:
     assert parse_buckets("2k,4k") == (("2k", 18816), ("4k", 65536))
     assert parse_buckets("3k") == (("3k", 36864),)
+    assert parse_buckets("3k,a=5", 32) == (("3k", 9216), ("a", 5))  # as many pixels
     assert parse_buckets(" preview=1024 , 2k") == (("preview", 1024), ("2k", 18816))
     assert parse_buckets("2k=100,all=1048576") == (("2k", 100), ("all", 1 << 20))
 
@@ -501,7 +505,7 @@ def test_other_buckets_are_refused(export: Export, text: str) -> None:
         (["--space", "fluxx", "--variant", "2k"], "did you mean 'flux'?"),
         (["--space", "flux", "--variant", "8k"], "2k, 2kto4k"),
         (["--space", "dinov2", "--variant", "2kto4k"], "dinov2 was released in"),
-        (["--space", "flux"], "but got only --space"),
+        (["--space", "flux"], "a variant of flux (2k, 2kto4k, "),
         (["--variant", "2k"], "but got only --variant"),
         ([], "but got neither"),
         (["--space", "flux", "--variant", "2k", "--precision", "fp8"], "fp32, fp16 or bf16"),

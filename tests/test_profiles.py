@@ -14,6 +14,7 @@ from pid_engines.errors import BuildInputError
 from pid_engines.profiles import (
     BAND_SLACK,
     LARGEST_ASPECT,
+    ONE_HEAD_TOKENS,
     EnginePlan,
     bands,
     plan_engines,
@@ -92,6 +93,18 @@ def test_chunks_bound_per_token_graphs_only(chunked_bundle: Path) -> None:
     assert plans["image.0"][0].profiles == ({"L": (1, 5, 5)},)
     assert plans["image.0"][0].buckets == ({"tiny", "small"},)
     assert plans["pixel_attention"][1].profiles[0]["S"] == (1, 1024, 1024)
+
+
+def test_attention_of_one_head_has_a_range_that_is_fused(manifest: Manifest) -> None:
+    graph = manifest.graphs["attention"]
+    one = replace(graph, options={**graph.options, "heads": 1})
+    alone = replace(manifest, graphs={**manifest.graphs, "attention": one})
+    plans = by_graph(plan_engines(alone, ["small", "tiny"]))
+    (shared,) = plans["attention"]
+    assert shared.buckets == ({"tiny", "small"},)
+    least = (1, ONE_HEAD_TOKENS, ONE_HEAD_TOKENS)
+    assert shared.profiles == ({"Q": least, "S": least},)
+    assert len(plans["pixel_attention"]) == 2
 
 
 def test_a_graph_without_symbols_has_one_empty_profile(free_bundle: Path) -> None:

@@ -20,6 +20,12 @@ LARGEST_ASPECT = 8
 BAND_SLACK = 1.3
 """How many budgets the largest height times the largest width of a band may be."""
 
+ONE_HEAD_TOKENS = 4096
+"""Least best and largest size of an attention with one head.
+
+Below it TensorRT for RTX 1.7.1 does not fuse one: 3584 was tried, and 4096 fuses.
+"""
+
 
 @dataclass(frozen=True)
 class EnginePlan:
@@ -98,7 +104,8 @@ def longest_side(budget: int) -> int:
 
 def _profiles(manifest: Manifest, graph: str, bucket: Bucket) -> list[Profile]:
     """The profiles of a graph in a bucket: the sizes of all instructions that run it."""
-    symbols = _input_symbols(manifest.graphs[graph])
+    described = manifest.graphs[graph]
+    symbols = _input_symbols(described)
     runs = [
         patchify_run(each) if isinstance(each, Noise) else each
         for each in manifest.instructions()
@@ -113,7 +120,10 @@ def _profiles(manifest: Manifest, graph: str, bucket: Bucket) -> list[Profile]:
     profile: Profile = {}
     for symbol in symbols:
         ranges = [_range(manifest, bucket, symbol, run) for run in own]
-        profile[symbol] = max(ranges, key=lambda sizes: sizes[2])
+        least, best, most = max(ranges, key=lambda sizes: sizes[2])
+        if described.stage == "attention" and described.options["heads"] == 1:
+            best, most = max(best, ONE_HEAD_TOKENS), max(most, ONE_HEAD_TOKENS)
+        profile[symbol] = least, best, most
     if {"h", "w"} <= set(symbols):
         return [{**profile, "h": h, "w": w} for h, w in bands(_latent_budget(manifest, bucket))]
     return [profile]

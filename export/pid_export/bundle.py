@@ -21,14 +21,16 @@ from pid_export.output import check_space, new_folder
 from pid_export.program import ProgramSpec, build_program
 from pid_export.weights_file import Slot, WeightsWriter
 from pid_ref.config import PidConfig
-from pid_ref.registry import WEIGHTS_LICENSE, Checkpoint
+from pid_ref.registry import Checkpoint
 from pid_ref.sampler import timesteps
 from pid_runtime.manifest import (
+    BLOCK_DCT,
     MANIFEST_FILE,
     NAME,
     PRECISIONS,
     WEIGHTS_FILE,
     Bucket,
+    Codec,
     File,
     Graph,
     Manifest,
@@ -38,7 +40,8 @@ from pid_runtime.manifest import (
 from pid_runtime.stages import Dimensions, build_stage
 
 BUCKETS = {"2k": 18_816, "3k": 36_864, "4k": 65_536}
-"""Token budgets: 2688x1792, 3072x3072 and 4096x4096, or any other shape of as many tokens."""
+"""Budgets of tokens of 16x16 pixels: 2688x1792, 3072x3072 and 4096x4096, or as much in another
+shape."""
 
 MAX_TOKENS = 1 << 20
 """Largest token budget, 16384x16384."""
@@ -77,13 +80,16 @@ class ExportOptions:
             raise ExportInputError(f"expected {_listed(STEP_COUNTS)} steps, but got {self.steps}")
 
 
-def parse_buckets(text: str) -> tuple[tuple[str, int], ...]:
-    """Read "2k,4k" or "preview=1024,2k". Raises `ExportInputError` for anything else."""
+def parse_buckets(text: str, patch_size: int = 16) -> tuple[tuple[str, int], ...]:
+    """Read "2k,4k" or "preview=1024,2k" as budgets of tokens, for a network of this patch size.
+
+    Raises `ExportInputError` for anything else.
+    """
     buckets: list[tuple[str, int]] = []
     for part in text.split(","):
         name, given, tokens = part.strip().partition("=")
         if not given and name in BUCKETS:
-            buckets.append((name, BUCKETS[name]))
+            buckets.append((name, BUCKETS[name] * 16**2 // patch_size**2))
         elif given and NAME.fullmatch(name) and _is_budget(tokens):
             buckets.append((name, int(tokens)))
         else:
@@ -167,6 +173,7 @@ def export_bundle(
             buffers=program.buffers,
             buckets=_buckets(config, program, options, len(times) or MAX_FREE_STEPS),
             program=program.sections,
+            codec=_codec(checkpoint),
         )
         manifest.check()
         (folder / MANIFEST_FILE).write_text(manifest.to_json() + "\n", "utf-8")
@@ -291,7 +298,14 @@ def _model(
         "variant": checkpoint.variant,
         "checkpoint": checkpoint.name,
         "distilled": checkpoint.distilled,
+        "captioned": checkpoint.captioned,
         "latent_convention": checkpoint.space.convention,
         "trained_sizes": [list(size) for size in checkpoint.trained_sizes],
-        "weights_license": WEIGHTS_LICENSE,
+        "weights_license": checkpoint.license,
     }
+
+
+def _codec(checkpoint: Checkpoint | None) -> Codec | None:
+    if checkpoint is None or checkpoint.space.std is None:
+        return None
+    return Codec(BLOCK_DCT, checkpoint.space.std)

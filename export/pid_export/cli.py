@@ -23,6 +23,8 @@ _log = logging.getLogger(__name__)
 
 _EXAMPLES = """\
 examples:
+  pid-export --space nano -o nano
+      the small decoder that comes with pid-trt
   pid-export --space flux --variant 2kto4k -o flux-4k
       download the released checkpoint (the weights' licence is non-commercial) and export it
   pid-export --space sd3 --variant 2k --checkpoint model_ema_bf16.pth --precision bf16 -o sd3-2k
@@ -41,12 +43,15 @@ def _parser() -> console.ArgumentParser:
         "pid-export", "Export a PiD checkpoint as a bundle: ONNX stages and a manifest.", _EXAMPLES
     )
     what = parser.add_argument_group("what to export")
-    what.add_argument("--space", help="latent space or generator: flux, flux2, sd3, sdxl, ...")
-    what.add_argument("--variant", help="2k, 2kto4k (the newest checkpoint) or 2kto4k-v1")
+    what.add_argument("--space", help="latent space or generator: nano, flux, flux2, sd3, ...")
+    what.add_argument(
+        "--variant",
+        help="2k, 2kto4k (the newest checkpoint) or 2kto4k-v1; not needed where there is one",
+    )
     what.add_argument(
         "--config", type=Path, metavar="FILE.json", help="a network of other dimensions"
     )
-    weights = parser.add_argument_group("weights (default: download from the hub)")
+    weights = parser.add_argument_group("weights (default: nano's own, others from the hub)")
     weights.add_argument(
         "--checkpoint", type=Path, metavar="PATH", help="official .pth or a safetensors repack"
     )
@@ -78,7 +83,10 @@ def _export(args: Namespace) -> None:
     from pid_export.bundle import ExportOptions, export_bundle, parse_buckets
 
     options = ExportOptions(
-        args.precision, parse_buckets(args.buckets), args.steps, args.arbitrary_timesteps
+        args.precision,
+        parse_buckets(args.buckets, config.patch_size),
+        args.steps,
+        args.arbitrary_timesteps,
     )
     if checkpoint is not None and not checkpoint.distilled and not args.arbitrary_timesteps:
         raise ExportInputError(
@@ -137,8 +145,8 @@ def _network(args: Namespace) -> tuple[PidConfig, Checkpoint | None]:
             raise ExportInputError(
                 f"expected a file of network dimensions, but got {error}; check --config"
             ) from None
-    if not args.space or not args.variant:
-        got = "only --variant" if args.variant else "only --space" if args.space else "neither"
+    if not args.space:
+        got = "only --variant" if args.variant else "neither"
         raise ExportInputError(
             f"expected --space and --variant, but got {got}; or give --config FILE.json"
         )
@@ -175,7 +183,7 @@ def _weights(
                 "expected weights with --config, but got none; add --checkpoint PATH or "
                 "--random-weights SEED"
             )
-        path = download(checkpoint)
+        path = checkpoint.file or download(checkpoint)
     source = read_checkpoint(path, checkpoint or config)
     file = path / CHECKPOINT_FILE if path.is_dir() else path
     return source, {"file": file.name, "sha256": file_sha256(file)}

@@ -22,7 +22,7 @@ from pid_export.reference import Values, reference_buffers
 from pid_ref.checkpoint import read_checkpoint, state_shapes
 from pid_ref.config import PidConfig
 from pid_ref.network import PidNet
-from pid_ref.registry import CHECKPOINT_FILE
+from pid_ref.registry import CHECKPOINT_FILE, CHECKPOINTS
 from pid_ref.sampler import sample, timesteps
 from pid_ref.weights import RandomWeights
 from pid_runtime.decoder import Decoder
@@ -96,7 +96,8 @@ def compare(
 def reference_network(manifest: Manifest, checkpoint: Path | None) -> PidNet:
     """The network a bundle was made from, in float32, with the same weights.
 
-    checkpoint: the file it was exported from; not needed for random weights.
+    checkpoint: the file it was exported from; not needed for random weights, nor for those that
+    are part of this package.
     Raises `ExportInputError` when the weights are needed and not given, are others, or are given
     and not needed.
     """
@@ -110,6 +111,9 @@ def reference_network(manifest: Manifest, checkpoint: Path | None) -> PidNet:
                 )
             return load_network(config, RandomWeights(state_shapes(config), seed))
         case {"file": str(name), "sha256": str(sha256)}:
+            known = CHECKPOINTS.get(str(manifest.model.get("checkpoint")))
+            if checkpoint is None and known is not None:
+                checkpoint = known.file
             if checkpoint is None:
                 raise ExportInputError(
                     f"expected the checkpoint this bundle was made from, {name}, but got none; "

@@ -45,7 +45,10 @@ def _parser() -> console.ArgumentParser:
         "--device", help="provider of onnxruntime or device of torch (default: cpu)"
     )
     parser.add_argument(
-        "--checkpoint", type=Path, metavar="PATH", help="the weights the bundle was exported from"
+        "--checkpoint",
+        type=Path,
+        metavar="PATH",
+        help="the weights the bundle was exported from; not for nano",
     )
     parser.add_argument(
         "--size", default=None, metavar="WxH", help="of the decode (default: small)"

@@ -151,7 +151,7 @@ class TensorRtSession:
         if not fitting:
             raise PidRuntimeError(
                 f"expected at most {max((b.max_tokens for b in built), default=0)} patch tokens "
-                f"(H/16 x W/16), as these engines were built for, but got {tokens}; build a larger "
+                f"(Hs x Ws), as these engines were built for, but got {tokens}; build a larger "
                 "bucket with pid-build --buckets, or decode a smaller latent"
             )
         return min(fitting, key=lambda bucket: bucket.max_tokens)
@@ -247,6 +247,11 @@ class TensorRtSession:
         self._device.close()
 
     @property
+    def stream(self) -> int:
+        """Handle of the CUDA stream that all work is done on."""
+        return self._device.stream_handle
+
+    @property
     def scratch(self) -> DeviceMemory | None:
         """The block of contexts that ask for more scratch than their builder had planned."""
         return self._scratch
@@ -272,7 +277,7 @@ class TensorRtSession:
             tokens, name, peak = max(fitting)
             alone = "one image at a time, " if batch > 1 else ""
             advice = (
-                f"decode {alone}at most {tokens} patch tokens (H/16 x W/16): bucket {name} takes "
+                f"decode {alone}at most {tokens} patch tokens (Hs x Ws): bucket {name} takes "
                 f"{peak / 1e9:.2f} GB in all"
             )
         raise PidRuntimeError(

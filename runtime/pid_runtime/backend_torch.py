@@ -61,6 +61,11 @@ class TorchSession:
                 "export or copy the bundle again"
             ) from error
 
+    def compile(self) -> None:
+        """Let torch.compile compile every stage: each does when it first runs at a size."""
+        for stage in self._stages.values():
+            stage.compile(dynamic=False)
+
     def bucket_for(self, tokens: int) -> Bucket:
         return self._manifest.bucket_for(tokens)[1]
 

@@ -1,4 +1,4 @@
-"""The `pid-decode` command: latents in safetensors files to image files."""
+"""The `pid-decode` command: latents in safetensors files, or photos, to image files."""
 
 import argparse
 import contextlib
@@ -40,6 +40,7 @@ _EXAMPLES = """examples:
   pid-decode flux-2k --latent latent.safetensors --caption caption.safetensors -o image.png
   pid-decode flux-2k --latents latents/ --captions captions/ --seed 7 --format webp -o images/
   pid-decode flux-2k --latent latent.safetensors -o image.png --backend tensorrt
+  pid-decode nano --image photo.jpg -o larger.png
 
 files:
   A latent file has one tensor, or one named "latent": [C, h, w] or [B, C, h, w] in float32,
@@ -47,6 +48,11 @@ files:
   [T, D] or [B, T, D], and "sigma", a number or [B]. A batch makes image-0.png, image-1.png, ..
   Image b of a file is decoded with seed + b, so a file gives the same images alone or among
   others. Every input is checked before the first decode, and images appear whole or not at all.
+
+photos:
+  A bundle of space nano makes its latents itself: --image takes any photo that Pillow reads, and
+  the image is it at four times its size. It is turned as its EXIF data says, converted to sRGB,
+  and put on white where it is transparent. --sigma adds as much noise, of the seed, to the latent.
 """
 
 
@@ -57,22 +63,30 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = console.ArgumentParser(
-        "pid-decode", "Decode latents to images with a bundle made by pid-export.", _EXAMPLES
+        "pid-decode",
+        "Decode latents, or photos, to images with a bundle made by pid-export.",
+        _EXAMPLES,
     )
     add = parser.add_argument
     add("bundle", type=Path, help="the bundle's folder")
     inputs = parser.add_mutually_exclusive_group(required=True)
     inputs.add_argument("--latent", type=Path, metavar="FILE", help="a latent file")
     inputs.add_argument("--latents", type=Path, metavar="DIR", help="a folder of latent files")
-    add("-o", "--output", type=Path, required=True, help="an image, or with --latents a folder")
+    inputs.add_argument("--image", type=Path, metavar="FILE", help="a photo, for space nano")
+    inputs.add_argument("--images", type=Path, metavar="DIR", help="a folder of photos")
+    add("-o", "--output", type=Path, required=True, help="an image, or a folder for a folder")
     captions = parser.add_mutually_exclusive_group()
     captions.add_argument("--caption", type=Path, metavar="FILE", help="one caption for all")
     captions.add_argument(
-        "--captions", type=Path, metavar="DIR", help="a folder of captions named as the latents"
+        "--captions", type=Path, metavar="DIR", help="a folder of captions named as the inputs"
     )
     add("--latent-key", metavar="NAME", help="the latent's tensor, if it has another name")
     add("--caption-key", metavar="NAME", help="the caption's tensor, if it has another name")
-    add("--sigma", type=_sigma, help="noise level of the latents, 0 to 1 (the files', or 0)")
+    add(
+        "--sigma",
+        type=_sigma,
+        help="noise level of the latents, 0 to 1 (the files', or 0); of a photo's, noise to add",
+    )
     add("--seed", type=_seed, default=0, help="of the first image of every file (0)")
     schedule = parser.add_mutually_exclusive_group()
     schedule.add_argument("--steps", type=int, help="1, 2 or 4 (what the bundle says)")
@@ -97,8 +111,9 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _decode(arguments: Namespace) -> None:
-    many = arguments.latents is not None
-    _check_kinds(arguments, many)
+    many = (arguments.latents or arguments.images) is not None
+    photos = (arguments.image or arguments.images) is not None
+    _check_kinds(arguments, many=many, photos=photos)
     settings = Settings(
         arguments.latent_key,
         arguments.caption_key,
@@ -112,9 +127,8 @@ def _decode(arguments: Namespace) -> None:
     schedule = check_schedule(
         manifest.sampler, steps=settings.steps, times=settings.times, rule=settings.rule
     )
-    sources = find_sources(
-        arguments.latents if many else arguments.latent, arguments.caption, arguments.captions
-    )
+    path = arguments.latent or arguments.latents or arguments.image or arguments.images
+    sources = find_sources(path, arguments.caption, arguments.captions, photos=photos)
     jobs = plan_jobs(manifest, sources, settings, _namer(arguments, many))
     folder = _folder(arguments.output) if many else contextlib.nullcontext()
     with folder:
@@ -149,7 +163,7 @@ def _run(
     seconds: list[float] = []
     tiles: list[tuple[str, Pixels]] = []
     for source, group in itertools.groupby(jobs, lambda job: job.source):
-        inputs = source.read(settings)
+        inputs = source.read(decoder.manifest, settings)
         for job in group:
             own = inputs.image(job.index)
             begin = time.perf_counter()
@@ -167,19 +181,20 @@ def _run(
             seconds.append(time.perf_counter() - begin)
             if not np.isfinite(decoder.state()).all():
                 raise PidRuntimeError(
-                    f"expected a finite image of {source.latent}, but got NaN or infinity; "
+                    f"expected a finite image of {source.path}, but got NaN or infinity; "
                     "check the bundle with pid-verify, or export it with --precision fp32"
                 )
-            save_image(job.target, images[0])
+            image = images[0, : job.height, : job.width]
+            save_image(job.target, image)
             if keep:
-                tiles.append((job.target.stem, images[0]))
+                tiles.append((job.target.stem, image))
     return seconds, tiles
 
 
 def _report(arguments: Namespace, jobs: Sequence[Job], seconds: Sequence[float]) -> None:
     images = [
         {
-            "latent": str(job.source.latent),
+            "photo" if job.source.is_photo else "latent": str(job.source.path),
             "index": job.index,
             "image": str(job.target),
             "width": job.width,
@@ -212,7 +227,7 @@ def _warn(model: dict[str, Any], jobs: Sequence[Job]) -> None:
     for line in advice(model, sizes, max(job.sigma for job in jobs)):
         _log.warning("%s", line)
     bare = sum(not job.has_caption for job in jobs)
-    if bare:
+    if bare and model.get("captioned") is not False:
         _log.warning(
             "%s of %s images have no caption and get the empty embedding (zeros), which costs "
             "quality; give the prompt's Gemma-2-2b-it embedding by --caption",
@@ -221,12 +236,15 @@ def _warn(model: dict[str, Any], jobs: Sequence[Job]) -> None:
         )
 
 
-def _check_kinds(arguments: Namespace, many: bool) -> None:
+def _check_kinds(arguments: Namespace, *, many: bool, photos: bool) -> None:
     """Raise `PidRuntimeError` for options that do not belong together."""
+    one, all_of = ("--image", "--images") if photos else ("--latent", "--latents")
     for name in ("captions", "format"):
         if getattr(arguments, name) is not None and not many:
-            raise PidRuntimeError(f"expected --{name} with --latents, but got --latent; drop it")
-    for name in ("latents", "captions"):
+            raise PidRuntimeError(f"expected --{name} with {all_of}, but got {one}; drop it")
+    if photos and arguments.latent_key is not None:
+        raise PidRuntimeError("expected --latent-key with a latent, but got a photo; drop it")
+    for name in ("latents", "images", "captions"):
         folder = getattr(arguments, name)
         if folder is not None and not folder.is_dir():
             raise PidRuntimeError(f"expected a folder for --{name}, but {folder} is none")
@@ -237,7 +255,7 @@ def _namer(arguments: Namespace, many: bool) -> Callable[[Source], Path]:
     output: Path = arguments.output
     if not many:
         return lambda source: output
-    return lambda source: output / f"{source.latent.stem}.{arguments.format or FORMATS[0]}"
+    return lambda source: output / f"{source.path.stem}.{arguments.format or FORMATS[0]}"
 
 
 def _check_sheet(arguments: Namespace, jobs: Sequence[Job]) -> None:

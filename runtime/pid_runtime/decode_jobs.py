@@ -1,17 +1,20 @@
 """What `pid-decode` is to do: found and checked in full before the first decode."""
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
+from pid_runtime.block_dct import BLOCK
+from pid_runtime.codec import encode
 from pid_runtime.errors import PidRuntimeError
 from pid_runtime.images import check_image_path, check_image_size
 from pid_runtime.latents import read_caption_file, read_latent_file
 from pid_runtime.manifest import Manifest
 from pid_runtime.noise import image_seed
+from pid_runtime.photos import PHOTO_SUFFIXES, padded, photo_size, read_photo
 from pid_runtime.request import Rule, check_request
 
 LATENT_SUFFIX = ".safetensors"
@@ -36,23 +39,43 @@ class Settings:
 
 @dataclass(frozen=True)
 class Source:
-    """A latent file and the file of its caption, if that is another one."""
+    """A latent file or a photo, and the file of its caption, if that is another one."""
 
-    latent: Path
+    path: Path
     caption: Path | None
+    is_photo: bool = False
 
-    def read(self, settings: Settings) -> "Inputs":
+    def read(self, manifest: Manifest, settings: Settings) -> "Inputs":
         """Read both. Raises `PidRuntimeError` for files that hold something else."""
+        inputs = self._photo(manifest, settings) if self.is_photo else self._latent(settings)
+        if self.caption is None:
+            return inputs
+        return replace(inputs, caption=read_caption_file(self.caption, settings.caption_key))
+
+    def _latent(self, settings: Settings) -> "Inputs":
         file = read_latent_file(
-            self.latent, settings.latent_key, embedded_caption=self.caption is None
+            self.path, settings.latent_key, embedded_caption=self.caption is None
         )
-        caption = file.caption
-        if self.caption is not None:
-            caption = read_caption_file(self.caption, settings.caption_key)
         sigma = np.zeros(1, np.float32) if file.sigma is None else file.sigma
         if settings.sigma is not None:
             sigma = np.array([settings.sigma], np.float32)
-        return Inputs(file.latent, caption, sigma)
+        return Inputs(file.latent, file.caption, sigma)
+
+    def _photo(self, manifest: Manifest, settings: Settings) -> "Inputs":
+        """The latent of a photo, with noise of the seed added up to the noise level asked for."""
+        width, height = photo_size(self.path)
+        tokens = -(-height // BLOCK) * -(-width // BLOCK) * manifest.tokens_per_latent**2
+        try:
+            manifest.bucket_for(tokens)  # before hundreds of megabytes are read in vain
+        except PidRuntimeError as error:
+            raise PidRuntimeError(
+                f"{self.path}: {error}, or reduce this photo of {width}x{height} first"
+            ) from None
+        photo = read_photo(self.path)
+        sigma = settings.sigma or 0.0
+        latent = encode(manifest, padded(photo, BLOCK)[None], sigma, settings.seed)
+        size = (photo.shape[1], photo.shape[2])
+        return Inputs(latent, None, np.array([sigma], np.float32), size)
 
 
 @dataclass(frozen=True)
@@ -65,6 +88,8 @@ class Inputs:
     """`[B, T, D]`, `[1, T, D]` for all, or None."""
     sigma: NDArray[np.float32]
     """`[B]`, or `[1]` for all."""
+    photo_size: tuple[int, int] | None = None
+    """Height and width of the photo that the latent was made of, which may be larger."""
 
     def image(self, index: int) -> "Inputs":
         """What belongs to one image of the batch."""
@@ -73,7 +98,7 @@ class Inputs:
             return array if len(array) == 1 else array[index : index + 1]
 
         caption = None if self.caption is None else part(self.caption)
-        return Inputs(part(self.latent), caption, part(self.sigma))
+        return Inputs(part(self.latent), caption, part(self.sigma), self.photo_size)
 
 
 @dataclass(frozen=True)
@@ -85,6 +110,7 @@ class Job:
     """Of the image in its file."""
     target: Path
     width: int
+    """Of the image to be written: what was decoded, or the part of it that is the photo."""
     height: int
     seed: int
     sigma: float
@@ -92,30 +118,36 @@ class Job:
 
 
 def find_sources(
-    latents: Path, caption: Path | None = None, captions: Path | None = None
+    path: Path,
+    caption: Path | None = None,
+    captions: Path | None = None,
+    *,
+    photos: bool = False,
 ) -> list[Source]:
-    """Pair latents with captions.
+    """Pair latents or photos with captions.
 
-    latents: a file, or a folder of `*.safetensors`, taken in the order of their names.
-    caption: one caption file for all. captions: a folder with files named as the latents'.
-    Raises `PidRuntimeError` for a folder without latents, or a latent without its caption file.
+    path: a file, or a folder of `*.safetensors` or of photos, taken in the order of their names.
+    caption: one caption file for all. captions: a folder of caption files named as the others.
+    Raises `PidRuntimeError` for a folder without such files, or one without its caption file.
     """
-    if not latents.is_dir():
-        return [Source(latents, caption)]
-    files = sorted(f for f in latents.iterdir() if f.suffix == LATENT_SUFFIX and f.is_file())
+    if not path.is_dir():
+        return [Source(path, caption, photos)]
+    suffixes = PHOTO_SUFFIXES if photos else (LATENT_SUFFIX,)
+    files = sorted(f for f in path.iterdir() if f.suffix.lower() in suffixes and f.is_file())
     if not files:
         raise PidRuntimeError(
-            f"expected *{LATENT_SUFFIX} files, but got none in {latents}; give another folder"
+            f"expected *{', *'.join(suffixes)} files, but got none in {path}; give another folder"
         )
     if captions is None:
-        return [Source(file, caption) for file in files]
-    for file in files:
-        if not (captions / file.name).is_file():
+        return [Source(file, caption, photos) for file in files]
+    sources = [Source(file, captions / f"{file.stem}{LATENT_SUFFIX}", photos) for file in files]
+    for source in sources:
+        if source.caption is not None and not source.caption.is_file():
             raise PidRuntimeError(
-                f"expected a caption for every latent, but got no {file.name} in {captions}; "
-                "add it, or use --caption FILE for all"
+                f"expected a caption for every {'photo' if photos else 'latent'}, but got no "
+                f"{source.caption.name} in {captions}; add it, or use --caption FILE for all"
             )
-    return [Source(file, captions / file.name) for file in files]
+    return sources
 
 
 def plan_jobs(
@@ -131,7 +163,7 @@ def plan_jobs(
     """
     jobs: list[Job] = []
     for source in sources:
-        inputs = source.read(settings)
+        inputs = source.read(manifest, settings)
         try:
             request = check_request(
                 manifest,
@@ -144,9 +176,12 @@ def plan_jobs(
                 rule=settings.rule,
             )
         except PidRuntimeError as error:
-            raise PidRuntimeError(f"{source.latent}: {error}") from None
+            raise PidRuntimeError(f"{source.path}: {error}") from None
         target, batch = name(source), len(inputs.latent)
         height, width = request.sizes.value("H"), request.sizes.value("W")
+        if inputs.photo_size is not None:
+            scale = height // (BLOCK * inputs.latent.shape[2])
+            height, width = (scale * side for side in inputs.photo_size)
         jobs += [
             Job(
                 source,
@@ -170,7 +205,7 @@ def check_targets(jobs: Sequence[Job], *, overwrite: bool) -> None:
         if job.target in sources:
             raise PidRuntimeError(
                 f"expected every image to have its own name, but got {job.target} from both "
-                f"{sources[job.target].latent} and {job.source.latent}; rename one of these"
+                f"{sources[job.target].path} and {job.source.path}; rename one of these"
             )
         sources[job.target] = job.source
         check_target(job.target, job.height, job.width, overwrite=overwrite)

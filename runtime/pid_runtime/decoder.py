@@ -8,6 +8,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from pid_runtime import codec
 from pid_runtime.errors import PidRuntimeError
 from pid_runtime.interpreter import Program, graph_calls
 from pid_runtime.manifest import Manifest, Noise, Sizes, read_constants, read_manifest
@@ -166,6 +167,25 @@ class Decoder:
         program.run("image" if output == "float32" else "image_bytes")
         image = program.buffer("image" if output == "float32" else "image_bytes")
         return session.clone(image) if dlpack else session.read(image)
+
+    def encode(self, image: Any, *, sigma: float = 0.0, seed: int = 0) -> NDArray[np.float32]:
+        """Latents of images, for a bundle with a codec: float32 `[B, C, H / 8, W / 8]`.
+
+        image: float `[B, 3, H, W]` in [-1, 1] or uint8 `[B, H, W, 3]`, as `decode` gives them; H
+        and W are multiples of 8. sigma: in [0, 1], noise to add as in a partly denoised latent,
+        (1 - sigma) latent + sigma noise, to be given to `decode` too. seed: of that noise, seed + b
+        for image b; `decode` may have the same, it draws other numbers.
+        Raises `PidRuntimeError` for another image, or a bundle without a codec.
+        """
+        return codec.encode(self.manifest, image, sigma, seed)
+
+    def native_decode(self, latent: Any) -> NDArray[np.float32]:
+        """What the codec alone makes of latents `[B, C, h, w]`: float32 `[B, 3, 8 h, 8 w]`.
+
+        This is what a VAE's decoder is elsewhere: the encoded image with less detail, about in
+        [-1, 1] (not clamped). Raises `PidRuntimeError` as `encode` does.
+        """
+        return codec.native_decode(self.manifest, latent)
 
     def empty_caption(self) -> NDArray[np.float32]:
         """The caption embedding that stands for none: zeros `[1, text_max_length, text_dim]`."""

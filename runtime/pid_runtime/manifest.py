@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from pid_runtime.errors import PidRuntimeError
 
 FORMAT = "pid-bundle"
-FORMAT_VERSION = (1, 1)
+FORMAT_VERSION = (1, 2)
 """Major and minor version; a reader takes any minor version of its own major version."""
 
 MANIFEST_FILE = "manifest.json"
@@ -159,6 +159,21 @@ class File:
     sha256: str
 
 
+BLOCK_DCT = "block_dct"
+"""The kind of codec this version knows; see `pid_runtime.block_dct`."""
+
+
+@dataclass(frozen=True)
+class Codec:
+    """How latents are made of images, where that needs no network.
+
+    std: of every channel of a latent, for kind "block_dct".
+    """
+
+    kind: str
+    std: tuple[float, ...] = ()
+
+
 @dataclass(frozen=True)
 class Manifest:
     """Everything a runtime needs to know about a decoder."""
@@ -175,6 +190,8 @@ class Manifest:
     buckets: dict[str, Bucket]
     program: dict[str, tuple[Instruction, ...]]
     engines: dict[str, Any] = field(default_factory=dict)
+    codec: Codec | None = None
+    """None where latents are made by a network that is not part of the bundle."""
 
     def bucket_for(self, tokens: int) -> tuple[str, Bucket]:
         """The smallest bucket that holds `tokens` patch tokens.
@@ -186,8 +203,9 @@ class Manifest:
         ]
         if not fitting:
             largest = max(self.buckets.values(), key=lambda b: b.max_tokens).max_tokens
+            p = self.network["patch_size"]
             raise PidRuntimeError(
-                f"expected at most {largest} patch tokens (H/16 x W/16), the largest bucket of "
+                f"expected at most {largest} patch tokens (H/{p} x W/{p}), the largest bucket of "
                 f"this bundle, but got {tokens}; export with a larger bucket or decode a smaller "
                 "latent"
             )
@@ -209,6 +227,8 @@ class Manifest:
         for graph in fields["graphs"].values():
             if graph["contrib_file"] is None:
                 del graph["contrib_file"]
+        if self.codec is None:
+            del fields["codec"]
         return json.dumps({"format": FORMAT, "format_version": FORMAT_VERSION, **fields}, indent=1)
 
     @classmethod
@@ -407,6 +427,8 @@ def read_member(kind: Any, raw: Any, where: str) -> Any:
     """JSON as a value of the type `kind`, checked; without members this version does not know."""
     kinds = get_args(kind) if get_origin(kind) is UnionType else (kind,)
     if isinstance(raw, dict):
+        if kinds[-1] is type(None):  # an object that may be absent
+            kind = kinds[0]
         if kind == dict[str, Any]:
             return raw
         if get_origin(kind) is dict:

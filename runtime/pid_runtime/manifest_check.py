@@ -10,8 +10,10 @@ from collections.abc import Iterable, Mapping
 from itertools import pairwise
 from typing import Any, TypeVar
 
+from pid_runtime.block_dct import BASIS
 from pid_runtime.errors import PidRuntimeError
 from pid_runtime.manifest import (
+    BLOCK_DCT,
     ITEM_BYTES,
     MANIFEST_FILE,
     NAME,
@@ -68,6 +70,7 @@ def check_manifest(manifest: Manifest) -> None:
     """Raise `PidRuntimeError` when the manifest contradicts itself or promises the impossible."""
     _check_files(manifest)
     _check_network(manifest)
+    _check_codec(manifest)
     _check_sampler(manifest.sampler)
     for name, buffer in manifest.buffers.items():
         _check_buffer(name, buffer)
@@ -112,6 +115,17 @@ def _check_network(manifest: Manifest) -> None:
         size = manifest.network.get(name)
         _require(type(size) is int and 0 < size <= LARGEST_SIZE, f"a positive {name}", size)
     _require(0 < manifest.tokens_per_latent <= 1024, "tokens_per_latent from 1 to 1024", "another")
+
+
+def _check_codec(manifest: Manifest) -> None:
+    """A codec of a kind this version does not know is left alone: decoding does not need it."""
+    codec = manifest.codec
+    if codec is None or codec.kind != BLOCK_DCT:
+        return
+    channels = manifest.network["latent_channels"]
+    _require(channels == len(BASIS), f"{len(BASIS)} latent channels for {BLOCK_DCT}", channels)
+    good = len(codec.std) == len(BASIS) and all(1e-6 <= value <= 1e9 for value in codec.std)
+    _require(good, f"{len(BASIS)} usable std of the codec", codec.std)
 
 
 def _check_sampler(sampler: Sampler) -> None:

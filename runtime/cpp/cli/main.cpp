@@ -81,7 +81,7 @@ void warn(const core::Json& model, const std::vector<Job>& jobs) {
                 print_warning(line);
     const auto bare =
         std::count_if(jobs.begin(), jobs.end(), [](const Job& job) { return !job.has_caption; });
-    if (bare > 0)
+    if (bare > 0 && core::wants_caption(model))
         print_warning(core::text_of(bare, " of ", jobs.size(),
                                     " images have no caption and get the empty embedding (zeros), "
                                     "which costs quality; give the prompt's Gemma-2-2b-it "

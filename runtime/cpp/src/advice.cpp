@@ -51,6 +51,11 @@ std::string about_trained_sizes(const Json& model, std::int64_t width, std::int6
 
 } // namespace
 
+bool wants_caption(const Json& model) {
+    const auto found = model.find("captioned");
+    return found == model.end() || *found != false;
+}
+
 std::vector<std::string> advice(const Json& model, std::int64_t width, std::int64_t height,
                                 float largest_sigma, bool has_caption) {
     std::vector<std::string> lines;
@@ -69,7 +74,7 @@ std::vector<std::string> advice(const Json& model, std::int64_t width, std::int6
         lines.push_back(text_of("sigma ", largest_sigma, " is beyond ", trained_sigma,
                                 ", the highest in training; denoise the latent further for a "
                                 "faithful image"));
-    if (!has_caption)
+    if (!has_caption && wants_caption(model))
         lines.emplace_back("no caption was given: the empty embedding (zeros) costs quality; give "
                            "the prompt's Gemma-2-2b-it embedding");
     return lines;

@@ -15,4 +15,7 @@ namespace pid::core {
 std::vector<std::string> advice(const Json& model, std::int64_t width, std::int64_t height,
                                 float largest_sigma, bool has_caption);
 
+// Whether a decoder is worse without a caption: unless the manifest says that it never had one.
+bool wants_caption(const Json& model);
+
 } // namespace pid::core

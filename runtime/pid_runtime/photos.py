@@ -1,0 +1,122 @@
+"""Photo files as images a codec takes: upright, in sRGB, without transparency."""
+
+import contextlib
+import io
+import os
+import warnings
+from collections.abc import Generator
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageOps
+
+from pid_runtime.codec import from_uint8
+from pid_runtime.errors import PidRuntimeError
+
+PHOTO_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp")
+"""What is taken from a folder of photos; a file that is named may be any that Pillow reads."""
+
+
+def photo_size(path: str | os.PathLike[str]) -> tuple[int, int]:
+    """Width and height of a photo as it is stored, which may be on its side.
+
+    Only the file's head is read. Raises `PidRuntimeError` for a file that is no image.
+    """
+    with _opened(Path(path)) as image:
+        return image.size
+
+
+def read_photo(path: str | os.PathLike[str]) -> NDArray[np.float32]:
+    """Read a photo as float32 `[3, H, W]` in [-1, 1].
+
+    It is turned as its EXIF data says and converted to sRGB from the colour profile in it, if that
+    can be used; what is transparent is put on white. Greyscale of 16 bits keeps its precision;
+    colours of 16 bits are read as 8. Of several frames or pages the first one is taken.
+    Raises `PidRuntimeError` for a file that is no image, or a damaged one.
+    """
+    with _opened(Path(path)) as image:
+        upright = ImageOps.exif_transpose(image)
+        if upright.mode == "I" or upright.mode.startswith("I;16"):
+            return _grey16(np.asarray(upright))
+        if upright.mode == "F":
+            raise PidRuntimeError(
+                f"expected a photo of whole numbers, but got floats in {path}; save it as 8 bits"
+            )
+        pixels = np.asarray(_on_white(upright))
+    return from_uint8(pixels)
+
+
+def padded(image: NDArray[np.float32], multiple: int) -> NDArray[np.float32]:
+    """`[3, H, W]` with its last row and column repeated until both sides divide by `multiple`."""
+    _, height, width = image.shape
+    return np.pad(image, ((0, 0), (0, -height % multiple), (0, -width % multiple)), "edge")
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Generator[Image.Image, None, None]:
+    """Open an image; what goes wrong until it is closed is said in one line."""
+    if not path.is_file():
+        raise PidRuntimeError(f"expected a photo, but {path} is no file; check the path")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about metadata, in several lines
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(path) as image:
+                yield image
+    except PidRuntimeError:
+        raise
+    except Image.UnidentifiedImageError:
+        raise PidRuntimeError(
+            f"expected a photo, but {path} is no image that Pillow reads; convert it to PNG or JPEG"
+        ) from None
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+        raise PidRuntimeError(
+            f"expected a photo of at most {Image.MAX_IMAGE_PIXELS} pixels, but {path} has more; "
+            "reduce it first"
+        ) from None
+    except Exception as error:  # a damaged file fails its parser in almost any way
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:100]
+        raise PidRuntimeError(
+            f"expected a whole photo, but cannot read {path}: {reason}; save it again"
+        ) from error
+
+
+def _grey16(values: NDArray[np.generic]) -> NDArray[np.float32]:
+    grey = values.astype(np.float32)
+    if grey.min() < 0 or grey.max() > 65535:
+        raise PidRuntimeError("expected a grey photo of at most 16 bits, but got other values")
+    grey /= 32767.5
+    grey -= 1.0
+    return np.stack([grey] * 3)
+
+
+def _on_white(image: Image.Image) -> Image.Image:
+    """In sRGB, and opaque."""
+    if not image.has_transparency_data:
+        return _in_srgb(image)
+    layered = image.convert("RGBA")
+    layered.info.setdefault("icc_profile", image.info.get("icc_profile"))
+    white = Image.new("RGB", image.size, "white")
+    white.paste(_in_srgb(layered), mask=layered.getchannel("A"))
+    return white
+
+
+def _in_srgb(image: Image.Image) -> Image.Image:
+    """As RGB, by the colour profile in the file if it is one that can be used."""
+    profile = image.info.get("icc_profile")
+    if not profile:
+        return image.convert("RGB")
+    try:
+        from PIL import ImageCms
+    except ImportError:  # not in every build of Pillow
+        return image.convert("RGB")
+    plain = image if image.mode in ("L", "RGB", "CMYK", "LAB") else image.convert("RGB")
+    try:
+        own = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        converted = ImageCms.profileToProfile(
+            plain, own, ImageCms.createProfile("sRGB"), outputMode="RGB"
+        )
+    except (ImageCms.PyCMSError, ImportError, OSError):  # a broken profile, or another mode's
+        converted = None
+    return image.convert("RGB") if converted is None else converted

@@ -1,0 +1,316 @@
+"""The space whose latents need no network: registry, bundle, `Decoder.encode` and `--image`."""
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from safetensors.torch import save_file
+
+from pid_export import cli, verify, verify_cli
+from pid_ref import hub
+from pid_ref.checkpoint import read_checkpoint, state_shapes
+from pid_ref.registry import NANO, NANO_STD, SPACES, Checkpoint
+from pid_ref.weights import RandomWeights
+from pid_runtime import block_dct, codec, decode_cli
+from pid_runtime.decoder import Decoder
+from pid_runtime.errors import PidRuntimeError
+from pid_runtime.images import to_uint8
+from pid_runtime.manifest import MANIFEST_FILE, Manifest, read_manifest
+from pid_runtime.photos import padded, photo_size, read_photo
+
+RunCommand = Callable[..., tuple[int, str, str]]
+Refusal = Callable[..., str]
+
+SEED = 3
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
+    """As the one that ships, but with random weights and a smaller network."""
+    config = replace(
+        NANO.config, latent_hidden=16, latent_res_blocks=1, patch_depth=1, pixel_depth=1
+    )
+    weights = RandomWeights(state_shapes(config), SEED)
+    file = tmp_path_factory.mktemp("nano") / "nano.safetensors"
+    save_file({name: weights[name].bfloat16() for name in weights}, file)
+    return replace(NANO, config=config, file=file)
+
+
+@pytest.fixture(scope="module")
+def bundle(checkpoint: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bundle of `checkpoint`, made by the command a user would type."""
+    path = tmp_path_factory.mktemp("bundle") / "nano"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cli, "find_checkpoint", lambda space, variant: checkpoint)
+        patch.setattr(hub, "download", lambda *_: pytest.fail("nothing is to be downloaded"))
+        arguments = ["--space", "nano", "--buckets", "tiny=64", "--quiet", "-o", str(path)]
+        assert cli.main(arguments) == 0
+    return path
+
+
+@pytest.fixture(scope="module")
+def pid(bundle: Path) -> Decoder:
+    return Decoder.open(bundle, threads=1, verify=False)
+
+
+def picture(height: int, width: int) -> NDArray[np.uint8]:
+    y, x = np.mgrid[:height, :width]
+    planes = [40 + 200 * x // width, 30 + 180 * y // height, 120 + 60 * (x > y)]
+    return np.stack(planes, axis=-1).astype(np.uint8)
+
+
+# Registry
+
+
+def test_the_space_is_what_the_codec_makes() -> None:
+    space = SPACES["nano"]
+    assert space is NANO.space and space.std is NANO_STD
+    assert (space.channels, space.down) == (len(block_dct.BASIS), block_dct.BLOCK)
+    assert len(NANO_STD) == space.channels and min(NANO_STD) > 0
+    assert [each.name for each in SPACES.values() if each.std is not None] == ["nano"]
+
+
+def test_the_network_is_small_and_has_the_released_head_sizes() -> None:
+    config = NANO.config
+    assert (config.latent_channels, config.latent_down) == (NANO.space.channels, NANO.space.down)
+    assert (config.scale, config.version) == (NANO.space.scale, NANO.version)
+    assert (config.head_dim, config.pixel_head_dim) == (64, 72)
+    assert sum(map(math.prod, state_shapes(config).values())) <= 6e6
+
+
+def test_the_weights_that_ship_fit() -> None:
+    assert NANO.file is not None
+    state = read_checkpoint(NANO.file, NANO)
+    assert all(state[name].dtype == torch.bfloat16 for name in state)
+    assert all(bool(state[name].isfinite().all()) for name in state)
+    assert NANO.file.stat().st_size <= 12e6
+
+
+# Bundle
+
+
+def test_the_manifest_says_where_all_comes_from(bundle: Path, checkpoint: Checkpoint) -> None:
+    manifest = read_manifest(bundle)
+    assert checkpoint.file is not None
+    model = manifest.model
+    assert model["name"] == "nano any (v1.5)" and model["checkpoint"] == NANO.name
+    assert model["weights"]["file"] == checkpoint.file.name
+    assert model["captioned"] is False and model["trained_sizes"] == []
+    assert "Apache-2.0" in model["weights_license"] and "NVIDIA" not in model["weights_license"]
+    assert manifest.codec is not None and manifest.codec.kind == "block_dct"
+    assert manifest.codec.std == tuple(NANO_STD)
+    raw = json.loads((bundle / MANIFEST_FILE).read_text())
+    assert raw["codec"] == {"kind": "block_dct", "std": list(NANO_STD)}
+    assert raw["format_version"] == [1, 2]
+
+
+def test_verify_finds_the_weights_itself(
+    bundle: Path,
+    checkpoint: Checkpoint,
+    run_command: RunCommand,
+    refusal: Refusal,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    monkeypatch.setitem(verify.CHECKPOINTS, NANO.name, checkpoint)
+    code, out, _ = run_command(verify_cli.main, bundle, "--backend", "torch", "--quiet")
+    assert code == 0, out
+    other = tmp_path / "nano.safetensors"
+    other.write_bytes(b"of another version")
+    monkeypatch.setitem(verify.CHECKPOINTS, NANO.name, replace(checkpoint, file=other))
+    assert "but got other contents in " in refusal(verify_cli.main, bundle)
+
+
+def edited(bundle: Path, **members: Any) -> str:
+    raw = json.loads((bundle / MANIFEST_FILE).read_text())
+    return json.dumps({**raw, **members})
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ([], "in manifest.json, codec, but got []"),
+        ({}, "expected a member 'kind'"),
+        ({"kind": 3}, "expected a string"),
+        ({"kind": "block_dct"}, "expected 16 usable std of the codec, but the manifest has"),
+        ({"kind": "block_dct", "std": [1.0] * 15}, "expected 16 usable std"),
+        ({"kind": "block_dct", "std": [1.0] * 15 + [0]}, "expected 16 usable std"),
+        ({"kind": "block_dct", "std": [1.0] * 15 + [1e10]}, "expected 16 usable std"),
+        ({"kind": "block_dct", "std": [1.0] * 15 + ["1"]}, "expected a number"),
+        ({"kind": "block_dct", "std": 1.0}, "expected a list"),
+    ],
+)
+def test_codecs_that_make_no_sense(bundle: Path, value: Any, message: str) -> None:
+    with pytest.raises(PidRuntimeError) as caught:
+        Manifest.from_json(edited(bundle, codec=value))
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_codec_of_other_channels(golden_bundle: Path) -> None:
+    raw = json.loads((golden_bundle / MANIFEST_FILE).read_text())
+    raw["codec"] = {"kind": "block_dct", "std": [1.0] * 16}
+    assert Manifest.from_json(json.dumps(raw)).codec is not None
+    raw["network"]["latent_channels"] = 4
+    with pytest.raises(PidRuntimeError, match="expected 16 latent channels for block_dct"):
+        Manifest.from_json(json.dumps(raw))
+
+
+def test_codecs_of_the_future_and_none(bundle: Path) -> None:
+    image = np.zeros((1, 3, 8, 8), np.float32)
+    later = Manifest.from_json(edited(bundle, codec={"kind": "wavelet", "levels": 3}))
+    for call in (codec.encode, codec.native_decode):
+        with pytest.raises(PidRuntimeError, match="but got one with an unknown one, 'wavelet'"):
+            call(later, image)
+    none = Manifest.from_json(edited(bundle, codec=None))
+    assert none.codec is None and "codec" not in json.loads(none.to_json())
+    with pytest.raises(PidRuntimeError, match=r"expected a bundle with a codec, .* one without"):
+        codec.encode(none, image)
+    assert Manifest.from_json(later.to_json()) == later
+
+
+# Decoder
+
+
+def test_encode_and_the_native_decoder(pid: Decoder) -> None:
+    image = picture(16, 24)
+    latent = pid.encode(image[None])
+    assert latent.shape == (1, 16, 2, 3) and latent.dtype == np.float32
+    floats = codec.from_uint8(image)[None]
+    np.testing.assert_array_equal(latent, block_dct.encode(floats, NANO_STD))
+    for other in (floats, floats.astype(np.float64), torch.from_numpy(floats)):
+        np.testing.assert_array_equal(pid.encode(other), latent)
+    native = pid.native_decode(latent)
+    assert native.shape == (1, 3, 16, 24)
+    np.testing.assert_array_equal(native, block_dct.decode(latent, NANO_STD))
+    assert np.abs(to_uint8(native)[0].astype(int) - image).mean() < 6
+
+
+def test_noise_is_mixed_in_by_seed(pid: Decoder) -> None:
+    images = np.stack([picture(64, 64)] * 2)
+    clean = pid.encode(images)
+    noisy = pid.encode(images, sigma=0.25, seed=5)
+    noise = (noisy - 0.75 * clean) / 0.25
+    assert abs(noise.mean()) < 0.05 and abs(noise.std() - 1) < 0.05
+    assert abs(np.corrcoef(noise[0].ravel(), noise[1].ravel())[0, 1]) < 0.1
+    np.testing.assert_array_equal(pid.encode(images, sigma=0.25, seed=5), noisy)
+    np.testing.assert_array_equal(pid.encode(images[1:], sigma=0.25, seed=6)[0], noisy[1])
+    np.testing.assert_array_equal(pid.encode(images, sigma=0.0, seed=5), clean)
+    # Nothing of the latent's noise is in the decode's own.
+    own = codec.standard_normal(5, 0, noise[0].size).reshape(noise[0].shape)
+    assert abs(np.corrcoef(noise[0].ravel(), own.ravel())[0, 1]) < 0.1
+
+
+@pytest.mark.parametrize(
+    ("image", "message"),
+    [
+        (np.zeros((8, 8, 3), np.uint8), "expected uint8 images of shape"),
+        (np.zeros((1, 3, 8, 8), np.uint8), "expected uint8 images of shape"),
+        (np.zeros((1, 12, 8, 3), np.uint8), "multiples of 8, but got"),
+        (np.zeros((1, 8, 8, 3), np.float32), "expected images of shape"),
+        (np.zeros((1, 3, 8, 8), np.int32), "but got int32; convert them"),
+    ],
+)
+def test_images_that_do_not_fit(pid: Decoder, image: NDArray[Any], message: str) -> None:
+    with pytest.raises(PidRuntimeError, match=message):
+        pid.encode(image)
+
+
+def test_noise_levels_that_are_none(pid: Decoder) -> None:
+    for sigma in (-0.1, 1.5, math.nan):
+        with pytest.raises(PidRuntimeError, match=r"expected sigma in \[0, 1\], but got"):
+            pid.encode(np.zeros((1, 3, 8, 8), np.float32), sigma=sigma)
+
+
+# pid-decode --image
+
+
+def save(path: Path, height: int, width: int, **options: Any) -> Path:
+    Image.fromarray(picture(height, width)).save(path, **options)
+    return path
+
+
+def decoded(pid: Decoder, photo: Path, sigma: float = 0.0, seed: int = 0) -> NDArray[np.uint8]:
+    """What `--image` must give, by the functions it is made of."""
+    image = read_photo(photo)
+    latent = pid.encode(padded(image, 8)[None], sigma=sigma, seed=seed)
+    pixels = pid.decode(latent, sigma=sigma, seed=seed, output="uint8")[0]
+    return pixels[: 4 * image.shape[1], : 4 * image.shape[2]]
+
+
+@pytest.mark.parametrize(("height", "width"), [(16, 24), (15, 17), (1, 1), (8, 33)])
+def test_photos_of_any_size(
+    bundle: Path,
+    pid: Decoder,
+    run_command: RunCommand,
+    tmp_path: Path,
+    height: int,
+    width: int,
+) -> None:
+    photo, target = save(tmp_path / "photo.png", height, width), tmp_path / "image.png"
+    arguments = (bundle, "--image", photo, "-o", target, "--seed", 2, "--json", "--threads", 1)
+    code, out, err = run_command(decode_cli.main, *arguments)
+    assert (code, err) == (0, "")  # no warning about captions or sizes either
+    (image,) = json.loads(out)["images"]
+    assert (image["width"], image["height"]) == (4 * width, 4 * height)
+    assert image["photo"] == str(photo) and "latent" not in image
+    with Image.open(target) as read:
+        np.testing.assert_array_equal(np.asarray(read), decoded(pid, photo, seed=2))
+
+
+def test_noise_and_rotation_of_a_photo(
+    bundle: Path, pid: Decoder, run_command: RunCommand, tmp_path: Path
+) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    photo = save(tmp_path / "photo.png", 16, 24, exif=exif)
+    target = tmp_path / "image.png"
+    arguments = ("--image", photo, "-o", target, "--sigma", 0.5, "--seed", 9, "--threads", 1)
+    code, out, err = run_command(decode_cli.main, bundle, *arguments)
+    assert (code, err) == (0, "") and ": 64x96, seed 9, " in out
+    with Image.open(target) as read:
+        np.testing.assert_array_equal(np.asarray(read), decoded(pid, photo, 0.5, 9))
+
+
+def test_a_folder_of_photos(bundle: Path, run_command: RunCommand, tmp_path: Path) -> None:
+    folder, target = tmp_path / "photos", tmp_path / "images"
+    folder.mkdir()
+    save(folder / "b.jpg", 8, 16)
+    save(folder / "A.PNG", 9, 8)
+    (folder / "notes.txt").write_text("not a photo")
+    arguments = ("--images", folder, "-o", target, "--sheet", tmp_path / "sheet.png")
+    code, out, err = run_command(decode_cli.main, bundle, *arguments, "--threads", 1, "--steps", 1)
+    assert (code, err) == (0, "") and out.count("\n") == 3
+    sizes = {path.name: photo_size(path) for path in target.iterdir()}
+    assert sizes == {"A.png": (32, 36), "b.png": (64, 32)}
+
+
+def test_photos_that_cannot_be_decoded(
+    bundle: Path, golden_bundle: Path, refusal: Refusal, tmp_path: Path
+) -> None:
+    photo, target = save(tmp_path / "photo.png", 8, 8), tmp_path / "image.png"
+    large, text = save(tmp_path / "large.png", 72, 88), tmp_path / "text.png"
+    text.write_text("not a photo")
+    for arguments, message in (
+        ((bundle, "--image", large), "photo of 88x72 first"),
+        ((bundle, "--image", text), "is no image that Pillow reads"),
+        ((bundle, "--image", tmp_path / "missing.png"), "is no file"),
+        ((bundle, "--images", photo), "expected a folder for --images"),
+        ((bundle, "--image", photo, "--latent-key", "x"), "but got a photo; drop it"),
+        ((bundle, "--image", photo, "--format", "png"), "expected --format with --images"),
+        ((bundle, "--image", photo, "--latent", photo), "not allowed with"),
+        ((golden_bundle, "--image", photo), "expected a bundle with a codec"),
+    ):
+        assert message in refusal(decode_cli.main, *arguments, "-o", target)
+        assert not target.exists()
+    (tmp_path / "empty").mkdir()
+    arguments = (bundle, "--images", tmp_path / "empty", "-o", tmp_path / "images")
+    assert "expected *.png, *.jpg, " in refusal(decode_cli.main, *arguments)
+    assert not (tmp_path / "images").exists()

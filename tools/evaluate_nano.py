@@ -1,0 +1,133 @@
+"""Judges a `nano` decoder on the photographs it was not trained on, with the reference in PyTorch.
+
+    python tools/evaluate_nano.py --folder nano-training -o nano.json --sheet photos.jpg
+
+Every photograph is cut to multiples of 32 pixels and reduced 4x (Pillow, bicubic); that is what is
+encoded. Decoding must give the photograph back. The rivals are the native decoder, enlarged 4x
+(Pillow, bicubic), of the same latent, noisy or not. PSNR and SSIM over RGB, 8 bits.
+"""
+
+import argparse
+import json
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from nano_photos import Pixels, load_photos
+from numpy.typing import NDArray
+from PIL import Image
+from skimage.metrics import peak_signal_noise_ratio, structural_similarity
+
+from pid_bench.hardware import cpu_name
+from pid_ref.checkpoint import read_checkpoint
+from pid_ref.network import PidNet
+from pid_ref.registry import NANO, NANO_CONFIG, NANO_STD
+from pid_ref.sampler import sample
+from pid_runtime.block_dct import decode, encode
+from pid_runtime.images import save_image, side_by_side, to_uint8
+from pid_runtime.manifest import file_sha256
+from pid_runtime.noise import image_noise
+
+SCALE, MULTIPLE = NANO_CONFIG.scale, NANO_CONFIG.size_multiple
+SIGMAS = (0.0, 0.2, 0.4, 0.6)
+STEPS = (1, 2, 4)
+
+
+def main() -> int:
+    """Print what was found, photograph by photograph; returns the exit code."""
+    parser = argparse.ArgumentParser(description="Judge a nano decoder.")
+    parser.add_argument("--folder", type=Path, required=True, help="where the photographs are kept")
+    parser.add_argument("--weights", type=Path, default=NANO.file)
+    parser.add_argument("--sigmas", type=float, nargs="+", default=SIGMAS)
+    parser.add_argument("--steps", type=int, nargs="+", default=STEPS)
+    parser.add_argument("-o", "--output", type=Path, help="also write a JSON file")
+    parser.add_argument("--sheet", type=Path, help="also write pieces of all images, side by side")
+    args = parser.parse_args()
+    net = PidNet(NANO_CONFIG).eval()
+    net.load_state_dict(dict(read_checkpoint(args.weights, NANO_CONFIG)))
+    rows: list[dict[str, Any]] = []
+    sheet: list[Pixels] = []
+    for name, photo in load_photos(args.folder / "photos", held_out=True).items():
+        for sigma in args.sigmas:
+            images = decodes(net, photo, sigma, args.steps)
+            original = images.pop("original")
+            for label, image in images.items():
+                row = {"photo": name, "sigma": sigma, "decoder": label, **quality(image, original)}
+                rows.append(row)
+                sys.stdout.write(json.dumps(row) + "\n")
+                sys.stdout.flush()
+            shown = {**images, "original": original}
+            tiles = [(f"{label}, sigma {sigma:g}", middle(image)) for label, image in shown.items()]
+            sheet.append(side_by_side(tiles))
+    if args.sheet:
+        save_image(args.sheet, np.concatenate(sheet))
+    if args.output:
+        names = ("torch", "numpy", "pillow", "scikit-image")
+        record = {
+            "command": " ".join(["python", *sys.argv]),
+            "hardware": cpu_name(),
+            "versions": {name: version(name) for name in names},
+            "weights_sha256": file_sha256(args.weights),
+            "rows": rows,
+        }
+        args.output.write_text(json.dumps(record, indent=1) + "\n")
+    return 0
+
+
+def decodes(net: PidNet, photo: Pixels, sigma: float, steps: list[int]) -> dict[str, Pixels]:
+    """What the native decoder and the network make of a photograph's latent at one noise level."""
+    height, width = (side // MULTIPLE * MULTIPLE for side in photo.shape[:2])
+    photo = photo[:height, :width]
+    small = resized(photo, height // SCALE, width // SCALE)
+    pixels = small.astype(np.float32).transpose(2, 0, 1)[None] / 127.5 - 1
+    latent = encode(pixels, NANO_STD)
+    noise = np.random.default_rng(0).standard_normal(latent.shape)
+    latent = np.asarray((1 - sigma) * latent + sigma * noise, np.float32)
+    bicubic = resized(to_uint8(decode(latent, NANO_STD))[0], height, width)
+    images = {"original": photo, "native + bicubic": bicubic}
+    for count in steps:
+        draws = [torch.from_numpy(image_noise(0, k, height, width))[None] for k in range(count)]
+        image = sample(
+            net,
+            torch.from_numpy(latent),
+            torch.zeros(1, NANO_CONFIG.text_max_length, NANO_CONFIG.text_dim),
+            torch.tensor([sigma]),
+            draws[0],
+            draws[1:],
+            steps=count,
+        )
+        images[f"PiD, {count} step{'s' * (count > 1)}"] = to_uint8(image.numpy())[0]
+    return images
+
+
+def middle(image: Pixels) -> Pixels:
+    """The 256 x 256 pixels in the middle of an image."""
+    top, left = ((side - 256) // 2 for side in image.shape[:2])
+    return np.ascontiguousarray(image[top : top + 256, left : left + 256])
+
+
+def resized(image: Pixels, height: int, width: int) -> Pixels:
+    """An image in another size, bicubic."""
+    return np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.BICUBIC))
+
+
+def quality(found: NDArray[np.uint8], truth: NDArray[np.uint8]) -> dict[str, float]:
+    """PSNR in dB, and SSIM as Wang et al. (2004) define it."""
+    similarity = structural_similarity(
+        found,
+        truth,
+        channel_axis=2,
+        gaussian_weights=True,
+        sigma=1.5,
+        use_sample_covariance=False,
+        data_range=255,
+    )
+    psnr = peak_signal_noise_ratio(truth, found, data_range=255)
+    return {"psnr_db": round(float(psnr), 3), "ssim": round(float(similarity), 4)}
+
+
+if __name__ == "__main__":
+    sys.exit(main())
