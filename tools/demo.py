@@ -11,13 +11,12 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
+from quality import psnr, ssim
 from skimage.data import astronaut
-from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 from pid_engines import cli as build_cli
 from pid_export import cli as export_cli
@@ -51,24 +50,10 @@ def main(folder: Path = Path("demo"), weights: Sequence[str] = ()) -> int:
     save_image(folder / "sheet.png", _sheet(photo, native, decoded, original))
     for name, image in (("native + bicubic", native), ("PiD, 4 steps", decoded)):
         sys.stdout.write(
-            f"{name}: PSNR {_psnr(original, image):.2f} dB, SSIM {ssim(original, image):.4f}\n"
+            f"{name}: PSNR {psnr(original, image):.2f} dB, SSIM {ssim(original, image):.4f}\n"
         )
     sys.stdout.write(f"{folder / 'sheet.png'}: all of them side by side\n")
     return 0
-
-
-def ssim(original: Pixels, image: Pixels) -> float:
-    """Structural similarity as in Wang et al., 2004: Gaussian windows, mean of the channels."""
-    value: Any = structural_similarity(
-        original,
-        image,
-        gaussian_weights=True,
-        sigma=1.5,
-        use_sample_covariance=False,
-        channel_axis=2,
-        data_range=255,
-    )
-    return float(value)
 
 
 def _commands(folder: Path, weights: Sequence[str]) -> list[Command]:
@@ -107,15 +92,11 @@ def _sheet(photo: Pixels, native: Pixels, decoded: Pixels, original: Pixels) -> 
     return side_by_side(
         [
             (f"input, {width}x{height}", large),
-            (f"native decoder + bicubic, {_psnr(original, native):.2f} dB", native),
-            (f"PiD, 4 steps, {_psnr(original, decoded):.2f} dB", decoded),
+            (f"native decoder + bicubic, {psnr(original, native):.2f} dB", native),
+            (f"PiD, 4 steps, {psnr(original, decoded):.2f} dB", decoded),
             (f"original, {original.shape[1]}x{original.shape[0]}", original),
         ]
     )
-
-
-def _psnr(original: Pixels, image: Pixels) -> float:
-    return float(peak_signal_noise_ratio(original, image, data_range=255))
 
 
 def _resized(image: Pixels, height: int, width: int) -> Pixels:

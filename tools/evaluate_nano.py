@@ -17,9 +17,8 @@ from typing import Any
 import numpy as np
 import torch
 from nano_photos import Pixels, load_photos
-from numpy.typing import NDArray
 from PIL import Image
-from skimage.metrics import peak_signal_noise_ratio, structural_similarity
+from quality import psnr, ssim
 
 from pid_bench.hardware import cpu_name
 from pid_ref.checkpoint import read_checkpoint
@@ -55,7 +54,9 @@ def main() -> int:
             images = decodes(net, photo, sigma, args.steps)
             original = images.pop("original")
             for label, image in images.items():
-                row = {"photo": name, "sigma": sigma, "decoder": label, **quality(image, original)}
+                found = {"psnr_db": psnr(original, image), "ssim": ssim(original, image)}
+                rounded = {what: round(value, 4) for what, value in found.items()}
+                row = {"photo": name, "sigma": sigma, "decoder": label, **rounded}
                 rows.append(row)
                 sys.stdout.write(json.dumps(row) + "\n")
                 sys.stdout.flush()
@@ -112,21 +113,6 @@ def middle(image: Pixels) -> Pixels:
 def resized(image: Pixels, height: int, width: int) -> Pixels:
     """An image in another size, bicubic."""
     return np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.BICUBIC))
-
-
-def quality(found: NDArray[np.uint8], truth: NDArray[np.uint8]) -> dict[str, float]:
-    """PSNR in dB, and SSIM as Wang et al. (2004) define it."""
-    similarity = structural_similarity(
-        found,
-        truth,
-        channel_axis=2,
-        gaussian_weights=True,
-        sigma=1.5,
-        use_sample_covariance=False,
-        data_range=255,
-    )
-    psnr = peak_signal_noise_ratio(truth, found, data_range=255)
-    return {"psnr_db": round(float(psnr), 3), "ssim": round(float(similarity), 4)}
 
 
 if __name__ == "__main__":

@@ -69,6 +69,9 @@ MAX_SIGMA = 0.8
 CLEAN_SHARE = 0.5
 """Of the crops, how many have sigma 0."""
 
+FIT_CROPS = 400
+"""How many of 256 x 256 pixels the linear decoder is fitted to that training starts from."""
+
 
 @dataclass
 class Pool:
@@ -253,7 +256,7 @@ def fit(
     rng = np.random.default_rng(1)
     rows: list[NDArray[np.float64]] = []
     targets: list[NDArray[np.float32]] = []
-    for _ in range(400):
+    for _ in range(FIT_CROPS):
         image = crop(rng, pictures, 8 * LATENT_PIXELS, 8 * LATENT_PIXELS)[None]
         latent = np.pad(encode(reduce(image), NANO_STD)[0], ((0, 0), (1, 1), (1, 1)), mode="edge")
         windows = sliding_window_view(latent, (3, 3), (1, 2))  # (C, h, w, 3, 3)
