@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
-from quality import psnr, ssim
+from quality import psnr, resized, ssim
 from skimage.data import astronaut
 
 from pid_engines import cli as build_cli
@@ -37,7 +37,7 @@ def main(folder: Path = Path("demo"), weights: Sequence[str] = ()) -> int:
     """
     folder.mkdir(exist_ok=True)
     original = np.asarray(astronaut())
-    photo = _resized(original, original.shape[0] // SCALE, original.shape[1] // SCALE)
+    photo = resized(original, original.shape[0] // SCALE, original.shape[1] // SCALE)
     save_image(folder / "photo.png", photo)
     for name, command, arguments in _commands(folder, weights):
         sys.stderr.write(f"\n$ {name} {' '.join(arguments)}\n")
@@ -46,7 +46,7 @@ def main(folder: Path = Path("demo"), weights: Sequence[str] = ()) -> int:
             return code
         sys.stderr.write(f"{time.monotonic() - begin:.1f} s\n")
     decoded = np.asarray(Image.open(folder / "image.png"))
-    native = _resized(_native(folder / "nano", photo), *original.shape[:2])
+    native = resized(_native(folder / "nano", photo), *original.shape[:2])
     save_image(folder / "sheet.png", _sheet(photo, native, decoded, original))
     for name, image in (("native + bicubic", native), ("PiD, 4 steps", decoded)):
         sys.stdout.write(
@@ -97,11 +97,6 @@ def _sheet(photo: Pixels, native: Pixels, decoded: Pixels, original: Pixels) -> 
             (f"original, {original.shape[1]}x{original.shape[0]}", original),
         ]
     )
-
-
-def _resized(image: Pixels, height: int, width: int) -> Pixels:
-    resized = Image.fromarray(image).resize((width, height), Image.Resampling.BICUBIC)
-    return np.asarray(resized)
 
 
 if __name__ == "__main__":

@@ -17,8 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 from nano_photos import Pixels, load_photos
-from PIL import Image
-from quality import psnr, ssim
+from quality import psnr, resized, ssim
 
 from pid_bench.hardware import cpu_name
 from pid_ref.checkpoint import read_checkpoint
@@ -26,6 +25,7 @@ from pid_ref.network import PidNet
 from pid_ref.registry import NANO, NANO_CONFIG, NANO_STD
 from pid_ref.sampler import sample
 from pid_runtime.block_dct import decode, encode
+from pid_runtime.codec import from_uint8
 from pid_runtime.images import save_image, side_by_side, to_uint8
 from pid_runtime.manifest import file_sha256
 from pid_runtime.noise import image_noise
@@ -83,8 +83,7 @@ def decodes(net: PidNet, photo: Pixels, sigma: float, steps: list[int]) -> dict[
     height, width = (side // MULTIPLE * MULTIPLE for side in photo.shape[:2])
     photo = photo[:height, :width]
     small = resized(photo, height // SCALE, width // SCALE)
-    pixels = small.astype(np.float32).transpose(2, 0, 1)[None] / 127.5 - 1
-    latent = encode(pixels, NANO_STD)
+    latent = encode(from_uint8(small)[None], NANO_STD)
     noise = np.random.default_rng(0).standard_normal(latent.shape)
     latent = np.asarray((1 - sigma) * latent + sigma * noise, np.float32)
     bicubic = resized(to_uint8(decode(latent, NANO_STD))[0], height, width)
@@ -108,11 +107,6 @@ def middle(image: Pixels) -> Pixels:
     """The 256 x 256 pixels in the middle of an image."""
     top, left = ((side - 256) // 2 for side in image.shape[:2])
     return np.ascontiguousarray(image[top : top + 256, left : left + 256])
-
-
-def resized(image: Pixels, height: int, width: int) -> Pixels:
-    """An image in another size, bicubic."""
-    return np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.BICUBIC))
 
 
 if __name__ == "__main__":

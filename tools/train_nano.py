@@ -37,13 +37,13 @@ from torch import Tensor
 from pid_ref.network import PidNet, patchify
 from pid_ref.registry import NANO_CONFIG, NANO_STD
 from pid_ref.sampler import timesteps
-from pid_runtime.block_dct import BLOCK, encode
+from pid_runtime.block_dct import encode
+from pid_runtime.codec import from_uint8
 
-SCALE = 4
 EMPTY_CAPTION = (NANO_CONFIG.text_max_length, NANO_CONFIG.text_dim)
 """Shape of the zeros that stand for no caption; see `Decoder.empty_caption`."""
 
-LATENT_PIXELS = BLOCK * SCALE
+LATENT_PIXELS = NANO_CONFIG.size_multiple
 """Output pixels per latent pixel, along each axis."""
 
 SHAPES = (
@@ -156,7 +156,9 @@ def crop(rng: np.random.Generator, pictures: list[Pixels], height: int, width: i
 
 def reduce(images: Tensor) -> NDArray[np.float32]:
     """The photographs an encoder would have been given: `[B, 3, H/4, W/4]`, in 8-bit steps."""
-    small = F.interpolate(images, scale_factor=1 / SCALE, mode="bicubic", antialias=True)
+    small = F.interpolate(
+        images, scale_factor=1 / NANO_CONFIG.scale, mode="bicubic", antialias=True
+    )
     return np.asarray(((small.clamp(-1, 1) + 1) * 127.5).round() / 127.5 - 1)
 
 
@@ -165,8 +167,8 @@ def measure_std(photos: Iterable[Pixels]) -> tuple[float, ...]:
     squares: list[NDArray[np.float64]] = []
     for photo in photos:
         height, width = (side // LATENT_PIXELS * LATENT_PIXELS for side in photo.shape[:2])
-        pixels = photo[None, :height, :width].transpose(0, 3, 1, 2).astype(np.float32)
-        latent = encode(reduce(torch.from_numpy(pixels / 127.5 - 1)), np.ones(16))
+        image = torch.from_numpy(from_uint8(photo[None, :height, :width]))
+        latent = encode(reduce(image), np.ones(NANO_CONFIG.latent_channels))
         squares.append((latent.astype(np.float64) ** 2).mean((0, 2, 3)))
     return tuple(float(f"{value:.3g}") for value in np.sqrt(np.mean(squares, axis=0)))
 
@@ -310,7 +312,7 @@ def fill(
         nothing = torch.zeros(count)
         pool = Pool(
             image,
-            torch.zeros(count, 16, h, w),
+            torch.zeros(count, NANO_CONFIG.latent_channels, h, w),
             nothing.clone(),
             image.clone(),
             nothing.long(),
@@ -358,13 +360,14 @@ def rate(iteration: int, iterations: int) -> float:
 def train(pictures: list[Pixels], folder: Path, iterations: int, seed: int, seconds: float) -> None:
     """Train to the end, or for so many seconds, from where the folder's checkpoint stands."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    net = new_network(seed, pictures).to(device)
+    checkpoint, log = folder / "checkpoint.pt", folder / "log.jsonl"
+    resumes = checkpoint.exists()
+    net = (PidNet(NANO_CONFIG) if resumes else new_network(seed, pictures)).to(device)
     average = {name: value.clone() for name, value in net.state_dict().items()}
     optimizer = torch.optim.AdamW(net.parameters(), betas=(0.9, 0.98), weight_decay=0.01)
     pools: dict[tuple[int, int], Pool] = {}
     start, spent = 0, 0.0
-    checkpoint, log = folder / "checkpoint.pt", folder / "log.jsonl"
-    if checkpoint.exists():
+    if resumes:
         saved = torch.load(checkpoint, weights_only=True)
         start, spent = saved["iteration"], saved["seconds"]
         net.load_state_dict(saved["net"])

@@ -154,11 +154,6 @@ class Case:
         parts += [f"threads{self.threads}" if self.threads else "", self.weights]
         return "/".join(part for part in parts if part)
 
-    @property
-    def image_key(self) -> str:
-        """Cases that have this in common must come to the same image."""
-        return replace(self, backend="", device="", threads=0).key
-
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 

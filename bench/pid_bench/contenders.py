@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from pid_bench.cascades import build_cascade
-from pid_bench.cases import BACKENDS, PID, Backend, Case
-from pid_bench.measure import WHOLE, Clock, EventClock, WallClock
+from pid_bench.cases import BACKENDS, PID, Backend, Case, tokens_of
+from pid_bench.measure import WHOLE, Clock, EventClock, WallClock, device_clock
 from pid_bench.pid_stages import CAPTION_TOKENS
 from pid_bench.stage import Pipeline
 from pid_ref.checkpoint import read_checkpoint, state_shapes
@@ -30,6 +30,7 @@ from pid_runtime.engines import read_engine_sets
 from pid_runtime.manifest import PRECISIONS, read_constants, read_manifest
 from pid_runtime.noise import image_noise
 from pid_runtime.session import Call, Session
+from pid_runtime.stages import DTYPES
 
 SEED = 0
 """Of inputs and noise, and of weights unless a bundle has others."""
@@ -101,7 +102,7 @@ def _reference(case: Case, backend: Backend, materials: Materials) -> Contender:
         for draw in range(case.steps)
     ]
     first, *later = (noise.to(case.device) for noise in noises)
-    clock = _torch_clock(case)
+    clock = device_clock(case.device)
 
     class Timed:
         """The network as `sample` calls it."""
@@ -146,14 +147,14 @@ def _program(case: Case, backend: Backend, materials: Materials) -> Contender:
 
         if backend.compile == "inductor":
             cast(TorchSession, session).compile()
-        clock = _torch_clock(case)
+        clock = device_clock(case.device)
         attention = _sdpa(case, config.num_heads, config.head_dim, _dtype(case.precision))
     elif backend.runtime == "tensorrt":
         from pid_runtime.backend_tensorrt import TensorRtSession
 
         clock = EventClock(torch.cuda.ExternalStream(cast(TensorRtSession, session).stream))
         bucket = read_engine_sets(manifest)[materials.engines].buckets[
-            manifest.bucket_for(tokens_in(case, config))[0]
+            manifest.bucket_for(tokens_of(config, (case.width, case.height)))[0]
         ]
         attention = f"TensorRT, {bucket.attentions_fused} of {bucket.attentions} fused"
     elif backend.provider:
@@ -172,7 +173,7 @@ def _program(case: Case, backend: Backend, materials: Materials) -> Contender:
 
 def _cascade(case: Case, backend: Backend) -> Contender:
     pipeline = pipeline_of(case)
-    clock, dtype = _torch_clock(case), _dtype(case.precision)
+    clock, dtype = device_clock(case.device), _dtype(case.precision)
     modules = pipeline.build(case.device, dtype)
     if backend.compile == "inductor":
         modules = {
@@ -214,19 +215,6 @@ def inputs_of(case: Case, config: PidConfig) -> tuple[Tensor, Tensor, Tensor]:
     )
 
 
-def tokens_in(case: Case, config: PidConfig) -> int:
-    """Patch tokens of a case's image."""
-    return (case.height // config.patch_size) * (case.width // config.patch_size)
-
-
-def engine_set_of(bundle: Path, flavor: str) -> str:
-    """The first engine set of a flavour in a bundle; empty when there is none."""
-    for name, engines in read_engine_sets(read_manifest(bundle, verify=False)).items():
-        if engines.flavor == flavor:
-            return name
-    return ""
-
-
 class _TimedSession:
     """A session whose sequences (prologue, step, image) are timed; all else is the session's."""
 
@@ -266,12 +254,8 @@ def _weights(config: PidConfig, materials: Materials) -> Mapping[str, Tensor]:
     return RandomWeights(state_shapes(config), materials.seed)
 
 
-def _torch_clock(case: Case) -> Clock:
-    return EventClock() if case.device == "cuda" else WallClock()
-
-
 def _dtype(precision: str) -> torch.dtype:
-    return getattr(torch, PRECISIONS[precision])
+    return DTYPES[PRECISIONS[precision]]
 
 
 def _sdpa(case: Case, heads: int, head_dim: int, dtype: torch.dtype) -> str:

@@ -5,8 +5,6 @@ from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 
-import torch
-
 from pid_bench.cases import BACKENDS, PID, Case, Network, tokens_of
 from pid_bench.contenders import pipeline_of
 from pid_bench.pid_stages import CAPTION_TOKENS, KNOWN_TIMES, program_work_by_graph, reference_step
@@ -16,6 +14,7 @@ from pid_export.program import build_program
 from pid_ref.config import PidConfig
 from pid_runtime.engines import read_engine_sets
 from pid_runtime.manifest import PRECISIONS, Run, read_manifest
+from pid_runtime.stages import DTYPES
 
 SECTIONS = ("prologue", "step", "image")
 """Stages of a program."""
@@ -106,7 +105,7 @@ def engine_memory(bundle: Path, flavor: str, tokens: int) -> tuple[str, dict[str
 
 def _cascade_row(row: Row, case: Case) -> Row:
     pipeline = pipeline_of(case)
-    dtype = getattr(torch, PRECISIONS[case.precision])
+    dtype = DTYPES[PRECISIONS[case.precision]]
     works = {stage.name: count(stage, dtype) for stage in pipeline.stages}
     stages = tuple(
         StageRow(
@@ -145,7 +144,7 @@ def _with_work(row: Row, work: Work) -> Row:
 def _reference_work(config: PidConfig, height: int, width: int, steps: int, precision: str) -> Work:
     tokens = min(CAPTION_TOKENS, config.text_max_length)
     stage = reference_step(config, height, width, tokens, steps)
-    return count(stage, getattr(torch, PRECISIONS[precision]))
+    return count(stage, DTYPES[PRECISIONS[precision]])
 
 
 @functools.cache

@@ -128,17 +128,19 @@ def engine_peaks(results: Path) -> Table:
 
 def decode_cpu(results: Path) -> Table:
     """PiD decodes of a report made on the CPU."""
-    return _decodes(_report(results / "cpu"), lambda row: row.pipeline == "pid")
+    return _decodes(read_report(results / "cpu"), lambda row: row.pipeline == "pid")
 
 
 def cascades_cpu(results: Path) -> Table:
     """Cascades, and PiD as a whole, of a report made on the CPU."""
-    return _decodes(_report(results / "cpu"), lambda row: row.pipeline != "pid" or not row.reduced)
+    return _decodes(
+        read_report(results / "cpu"), lambda row: row.pipeline != "pid" or not row.reduced
+    )
 
 
 def decode_cuda(results: Path) -> Table:
     """All decodes of a report made on a GPU."""
-    return _decodes(_report(results / "cuda"), lambda row: True)
+    return _decodes(read_report(results / "cuda"), lambda row: True)
 
 
 def nano_quality(results: Path) -> Table:
@@ -207,10 +209,6 @@ def _peak(row: Row) -> str:
     if peak is None:
         peak = max(row.peak_reserved_bytes or 0, row.device_used_bytes or 0)
     return f"{gigabytes(peak)} GB" if peak else ""
-
-
-def _report(path: Path) -> Report:
-    return read_report(path)
 
 
 def _read(path: Path) -> Any:

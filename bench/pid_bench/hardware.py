@@ -1,10 +1,10 @@
 """What a benchmark runs on: names, versions, and how fast the device can be at best."""
 
+import math
 import os
 import platform
 import shutil
 import subprocess
-import time
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -12,7 +12,9 @@ from typing import Any
 
 import numpy as np
 
+from pid_bench.measure import device_clock
 from pid_bench.report import Environment
+from pid_runtime.manifest import PRECISIONS
 from pid_runtime.noise import core_count
 
 DISTRIBUTIONS = (
@@ -79,12 +81,12 @@ def matmul_tflop_per_s(precision: str, device: str, threads: int) -> float:
     """
     import torch
 
-    from pid_runtime.manifest import PRECISIONS
+    from pid_runtime.stages import DTYPES
 
     rows, inner, columns = (8192, 8192, 8192) if device == "cuda" else (1024, 1536, 4096)
     if device == "cpu" and precision != "fp32":
         rows = 128  # processors without such instructions take a hundred times as long
-    dtype = getattr(torch, PRECISIONS[precision])
+    dtype = DTYPES[PRECISIONS[precision]]
     torch.set_num_threads(threads)
     x = torch.ones(rows, inner, device=device, dtype=dtype)
     w = torch.ones(inner, columns, device=device, dtype=dtype)
@@ -109,22 +111,12 @@ def copy_gb_per_s(device: str, threads: int) -> float:
 def _fastest(call: Callable[[], Any], device: str, repeats: int = 10) -> float:
     """Seconds of the fastest call, after one that does not count."""
     call()
+    clock, most = device_clock(device), MOST_SECONDS if device == "cpu" else math.inf
     times: list[float] = []
-    if device == "cuda":
-        import torch
-
-        for _ in range(repeats):
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            begin.record()
+    while not times or (len(times) < repeats and sum(times) < most):
+        with clock.span("call"):
             call()
-            end.record()
-            end.synchronize()
-            times.append(begin.elapsed_time(end) / 1000)
-        return min(times)
-    while not times or (len(times) < repeats and sum(times) < MOST_SECONDS):
-        started = time.perf_counter()
-        call()
-        times.append(time.perf_counter() - started)
+        times.append(clock.read()["call"] / 1000)
     return min(times)
 
 

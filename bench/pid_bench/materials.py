@@ -73,12 +73,13 @@ def make_jobs(cases: Sequence[Case], network: Network, given: Given, folder: Pat
     bundles: dict[str, tuple[Path, float]] = {}
     engines: dict[tuple[str, str], tuple[str, float]] = {}
     jobs: list[Job] = []
+    seed = _seed(given)
     for case in cases:
         backend, seconds = BACKENDS[case.backend], None
         materials = Materials(
             asdict(network.config),
             checkpoint=str(given.checkpoint or ""),
-            seed=_seed(given),
+            seed=seed,
         )
         bundle = given.bundle
         if case.pipeline == PID and backend.network == "program":

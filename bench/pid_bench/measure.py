@@ -91,6 +91,11 @@ class EventClock:
         return spans
 
 
+def device_clock(device: str) -> Clock:
+    """The clock of what torch does on a device: "cpu" or "cuda"."""
+    return EventClock() if device == "cuda" else WallClock()
+
+
 def process_seconds() -> float:
     """Processor time of this process so far, user and system, of all threads."""
     usage = resource.getrusage(resource.RUSAGE_SELF)

@@ -14,16 +14,8 @@ using pid::Decoder;
 
 constexpr float close = 1e-5F;
 
-class Decode : public WithData {
+class Decode : public WithDecoder {
 protected:
-    static void SetUpTestSuite() {
-        if (!data_folder().empty())
-            decoder_ = std::make_unique<Decoder>(bundle(), quick());
-    }
-    static void TearDownTestSuite() { decoder_.reset(); }
-
-    static Decoder& decoder() { return *decoder_; }
-
     pid_status status_of(pid::DecodeRequest& request) {
         try {
             decoder().decode(request);
@@ -33,12 +25,7 @@ protected:
         }
         return PID_OK;
     }
-
-private:
-    static std::unique_ptr<Decoder> decoder_;
 };
-
-std::unique_ptr<Decoder> Decode::decoder_;
 
 TEST_F(Decode, IsRepeatableAndTheSameInBytes) {
     Case one;

@@ -75,15 +75,8 @@ TEST(Messages, AreKeptPerThread) {
     EXPECT_EQ(pid_last_error(), mine);
 }
 
-class Errors : public WithData {
+class Errors : public WithDecoder {
 protected:
-    static void SetUpTestSuite() {
-        if (!data_folder().empty())
-            decoder_ = std::make_unique<Decoder>(bundle(), quick());
-    }
-    static void TearDownTestSuite() { decoder_.reset(); }
-    static Decoder& decoder() { return *decoder_; }
-
     // The message an open ends with.
     static std::string refused_open(const std::string& path, const pid::DecoderOptions& options) {
         try {
@@ -117,12 +110,7 @@ protected:
         change(one.request);
         return failed(decoder(), one.request, PID_ERROR_INPUT);
     }
-
-private:
-    static std::unique_ptr<Decoder> decoder_;
 };
-
-std::unique_ptr<Decoder> Errors::decoder_;
 
 #define EXPECT_SAYS(message, part)                                                                 \
     do {                                                                                           \

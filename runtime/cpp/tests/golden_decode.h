@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cmath>
+#include <memory>
 #include <string>
 #include <vector>
 
@@ -30,6 +31,20 @@ inline DecoderOptions quick() {
     options.verify = false;
     return options;
 }
+
+// Tests of one decoder, open for as long as the suite runs.
+class WithDecoder : public WithData {
+protected:
+    static void SetUpTestSuite() {
+        if (!data_folder().empty())
+            decoder_ = std::make_unique<Decoder>(bundle(), quick());
+    }
+    static void TearDownTestSuite() { decoder_.reset(); }
+    static Decoder& decoder() { return *decoder_; }
+
+private:
+    inline static std::unique_ptr<Decoder> decoder_;
+};
 
 // A latent and a caption, and a request that borrows them.
 struct Case {
