@@ -441,9 +441,22 @@ class PidNet(nn.Module):
         self.check_inputs(x, caption, latent)
         c = self.config
         height, width = x.shape[-2:]
-        hs, ws = height // c.patch_size, width // c.patch_size
-        reference = c.rope_reference // c.patch_size
-        x_angles = rope_angles_2d(hs, ws, c.head_dim, reference).to(x.device)
+        s = self.condition(x, timestep, caption, latent, sigma)
+        patches = patchify(x, c.patch_size)  # (B, L, P*P, 3)
+        positions = pixel_positions(height, width, c.pixel_hidden_size).to(x)
+        pixels = self.pixel_embedder(patches)
+        pixels = pixels + patchify(positions.permute(2, 0, 1)[None], c.patch_size)
+        angles = self._angles(height, width, c.pixel_head_dim).to(x.device)
+        for block in self.pixel_blocks:
+            pixels = block(pixels, s, angles)
+        return unpatchify(self.final_layer(pixels), height, width, c.patch_size)
+
+    def condition(
+        self, x: Tensor, timestep: Tensor, caption: Tensor, latent: Tensor, sigma: Tensor
+    ) -> Tensor:
+        """What the patch blocks tell the pixel blocks, `[B, L, D]`; arguments as in `forward`."""
+        c = self.config
+        x_angles = self._angles(*x.shape[-2:], c.head_dim).to(x.device)
         y_angles = rope_angles_1d(caption.shape[1], c.head_dim).to(x.device)
 
         t_emb = self.t_embedder(timestep)
@@ -451,8 +464,8 @@ class PidNet(nn.Module):
         y = self.y_embedder(caption) + self.y_pos_embedding[:, : caption.shape[1]]
         latent_tokens = self.lq_proj(latent)
 
-        patches = patchify(x, c.patch_size)  # (B, L, P*P, 3)
-        tokens = self.s_embedder(patches.transpose(2, 3).flatten(2))  # channel-major patches
+        patches = patchify(x, c.patch_size).transpose(2, 3)  # (B, L, 3, P*P)
+        tokens = self.s_embedder(patches.flatten(2))
         for index, block in enumerate(self.patch_blocks):
             if index % c.latent_interval == 0:
                 k = index // c.latent_interval
@@ -463,11 +476,9 @@ class PidNet(nn.Module):
         s = F.silu(t_emb[:, None] + tokens)
         if c.pixel_gate:
             s = self.pit_lq_gate(s, self.lq_proj.pit_head(latent_tokens), sigma)
+        return s
 
-        positions = pixel_positions(height, width, c.pixel_hidden_size).to(x)
-        pixels = self.pixel_embedder(patches)
-        pixels = pixels + patchify(positions.permute(2, 0, 1)[None], c.patch_size)
-        pixel_angles = rope_angles_2d(hs, ws, c.pixel_head_dim, reference).to(x.device)
-        for block in self.pixel_blocks:
-            pixels = block(pixels, s, pixel_angles)
-        return unpatchify(self.final_layer(pixels), height, width, c.patch_size)
+    def _angles(self, height: int, width: int, head_dim: int) -> Tensor:
+        """Of the patch tokens of an image of `height` x `width` pixels."""
+        p = self.config.patch_size
+        return rope_angles_2d(height // p, width // p, head_dim, self.config.rope_reference // p)

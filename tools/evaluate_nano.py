@@ -30,9 +30,11 @@ from pid_runtime.images import save_image, side_by_side, to_uint8
 from pid_runtime.manifest import file_sha256
 from pid_runtime.noise import image_noise
 
-SCALE, MULTIPLE = NANO_CONFIG.scale, NANO_CONFIG.size_multiple
+SCALE, MULTIPLE, PATCH = NANO_CONFIG.scale, NANO_CONFIG.size_multiple, NANO_CONFIG.patch_size
 SIGMAS = (0.0, 0.2, 0.4, 0.6)
 STEPS = (1, 2, 4)
+SHOWN_SIGMAS = (0.0, 0.4)
+"""Of the sheet, which has the decode in most steps only."""
 
 
 def main() -> int:
@@ -60,9 +62,11 @@ def main() -> int:
                 rows.append(row)
                 sys.stdout.write(json.dumps(row) + "\n")
                 sys.stdout.flush()
-            shown = {**images, "original": original}
-            tiles = [(f"{label}, sigma {sigma:g}", middle(image)) for label, image in shown.items()]
-            sheet.append(side_by_side(tiles))
+            if sigma in SHOWN_SIGMAS:
+                native, *_, best = images.items()
+                shown = (native, best, ("original", original))
+                tiles = [(f"{label}, sigma {sigma:g}", middle(image)) for label, image in shown]
+                sheet.append(side_by_side(tiles))
     if args.sheet:
         save_image(args.sheet, np.concatenate(sheet))
     if args.output:
@@ -89,7 +93,9 @@ def decodes(net: PidNet, photo: Pixels, sigma: float, steps: list[int]) -> dict[
     bicubic = resized(to_uint8(decode(latent, NANO_STD))[0], height, width)
     images = {"original": photo, "native + bicubic": bicubic}
     for count in steps:
-        draws = [torch.from_numpy(image_noise(0, k, height, width))[None] for k in range(count)]
+        draws = [
+            torch.from_numpy(image_noise(0, k, height, width, PATCH))[None] for k in range(count)
+        ]
         image = sample(
             net,
             torch.from_numpy(latent),

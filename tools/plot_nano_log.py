@@ -10,13 +10,14 @@ from pathlib import Path
 import numpy as np
 
 SERIES = {
-    "4/4": ("clean latents, last of four steps", "#4477aa"),
-    "4/1": ("clean latents, first of four steps", "#66ccee"),
-    "4/4 noisy": ("noisy latents, last of four steps", "#ee6677"),
+    "clean": ("patch half alone, clean latents", "#66ccee"),
+    "noisy": ("patch half alone, noisy latents", "#ee99aa"),
+    "4/4": ("whole network, last of four steps, clean latents", "#4477aa"),
+    "4/4 noisy": ("whole network, last of four steps, noisy latents", "#cc3311"),
 }
 """What is drawn: the log's name, what it is, and its colour."""
 
-WIDTH, HEIGHT, LEFT, TOP, BOTTOM = 900, 380, 60, 80, 40
+WIDTH, HEIGHT, LEFT, TOP, BOTTOM = 900, 400, 60, 100, 40
 WINDOW = 5
 """Entries of the log that are averaged: each is over a few hundred crops only."""
 
@@ -53,7 +54,7 @@ def draw(entries: list[dict[str, object]]) -> str:
             'stroke="#dddddd"/>'
         )
         body.append(f'<text x="{LEFT - 8}" y="{height + 4:.1f}" text-anchor="end">{y}</text>')
-    for x in range(0, int(last) + 1, 1000):
+    for x in range(0, int(last) + 1, 2500):
         across, _ = place(x, low)
         body.append(f'<text x="{across:.1f}" y="{HEIGHT - 18}" text-anchor="middle">{x}</text>')
     for row, (name, (words, colour)) in enumerate(SERIES.items()):

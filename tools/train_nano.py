@@ -7,10 +7,13 @@ Everything follows from the seed and the number of iterations: a run that was st
 it had not been. Writes FOLDER/log.jsonl as it goes and FOLDER/nano.safetensors at the end, which is
 what `pid_ref/nano/` ships. Uses a GPU if there is one.
 
-How. The decoder is a student: at each of its times it meets its own earlier guess under new noise,
-never the truth. So training decodes: a pool of crops moves along the sampler's times, one per
-iteration, each with the guess the network just made, and every iteration learns from one time of
-each crop. The loss is the mean logarithm of each image's squared error, which is PSNR.
+How. The patch half of the network is trained first, alone, which is much cheaper: as long as the
+pixel half is that of `new_network`, what the network decodes is a linear picture of the patch
+half's output, at every time, so that picture is compared with the truth. Then the whole network
+learns to decode. A decoder in few steps is a student: at each of its times it meets its own earlier
+guess under new noise, never the truth. So training decodes: a pool of crops moves along the
+sampler's times, one per iteration, each with the guess the network just made. The loss is the
+squared error, as a share of what is left at that level of noise.
 """
 
 import argparse
@@ -19,7 +22,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,24 +30,23 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from nano_crops import LATENT_PIXELS, crop, crops_file, in_sizes, latent_of
 from nano_photos import Pixels, draw_leaves, load_photos
 from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
-from PIL import Image
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
-from pid_ref.network import PidNet, patchify
+from pid_ref.network import PidNet, patchify, unpatchify
 from pid_ref.registry import NANO_CONFIG, NANO_STD
 from pid_ref.sampler import timesteps
-from pid_runtime.block_dct import encode
 from pid_runtime.codec import from_uint8
 
 EMPTY_CAPTION = (NANO_CONFIG.text_max_length, NANO_CONFIG.text_dim)
 """Shape of the zeros that stand for no caption; see `Decoder.empty_caption`."""
 
-LATENT_PIXELS = NANO_CONFIG.size_multiple
-"""Output pixels per latent pixel, along each axis."""
+PICTURE_CROPS = ((8, 16000, 16), (14, 4000, 5))
+"""For the patch half: side of its crops in latent pixels, how many there are, how many at once."""
 
 SHAPES = (
     ((6, 6), 8, 6),
@@ -61,13 +63,17 @@ SHAPES = (
 SCHEDULES = ((4, 0.8), (2, 0.12), (1, 0.08))
 """Steps of a decode, and their share among the crops."""
 
-ITERATIONS = 5000
+PICTURE_ITERATIONS, ITERATIONS = 13000, 14000
+"""Up to where the patch half is trained alone, and in all."""
+PICTURE_RATE, RATE = 6e-4, 1e-4
+"""Highest learning rates of the two parts."""
 WARM_UP = 200
-PEAK_RATE = 2e-4
-EMA = 0.998
+EMA = 0.999
 MAX_SIGMA = 0.8
-CLEAN_SHARE = 0.5
+CLEAN_SHARE = 0.6
 """Of the crops, how many have sigma 0."""
+CLEAN_ERROR, NOISE_ERROR = 0.02, 0.12
+"""About the squared error that is left at sigma 0, and what each unit of sigma adds."""
 
 FIT_CROPS = 400
 """How many of 256 x 256 pixels the linear decoder is fitted to that training starts from."""
@@ -105,7 +111,7 @@ def main() -> int:
     if args.measure_std:
         sys.stdout.write(f"{measure_std(photos)}\n")
         return 0
-    pictures = in_sizes([*photos, *draw_leaves(8, 512, seed=0)])
+    pictures = in_sizes([*photos, *draw_leaves(64, 512, seed=0)])
     train(pictures, args.folder, args.iterations, args.seed, 60 * args.minutes)
     return 0
 
@@ -118,57 +124,13 @@ def _keep_memory() -> None:
         os.execv(sys.executable, [sys.executable, *sys.argv])
 
 
-# Pictures
-
-
-def in_sizes(pictures: Iterable[Pixels]) -> list[Pixels]:
-    """Each picture in several sizes."""
-    sizes: list[Pixels] = []
-    for picture in pictures:
-        for reduction in (1.0, 0.7, 0.5, 0.35):
-            height, width = (round(side * reduction) for side in picture.shape[:2])
-            if min(height, width) >= 8 * LATENT_PIXELS:
-                image = Image.fromarray(picture)
-                sizes.append(np.asarray(image.resize((width, height), Image.Resampling.LANCZOS)))
-    return sizes
-
-
-def crop(rng: np.random.Generator, pictures: list[Pixels], height: int, width: int) -> Tensor:
-    """A random piece `[3, height, width]` in [-1, 1], turned, mirrored and recoloured."""
-    shares = np.sqrt([picture.shape[0] * picture.shape[1] for picture in pictures])
-    picture = pictures[int(rng.choice(len(pictures), p=shares / shares.sum()))]
-    if rng.random() < 0.5:
-        picture = picture.transpose(1, 0, 2)
-    below, right = max(0, height - picture.shape[0]), max(0, width - picture.shape[1])
-    picture = np.pad(picture, ((0, below), (0, right), (0, 0)), mode="symmetric")
-    top = int(rng.integers(picture.shape[0] - height + 1))
-    left = int(rng.integers(picture.shape[1] - width + 1))
-    piece = picture[top : top + height, left : left + width].astype(np.float32) / 255
-    piece = piece[:: int(rng.choice((1, -1))), :: int(rng.choice((1, -1)))]
-    if rng.random() < 0.3:
-        piece = piece[..., rng.permutation(3)]
-    if rng.random() < 0.2:
-        piece = 1 - piece
-    gamma, gain = np.exp(rng.uniform(-0.25, 0.25)), rng.uniform(0.75, 1.0)
-    piece = gain * piece**gamma + rng.uniform(0, 1 - gain)
-    return torch.from_numpy(np.ascontiguousarray(piece.transpose(2, 0, 1))) * 2 - 1
-
-
-def reduce(images: Tensor) -> NDArray[np.float32]:
-    """The photographs an encoder would have been given: `[B, 3, H/4, W/4]`, in 8-bit steps."""
-    small = F.interpolate(
-        images, scale_factor=1 / NANO_CONFIG.scale, mode="bicubic", antialias=True
-    )
-    return np.asarray(((small.clamp(-1, 1) + 1) * 127.5).round() / 127.5 - 1)
-
-
 def measure_std(photos: Iterable[Pixels]) -> tuple[float, ...]:
     """Root mean square of every latent channel over whole photographs, to three digits."""
     squares: list[NDArray[np.float64]] = []
     for photo in photos:
         height, width = (side // LATENT_PIXELS * LATENT_PIXELS for side in photo.shape[:2])
         image = torch.from_numpy(from_uint8(photo[None, :height, :width]))
-        latent = encode(reduce(image), np.ones(NANO_CONFIG.latent_channels))
+        latent = latent_of(image) * np.reshape(NANO_STD, (-1, 1, 1))
         squares.append((latent.astype(np.float64) ** 2).mean((0, 2, 3)))
     return tuple(float(f"{value:.3g}") for value in np.sqrt(np.mean(squares, axis=0)))
 
@@ -192,16 +154,14 @@ def new_network(seed: int, pictures: list[Pixels]) -> PidNet:
     """
     torch.manual_seed(seed)
     net = PidNet(NANO_CONFIG)
-    size, d, gain, constant = NANO_CONFIG.hidden_size, NANO_CONFIG.pixel_hidden_size, 64.0, 1024.0
+    size, d, gain, constant = NANO_CONFIG.hidden_size, NANO_CONFIG.pixel_hidden_size, 256.0, 16384.0
     rms = constant / math.sqrt(d)
     taps, offset, patches = (torch.from_numpy(each) for each in fit(pictures, size - 1))
     (pixel_block,) = net.pixel_blocks
     zero = [net.s_embedder.proj, pixel_block.expand_from_attn, net.t_embedder.mlp[2]]
     zero += [pixel_block.adaLN_modulation[0], net.pixel_embedder.proj, net.final_layer.linear]
-    for block in net.patch_blocks:
-        zero += [block.attn.proj_x, block.mlp_x.w2]
     branch = net.lq_proj
-    zero += [branch.pit_head, *branch.output_heads]
+    zero += token_layers(net)
     zero += [branch.latent_proj[index].block[5] for index in range(3, len(branch.latent_proj))]
     with torch.no_grad():
         for layer in zero:
@@ -223,6 +183,9 @@ def new_network(seed: int, pictures: list[Pixels]) -> PidNet:
         net.pit_lq_gate.content_proj.bias.fill_(5.0)
 
         net.t_embedder.mlp[2].weight[-1] = time_features(net)
+        for block in net.patch_blocks:
+            block.adaLN_modulation_img[0].weight[:, -1] = 0
+            block.adaLN_modulation_txt[0].weight[:, -1] = 0
 
         modulation = pixel_block.adaLN_modulation[0]
         weight, bias = modulation.weight.view(-1, 6, d, size), modulation.bias.view(-1, 6, d)
@@ -247,6 +210,41 @@ def new_network(seed: int, pictures: list[Pixels]) -> PidNet:
     return net
 
 
+def token_layers(net: PidNet) -> list[nn.Linear]:
+    """The layers whose outputs are added up to a token's condition."""
+    branch = net.lq_proj
+    layers = [branch.pit_head, *branch.output_heads]
+    for block in net.patch_blocks:
+        layers += [block.attn.proj_x, block.mlp_x.w2]
+    return layers
+
+
+def keep_time(net: PidNet) -> None:
+    """Leave the token's number 1 / t - 1 alone while the network learns."""
+    kept = torch.ones(NANO_CONFIG.hidden_size)
+    kept[-1] = 0
+    for layer in token_layers(net):
+        for parameter in layer.parameters():
+            shape = (-1,) + (1,) * (parameter.ndim - 1)
+            mask = kept.to(parameter.device).view(shape)
+            parameter.register_hook(lambda gradient, mask=mask: gradient * mask)
+
+
+def picture_of(net: PidNet, latent: Tensor, sigma: Tensor) -> Tensor:
+    """What a network whose pixel half is still that of `new_network` decodes: `[B, 3, H, W]`."""
+    batch, _, h, w = latent.shape
+    height, width = h * LATENT_PIXELS, w * LATENT_PIXELS
+    nothing = latent.new_zeros(1).expand(batch, 3, height, width)
+    caption = latent.new_zeros(batch, *EMPTY_CAPTION)
+    s = net.condition(nothing, torch.full_like(sigma, 1000.0), caption, latent, sigma)
+    modulation = net.pixel_blocks[0].adaLN_modulation[0]
+    pixels, size = NANO_CONFIG.patch_pixels, NANO_CONFIG.hidden_size
+    weight = modulation.weight.view(pixels, 6, -1, size)[:, 3, 3:6]
+    bias = modulation.bias.view(pixels, 6, -1)[:, 3, 3:6]
+    picture = F.linear(s, weight.reshape(-1, size), bias.flatten()).unflatten(-1, (pixels, 3))
+    return unpatchify(picture, height, width, NANO_CONFIG.patch_size)
+
+
 def fit(
     pictures: list[Pixels], rank: int
 ) -> tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.float32]]:
@@ -260,17 +258,17 @@ def fit(
     targets: list[NDArray[np.float32]] = []
     for _ in range(FIT_CROPS):
         image = crop(rng, pictures, 8 * LATENT_PIXELS, 8 * LATENT_PIXELS)[None]
-        latent = np.pad(encode(reduce(image), NANO_STD)[0], ((0, 0), (1, 1), (1, 1)), mode="edge")
+        latent = np.pad(latent_of(image)[0], ((0, 0), (1, 1), (1, 1)), mode="edge")
         windows = sliding_window_view(latent, (3, 3), (1, 2))  # (C, h, w, 3, 3)
         windows = windows.transpose(1, 2, 0, 3, 4).reshape(64, -1)
         rows.append(np.concatenate([windows, np.ones((64, 1))], axis=1).astype(np.float64))
         targets.append(patchify(image, NANO_CONFIG.patch_size)[0].flatten(1).numpy())
     x, y = np.concatenate(rows), np.concatenate(targets)
-    regular = 1e-3 * len(x) * np.eye(x.shape[1])
-    weights = np.linalg.solve(x.T @ x + regular, x.T @ y)
-    predicted = x @ weights
-    values, vectors = np.linalg.eigh(predicted.T @ predicted / len(x))
-    spread, vectors = np.sqrt(values[-rank:]), vectors[:, -rank:]
+    moments = x.T @ x + 1e-5 * len(x) * np.eye(x.shape[1])
+    weights = np.linalg.solve(moments, x.T @ y)
+    root = np.linalg.cholesky(moments).T  # the predictions' covariance is (root weights)^T (...)
+    _, spread, vectors = np.linalg.svd(root @ weights / math.sqrt(len(x)), full_matrices=False)
+    spread, vectors = spread[:rank], vectors[:rank].T
     made = weights @ vectors / spread  # (145, rank), each number of unit size
     taps = made[:-1].T.reshape(rank, len(NANO_STD), 3, 3)
     patches = (vectors * spread).reshape(NANO_CONFIG.patch_pixels, 3, rank)
@@ -320,25 +318,55 @@ def fill(
         )
     for index in torch.nonzero(pool.step >= pool.steps).flatten().tolist():
         image = crop(rng, pictures, h * LATENT_PIXELS, w * LATENT_PIXELS)
-        sigma = 0.0 if rng.random() < CLEAN_SHARE else rng.uniform(0, MAX_SIGMA)
-        latent = encode(reduce(image[None]), NANO_STD)[0]
-        noisy = (1 - sigma) * latent + sigma * rng.standard_normal(latent.shape)
         steps, shares = zip(*SCHEDULES, strict=True)
         pool.image[index] = image
-        pool.latent[index] = torch.from_numpy(noisy)
-        pool.sigma[index] = sigma
+        pool.latent[index], pool.sigma[index] = (each[0] for each in noisy(rng, image[None]))
         pool.guess[index] = 0
         pool.steps[index] = int(rng.choice(steps, p=shares))
         pool.step[index] = 0
     return pool
 
 
-def loss_of(net: PidNet, pool: Pool, noise: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Move every crop of a pool one step on; returns the loss and each image's squared error."""
+def noisy(rng: np.random.Generator, images: Tensor) -> tuple[Tensor, Tensor]:
+    """Latents of images `[B, 3, H, W]`, with noise or without, and their noise levels `[B]`."""
+    latents = latent_of(images)
+    clean = rng.random(len(latents)) < CLEAN_SHARE
+    sigma = np.where(clean, 0, rng.uniform(0, MAX_SIGMA, len(latents))).astype(np.float32)
+    at = sigma[:, None, None, None]
+    noise = rng.standard_normal(latents.shape, np.float32)
+    return torch.from_numpy((1 - at) * latents + at * noise), torch.from_numpy(sigma)
+
+
+def loss_of(error: Tensor, sigma: Tensor) -> Tensor:
+    """Mean over images of the squared error `[B]`, as a share of what is left at such noise."""
+    return (error / (CLEAN_ERROR + NOISE_ERROR * sigma.to(error.device))).mean()
+
+
+def learn_picture(
+    net: PidNet, rng: np.random.Generator, crops: Sequence[NDArray[np.uint8]], device: torch.device
+) -> tuple[Tensor, dict[str, list[float]]]:
+    """One iteration of the patch half: loss, and the squared errors by kind of latent."""
+    which = int(rng.integers(len(crops)))
+    ids = np.sort(rng.choice(len(crops[which]), PICTURE_CROPS[which][2], replace=False))
+    image = torch.from_numpy(crops[which][ids]).float() / 127.5 - 1
+    latent, sigma = noisy(rng, image)
+    found = picture_of(net, latent.to(device), sigma.to(device))
+    error = (found - image.to(device)).square().mean((1, 2, 3))
+    errors: dict[str, list[float]] = {}
+    for level, value in zip(sigma.tolist(), error.tolist(), strict=True):
+        errors.setdefault("clean" if level == 0 else "noisy", []).append(value)
+    return loss_of(error, sigma), errors
+
+
+def learn_step(
+    net: PidNet, pool: Pool, rng: np.random.Generator, device: torch.device
+) -> tuple[Tensor, dict[str, list[float]]]:
+    """Move every crop of a pool one step on: loss, and the squared errors by step and latent."""
     times = {steps: timesteps(steps) for steps, _ in SCHEDULES}
-    pairs = zip(pool.steps.tolist(), pool.step.tolist(), strict=True)
+    pairs = list(zip(pool.steps.tolist(), pool.step.tolist(), strict=True))
     t = torch.tensor([times[steps][step] for steps, step in pairs])
     at = t[:, None, None, None]
+    noise = torch.from_numpy(rng.standard_normal(pool.image.shape, np.float32))
     first = (pool.step == 0)[:, None, None, None]
     x = torch.where(first, noise, (1 - at) * pool.guess + at * noise)
     caption = torch.zeros(len(t), *EMPTY_CAPTION, device=device)
@@ -348,23 +376,32 @@ def loss_of(net: PidNet, pool: Pool, noise: Tensor, device: torch.device) -> tup
     error = (clean - pool.image.to(device)).square().mean((1, 2, 3))
     pool.guess = clean.detach().cpu()
     pool.step += 1
-    return (error + 1e-4).log().mean(), error.detach().cpu()
+    errors: dict[str, list[float]] = {}
+    for (steps, step), level, value in zip(pairs, pool.sigma.tolist(), error.tolist(), strict=True):
+        label = f"{steps}/{step + 1}" + ("" if level == 0 else " noisy")
+        errors.setdefault(label, []).append(value)
+    return loss_of(error, pool.sigma), errors
 
 
 def rate(iteration: int, iterations: int) -> float:
-    """Warm-up, then a cosine down to nothing."""
-    warm = min(1.0, (iteration + 1) / WARM_UP)
-    return PEAK_RATE * warm * 0.5 * (1 + math.cos(math.pi * iteration / iterations))
+    """Warm-up, then a cosine down to nothing, for either part."""
+    alone = min(PICTURE_ITERATIONS, iterations)
+    peak, step, steps = PICTURE_RATE, iteration, alone
+    if iteration >= alone:
+        peak, step, steps = RATE, iteration - alone, iterations - alone
+    return peak * min(1.0, (step + 1) / WARM_UP) * 0.5 * (1 + math.cos(math.pi * step / steps))
 
 
 def train(pictures: list[Pixels], folder: Path, iterations: int, seed: int, seconds: float) -> None:
     """Train to the end, or for so many seconds, from where the folder's checkpoint stands."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    begin = time.monotonic()
     checkpoint, log = folder / "checkpoint.pt", folder / "log.jsonl"
     resumes = checkpoint.exists()
     net = (PidNet(NANO_CONFIG) if resumes else new_network(seed, pictures)).to(device)
+    keep_time(net)
     average = {name: value.clone() for name, value in net.state_dict().items()}
-    optimizer = torch.optim.AdamW(net.parameters(), betas=(0.9, 0.98), weight_decay=0.01)
+    optimizer = torch.optim.AdamW(net.parameters(), betas=(0.9, 0.98), weight_decay=0)
     pools: dict[tuple[int, int], Pool] = {}
     start, spent = 0, 0.0
     if resumes:
@@ -374,23 +411,22 @@ def train(pictures: list[Pixels], folder: Path, iterations: int, seed: int, seco
         optimizer.load_state_dict(saved["optimizer"])
         average = {name: value.to(device) for name, value in saved["average"].items()}
         pools = {shape: Pool(**pool) for shape, pool in saved["pools"].items()}
+    crops: list[NDArray[np.uint8]] = []
+    if start < PICTURE_ITERATIONS:
+        for side, count, _ in PICTURE_CROPS:
+            crops.append(np.load(crops_file(folder, pictures, seed, side, count), mmap_mode="r"))
     shapes, shares = [each[:2] for each in SHAPES], np.array([each[2] for each in SHAPES])
-    begin = time.monotonic()
     errors: dict[str, list[float]] = {}
     for iteration in range(start, iterations):
         rng = np.random.default_rng((seed, iteration))
-        shape, count = shapes[int(rng.choice(len(shapes), p=shares / shares.sum()))]
-        pool = pools[shape] = fill(pools.get(shape), rng, pictures, shape, count)
-        noise = torch.from_numpy(rng.standard_normal(pool.image.shape, np.float32))
-        labels = [
-            f"{steps}/{step + 1}" + ("" if sigma == 0 else " noisy")
-            for steps, step, sigma in zip(
-                pool.steps.tolist(), pool.step.tolist(), pool.sigma.tolist(), strict=True
-            )
-        ]
         for group in optimizer.param_groups:
             group["lr"] = rate(iteration, iterations)
-        loss, error = loss_of(net, pool, noise, device)
+        if iteration < PICTURE_ITERATIONS:
+            loss, found = learn_picture(net, rng, crops, device)
+        else:
+            shape, count = shapes[int(rng.choice(len(shapes), p=shares / shares.sum()))]
+            pool = pools[shape] = fill(pools.get(shape), rng, pictures, shape, count)
+            loss, found = learn_step(net, pool, rng, device)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
@@ -398,18 +434,21 @@ def train(pictures: list[Pixels], folder: Path, iterations: int, seed: int, seco
         decay = min(EMA, (iteration + 1) / (iteration + 10))
         for name, value in net.state_dict().items():
             average[name].lerp_(value, 1 - decay)
-        for label, value in zip(labels, error.tolist(), strict=True):
-            errors.setdefault(label, []).append(10 * math.log10(4 / (value + 1e-12)))
+        for label, values in found.items():
+            errors.setdefault(label, []).extend(values)
         elapsed = time.monotonic() - begin
         done = iteration + 1 == iterations or elapsed > seconds
-        if (iteration + 1) % 50 == 0 or done:
-            psnr = {label: round(float(np.mean(of)), 2) for label, of in sorted(errors.items())}
+        if (iteration + 1) % 100 == 0 or done:
+            psnr = {
+                label: round(float(np.mean(10 * np.log10(4 / (np.array(of) + 1e-12)))), 2)
+                for label, of in sorted(errors.items())
+            }
             entry = {"iteration": iteration + 1, "seconds": round(spent + elapsed, 1), "psnr": psnr}
             errors.clear()
             with log.open("a") as file:
                 file.write(json.dumps(entry) + "\n")
             sys.stderr.write(f"{json.dumps(entry)}\n")
-        if (iteration + 1) % 250 == 0 or done:
+        if (iteration + 1) % 500 == 0 or done:
             _save(
                 checkpoint,
                 {

@@ -10,6 +10,7 @@ from pid_bench.cascades import UPSCALER_STEPS
 from pid_bench.errors import BenchInputError
 from pid_export.bundle import BUCKETS
 from pid_ref.config import PidConfig
+from pid_runtime.console import read_size
 from pid_runtime.manifest import PRECISIONS
 
 PID = "pid"
@@ -240,16 +241,12 @@ def parse_list(text: str, known: Iterable[str], option: str) -> tuple[str, ...]:
 def parse_sizes(text: str, config: PidConfig) -> tuple[tuple[int, int], ...]:
     """Read "2048x2048,2688x1536" as widths and heights.
 
-    Raises `BenchInputError` for a size the network has not, or that no bucket holds.
+    Raises `PidRuntimeError` for other text, `BenchInputError` for a size the network has not, or
+    that no bucket holds.
     """
     multiple, sizes = config.size_multiple, list[tuple[int, int]]()
     for part in text.split(","):
-        width, _, height = part.strip().lower().partition("x")
-        if not (_is_side(width) and _is_side(height)):
-            raise BenchInputError(
-                f"expected sizes as 2048x2048,2688x1536, but got {part.strip()[:60]!r}"
-            )
-        size = int(width), int(height)
+        size = read_size(part.strip())
         if size[0] % multiple or size[1] % multiple:
             raise BenchInputError(
                 f"expected width and height in multiples of {multiple}, but got {part.strip()}; "
@@ -300,10 +297,6 @@ def variant_of_file(fields: Mapping[str, Any]) -> str:
     """A short name for dimensions from a file: the same for the same dimensions."""
     text = json.dumps(dict(fields), sort_keys=True)
     return "config-" + hashlib.sha256(text.encode()).hexdigest()[:8]
-
-
-def _is_side(text: str) -> bool:
-    return text.isascii() and text.isdecimal() and len(text) <= 6 and int(text) > 0
 
 
 def _rounded(side: int, multiple: int) -> int:

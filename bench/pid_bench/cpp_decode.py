@@ -212,12 +212,10 @@ def _save(path: Path, tensor: NDArray[np.float32]) -> dict[str, Any]:
 
 def _size(text: str, multiple: int) -> tuple[int, int]:
     """Width and height of an image in units of `multiple`."""
-    width, _, height = text.lower().partition("x")
-    if not (width.isdecimal() and height.isdecimal()):
-        raise PidRuntimeError(f"expected a size such as 256x256, but got {text!r}")
-    if int(width) % multiple or int(height) % multiple or not int(width) * int(height):
+    width, height = console.read_size(text)
+    if width % multiple or height % multiple:
         raise PidRuntimeError(f"expected a size in multiples of {multiple}, but got {text}")
-    return int(width) // multiple, int(height) // multiple
+    return width // multiple, height // multiple
 
 
 if __name__ == "__main__":

@@ -143,6 +143,33 @@ def decode_cuda(results: Path) -> Table:
     return _decodes(read_report(results / "cuda"), lambda row: True)
 
 
+def full_size_cpu(results: Path) -> Table:
+    """Time and memory of the commands on a full-size network."""
+    rows = tuple(
+        (
+            f"`{run['command']}`",
+            f"{run.get('wall_seconds') or run['result']['seconds']:.0f} s",
+            f"{(run.get('peak_rss_bytes') or run['result']['peak_rss_bytes']) / 1e9:.1f} GB",
+            _outcome(run["result"]),
+        )
+        for run in _read(results / "full-size-cpu.json")["runs"]
+    )
+    return Table("", ("command", "time", "peak memory", "result"), rows)
+
+
+def _outcome(result: Mapping[str, Any]) -> str:
+    if "arena_bytes" in result:
+        arenas = ", ".join(
+            f"`{bucket}` {gigabytes(size)}" for bucket, size in result["arena_bytes"].items()
+        )
+        return f"{gigabytes(result['bytes'])} GB on disk; arena, GB: {arenas}"
+    if "comparisons" in result:
+        passed = sum(each["passed"] for each in result["comparisons"])
+        return f"{passed} of {len(result['comparisons'])} outputs pass"
+    (image,) = result["images"]
+    return f"{image['width']}x{image['height']}; of the time, decoding {image['seconds']:.0f} s"
+
+
 def nano_quality(results: Path) -> Table:
     """Every photograph the nano decoder was held from: PSNR and SSIM, by noise level."""
     rows = _read(results / "nano.json")["rows"]
@@ -178,6 +205,7 @@ FIGURES: Mapping[str, Callable[[Path], Table]] = {
     "decode-cpu": decode_cpu,
     "cascades-cpu": cascades_cpu,
     "decode-cuda": decode_cuda,
+    "full-size-cpu": full_size_cpu,
     "nano-quality": nano_quality,
 }
 """What a marker may name."""

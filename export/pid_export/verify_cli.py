@@ -1,7 +1,6 @@
 """`pid-verify`: is this bundle right?"""
 
 import gc
-import re
 from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -181,8 +180,5 @@ def _size(text: str | None, manifest: Manifest) -> tuple[int, int]:
     if text is None:
         multiple = manifest.network["patch_size"] * manifest.tokens_per_latent
         return 2 * multiple, 3 * multiple
-    sides = re.fullmatch("([0-9]{1,8})[xX]([0-9]{1,8})", text)
-    if sides is None:
-        raise ExportInputError(f"expected a size such as 512x512, but got {text[:80]!r}")
-    width, height = map(int, sides.groups())
+    width, height = console.read_size(text)
     return height, width

@@ -17,12 +17,15 @@ import json
 import logging
 import math
 import os
+import re
 import signal
 import sys
 import threading
 from argparse import Namespace
 from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import Any, NoReturn
+
+from pid_runtime.errors import PidRuntimeError
 
 BAD_INPUT, BROKEN_PIPE, INTERRUPTED = 2, 141, 130
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
@@ -88,6 +91,14 @@ def run(
         if isinstance(error, user_errors):
             return _fail(parser.prog, str(error))
         raise
+
+
+def read_size(text: str) -> tuple[int, int]:
+    """Width and height from text such as "2048x1536". Raises `PidRuntimeError` for other text."""
+    sides = re.fullmatch("([1-9][0-9]{0,5})[xX]([1-9][0-9]{0,5})", text)
+    if sides is None:
+        raise PidRuntimeError(f"expected a size such as 512x512, but got {text[:60]!r}")
+    return int(sides[1]), int(sides[2])
 
 
 @contextlib.contextmanager
