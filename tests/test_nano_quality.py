@@ -6,6 +6,7 @@ on purpose and must see every break fall through a floor.
 """
 
 import inspect
+import json
 import textwrap
 from collections.abc import Callable, Iterator
 from itertools import pairwise
@@ -18,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 from skimage import data
-from skimage.metrics import peak_signal_noise_ratio
+from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from sklearn.datasets import load_sample_image
 
 from pid_export.bundle import ExportOptions, export_bundle
@@ -29,9 +30,12 @@ from pid_ref.sampler import sample
 from pid_runtime import stages
 from pid_runtime.decoder import Decoder
 from pid_runtime.images import to_uint8
+from pid_runtime.manifest import file_sha256
 from pid_runtime.noise import image_noise
 
 Pixels = NDArray[np.uint8]
+
+ROOT = Path(__file__).parent.parent
 
 SIDE = 256
 """Of the pieces most tests decode, in pixels."""
@@ -44,7 +48,7 @@ PIECES: dict[str, tuple[Callable[[], Any], int, int]] = {
 }
 """Held-out photographs, and the top left corner of the piece that is decoded."""
 
-FLOOR_DB = {"astronaut": 21.92, "chelsea": 24.0, "coffee": 21.15, "china": 18.12}
+FLOOR_DB = {"astronaut": 22.4, "chelsea": 24.28, "coffee": 21.79, "china": 18.13}
 """Lowest PSNR of each piece at sigma 0, in four steps."""
 
 
@@ -65,6 +69,10 @@ def reduced(original: Pixels) -> Pixels:
 
 def psnr(original: Pixels, image: Pixels) -> float:
     return float(peak_signal_noise_ratio(original, image, data_range=255))
+
+
+def ssim(original: Pixels, image: Pixels) -> float:
+    return float(structural_similarity(original, image, data_range=255, channel_axis=2))
 
 
 def decoded(pid: Decoder, original: Pixels, *, sigma: float = 0.0, **options: Any) -> Pixels:
@@ -108,10 +116,25 @@ def test_a_decode_is_the_picture(pid: Decoder, name: str) -> None:
 
 
 def test_a_decode_is_better_than_an_enlarged_native_decode(pid: Decoder) -> None:
-    """On the mean, and little: docs/nano.md says by how much on every photograph."""
+    """On the mean; docs/nano.md says by how much on every photograph."""
     gains = [psnr(o, decoded(pid, o)) - psnr(o, native(pid, o)) for o in map(piece, PIECES)]
-    assert np.mean(gains) > 0.05
+    assert np.mean(gains) > 0.4
     assert min(gains) > -0.1
+
+
+def test_decodes_of_whole_photographs_reached_what_the_page_says() -> None:
+    """SSIM above the native decoder's everywhere, 3 dB at sigma 0.4, 0.4 dB on the mean at 0."""
+    record = json.loads((ROOT / "bench/results/nano.json").read_text())
+    assert NANO.file is not None and record["weights_sha256"] == file_sha256(NANO.file)
+    rows = record["rows"]
+    found = {(row["photo"], row["sigma"], row["decoder"]): row for row in rows}
+    gains: dict[float, list[float]] = {}
+    for photo, sigma in dict.fromkeys((row["photo"], row["sigma"]) for row in rows):
+        ours, theirs = (found[photo, sigma, name] for name in ("PiD, 4 steps", "native + bicubic"))
+        assert ours["ssim"] > theirs["ssim"], photo
+        gains.setdefault(sigma, []).append(ours["psnr_db"] - theirs["psnr_db"])
+    assert len(gains[0.0]) == 5
+    assert min(gains[0.4]) > 3 and np.mean(gains[0.0]) > 0.4
 
 
 def test_every_backend_gives_the_same_picture(pid: Decoder, bundle: Path) -> None:
@@ -152,12 +175,19 @@ def test_half_precision_costs_less_than_a_tenth_of_a_decibel(
 
 
 def test_more_steps_are_better_on_the_mean(pid: Decoder) -> None:
+    """By little: every step knows the same, and only less noise comes through the later ones."""
     originals = [piece(name) for name in PIECES]
+    images = {steps: [decoded(pid, o, steps=steps) for o in originals] for steps in (1, 2, 4)}
     one, two, four = (
-        np.mean([psnr(each, decoded(pid, each, steps=steps)) for each in originals])
-        for steps in (1, 2, 4)
+        np.mean([ssim(o, image) for o, image in zip(originals, of, strict=True)])
+        for of in images.values()
     )
     assert one < two < four
+    one, two, four = (
+        np.mean([psnr(o, image) for o, image in zip(originals, of, strict=True)])
+        for of in images.values()
+    )
+    assert one - 0.01 < two < four + 0.01
 
 
 @pytest.mark.parametrize("name", PIECES)
@@ -167,15 +197,15 @@ def test_noise_in_the_latent_costs_quality_little_by_little(pid: Decoder, name: 
     by_sigma = {sigma: psnr(original, decoded(pid, original, sigma=sigma)) for sigma in sigmas}
     losses = [better - worse for better, worse in pairwise(by_sigma.values())]
     assert min(losses) > 0
-    assert max(losses) < 4.0  # no cliff
-    assert by_sigma[0.4] > psnr(original, native(pid, original, sigma=0.4)) + 1.5
+    assert max(losses) < 4.5  # no cliff
+    assert by_sigma[0.4] > psnr(original, native(pid, original, sigma=0.4)) + 2.4
 
 
 @pytest.mark.parametrize(("height", "width"), [(96, 416), (288, 96)])
 def test_tall_and_wide_pictures(pid: Decoder, height: int, width: int) -> None:
     for name in PIECES:
         original = piece(name, height, width)
-        assert psnr(original, decoded(pid, original)) > psnr(original, native(pid, original)) - 0.2
+        assert psnr(original, decoded(pid, original)) > psnr(original, native(pid, original)) - 0.1
 
 
 BREAKS: dict[str, tuple[type[torch.nn.Module], str, str]] = {

@@ -32,22 +32,29 @@ def pictures(tool: Any) -> Any:
     return tool.in_sizes(tool.draw_leaves(2, 300, seed=1))
 
 
-def test_it_starts_as_a_linear_decoder_at_every_time(tool: Any, pictures: Any) -> None:
+def test_what_is_trained_decodes_at_every_time(tool: Any, pictures: Any) -> None:
+    """The whole network decodes the picture that was trained, from any noise."""
     net = tool.new_network(0, pictures)
-    with torch.no_grad():  # as if the patch half had learnt something
-        for layer in tool.token_layers(net):
-            layer.weight[:-1] += torch.randn_like(layer.weight[:-1]) / 50
+    tool.keep_time(net)
     rng = np.random.default_rng(0)
-    image = torch.stack([tool.crop(rng, pictures, 128, 128) for _ in range(4)])
-    latent, _ = tool.noisy(rng, image)
-    caption, sigma = torch.zeros(4, *tool.EMPTY_CAPTION), torch.tensor([0.0, 0.2, 0.5, 0.8])
+    images = torch.stack([tool.crop(rng, pictures, 128, 128) for _ in range(16)])
+    crops = [((images + 1) * 127.5).to(torch.uint8).numpy()]
+    before = tool.picture_of(net, *(noisy := tool.noisy(rng, images[:4]))).detach()
+    optimizer = torch.optim.AdamW(net.parameters(), lr=3e-3, weight_decay=0)
+    for _ in range(4):
+        optimizer.zero_grad()
+        tool.learn(net, rng, crops, torch.device("cpu"))[0].backward()
+        optimizer.step()
+    tool.tell_time(net)
+    latent, sigma = noisy
+    caption = torch.zeros(4, *tool.EMPTY_CAPTION)
     with torch.no_grad():
         picture = tool.picture_of(net, latent, sigma)
+        assert float((picture - before).square().mean().sqrt()) > 0.02  # it learnt something
         for t in (0.999, 0.866, 0.634, 0.342):
-            x = t * torch.from_numpy(rng.standard_normal(image.shape, np.float32)) + picture
+            x = t * torch.from_numpy(rng.standard_normal(picture.shape, np.float32)) + picture
             v = net(x, torch.full((4,), 1000 * t), caption, latent, sigma)
-            rms = float((x - t * v - picture).square().mean().sqrt())
-            assert rms < 0.01 < float(picture.std()) / 10, t
+            assert float((x - t * v - picture).square().mean().sqrt()) < 0.01, t
 
 
 def test_the_start_predicts_the_picture(tool: Any, pictures: Any) -> None:
@@ -63,18 +70,16 @@ def test_the_start_predicts_the_picture(tool: Any, pictures: Any) -> None:
 def test_a_stopped_run_goes_on_as_if_it_had_not_been(
     tool: Any, pictures: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tool, "SHAPES", (((2, 2), 2, 1),))
-    monkeypatch.setattr(tool, "PICTURE_CROPS", ((2, 6, 2), (3, 4, 2)))
-    monkeypatch.setattr(tool, "PICTURE_ITERATIONS", 2)
+    monkeypatch.setattr(tool, "CROPS", ((2, 6, 2), (3, 4, 2)))
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     for folder in (whole, parts):
         folder.mkdir()
-    tool.train(pictures, whole, 4, 0, 1e9)
-    for iteration in (1, 2, 3):  # stops within, between and within the two parts
-        tool.train(pictures, parts, 4, 0, 0.0)
+    tool.train(pictures, whole, 3, 0, 1e9)
+    for iteration in (1, 2):
+        tool.train(pictures, parts, 3, 0, 0.0)
         last = (parts / "log.jsonl").read_text().splitlines()[-1]
         assert json.loads(last)["iteration"] == iteration
-    tool.train(pictures, parts, 4, 0, 1e9)
+    tool.train(pictures, parts, 3, 0, 1e9)
     expected, found = (load_file(folder / "nano.safetensors") for folder in (whole, parts))
     assert {name: tuple(each.shape) for name, each in found.items()} == state_shapes(NANO_CONFIG)
     for name, tensor in expected.items():

@@ -10,14 +10,12 @@ from pathlib import Path
 import numpy as np
 
 SERIES = {
-    "clean": ("patch half alone, clean latents", "#66ccee"),
-    "noisy": ("patch half alone, noisy latents", "#ee99aa"),
-    "4/4": ("whole network, last of four steps, clean latents", "#4477aa"),
-    "4/4 noisy": ("whole network, last of four steps, noisy latents", "#cc3311"),
+    "clean": ("clean latents", "#4477aa"),
+    "noisy": ("noisy latents, sigma 0 to 0.8", "#ee6677"),
 }
 """What is drawn: the log's name, what it is, and its colour."""
 
-WIDTH, HEIGHT, LEFT, TOP, BOTTOM = 900, 400, 60, 100, 40
+WIDTH, HEIGHT, LEFT, TOP, BOTTOM = 900, 340, 60, 50, 40
 WINDOW = 5
 """Entries of the log that are averaged: each is over a few hundred crops only."""
 

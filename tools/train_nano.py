@@ -7,13 +7,11 @@ Everything follows from the seed and the number of iterations: a run that was st
 it had not been. Writes FOLDER/log.jsonl as it goes and FOLDER/nano.safetensors at the end, which is
 what `pid_ref/nano/` ships. Uses a GPU if there is one.
 
-How. The patch half of the network is trained first, alone, which is much cheaper: as long as the
-pixel half is that of `new_network`, what the network decodes is a linear picture of the patch
-half's output, at every time, so that picture is compared with the truth. Then the whole network
-learns to decode. A decoder in few steps is a student: at each of its times it meets its own earlier
-guess under new noise, never the truth. So training decodes: a pool of crops moves along the
-sampler's times, one per iteration, each with the guess the network just made. The loss is the
-squared error, as a share of what is left at that level of noise.
+How. The network starts as a linear decoder that is exact at every time of the sampler: whatever the
+noise, what it decodes is a linear picture of the patch half's output (`new_network`). So the patch
+half and those pictures are what is trained, and the pixel half never has to run: what is compared
+with the truth is the picture. The loss is the squared error, as a share of what is left at that
+level of noise.
 """
 
 import argparse
@@ -23,7 +21,6 @@ import os
 import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -45,28 +42,14 @@ from pid_runtime.codec import from_uint8
 EMPTY_CAPTION = (NANO_CONFIG.text_max_length, NANO_CONFIG.text_dim)
 """Shape of the zeros that stand for no caption; see `Decoder.empty_caption`."""
 
-PICTURE_CROPS = ((8, 16000, 16), (14, 4000, 5))
-"""For the patch half: side of its crops in latent pixels, how many there are, how many at once."""
+CROPS = ((8, 16000, 16), (14, 4000, 5))
+"""Side of the crops in latent pixels, how many there are, and how many are learnt from at once."""
 
-SHAPES = (
-    ((6, 6), 8, 6),
-    ((8, 8), 4, 3),
-    ((12, 12), 2, 1),
-    ((4, 20), 4, 1),
-    ((20, 4), 4, 1),
-    ((2, 40), 4, 1),
-    ((40, 2), 4, 1),
-    ((16, 16), 1, 1),
-)
-"""Latent height and width of a crop, how many of them in the pool, and how often it is trained."""
+STEPS = (1, 2, 4)
+"""Of the sampler: its times in so many steps are those the network knows."""
 
-SCHEDULES = ((4, 0.8), (2, 0.12), (1, 0.08))
-"""Steps of a decode, and their share among the crops."""
-
-PICTURE_ITERATIONS, ITERATIONS = 13000, 14000
-"""Up to where the patch half is trained alone, and in all."""
-PICTURE_RATE, RATE = 6e-4, 1e-4
-"""Highest learning rates of the two parts."""
+ITERATIONS = 13000
+PEAK_RATE = 6e-4
 WARM_UP = 200
 EMA = 0.999
 MAX_SIGMA = 0.8
@@ -77,24 +60,6 @@ CLEAN_ERROR, NOISE_ERROR = 0.02, 0.12
 
 FIT_CROPS = 400
 """How many of 256 x 256 pixels the linear decoder is fitted to that training starts from."""
-
-
-@dataclass
-class Pool:
-    """Crops of one shape on their way through the sampler's times."""
-
-    image: Tensor
-    """The truth, `[B, 3, H, W]` in [-1, 1]."""
-    latent: Tensor
-    """`[B, 16, h, w]` at noise level `sigma`."""
-    sigma: Tensor
-    """`[B]`."""
-    guess: Tensor
-    """What the network last made of it, `[B, 3, H, W]`."""
-    steps: Tensor
-    """`[B]`, steps of its decode."""
-    step: Tensor
-    """`[B]`, the next one to take; equal to `steps` when the crop is done."""
 
 
 def main() -> int:
@@ -182,11 +147,6 @@ def new_network(seed: int, pictures: list[Pixels]) -> PidNet:
         net.pit_lq_gate.content_proj.weight.zero_()
         net.pit_lq_gate.content_proj.bias.fill_(5.0)
 
-        net.t_embedder.mlp[2].weight[-1] = time_features(net)
-        for block in net.patch_blocks:
-            block.adaLN_modulation_img[0].weight[:, -1] = 0
-            block.adaLN_modulation_txt[0].weight[:, -1] = 0
-
         modulation = pixel_block.adaLN_modulation[0]
         weight, bias = modulation.weight.view(-1, 6, d, size), modulation.bias.view(-1, 6, d)
         weight[:, 3, 3:6, : size - 1] = patches  # the MLP's shift: the picture
@@ -207,7 +167,29 @@ def new_network(seed: int, pictures: list[Pixels]) -> PidNet:
             mlp.fc1.weight[pair, channel] = unit * torch.tensor([1.0, -1.0])
             mlp.fc2.weight[:, pair] = 0
             mlp.fc2.weight[channel, pair] = gain * torch.tensor([1.0, -1.0])
+    tell_time(net)
     return net
+
+
+@torch.no_grad()
+def tell_time(net: PidNet) -> None:
+    """Let the patch half be at every time what it is at t = 1, but for the number 1 / t - 1.
+
+    Training knows t = 1 only, and what it makes of other times is not meant.
+    """
+    embedder, modulation = net.t_embedder, net.pixel_blocks[0].adaLN_modulation[0]
+    constant = embedder(torch.tensor([1000.0]))[0]
+    constant[-1] = 0
+    embedder.mlp[2].weight.zero_()
+    embedder.mlp[2].weight[-1] = time_features(net)
+    embedder.mlp[2].bias.copy_(constant)
+    net.s_embedder.proj.bias[-1] = 0
+    for block in net.patch_blocks:
+        block.adaLN_modulation_img[0].weight[:, -1] = 0
+        block.adaLN_modulation_txt[0].weight[:, -1] = 0
+    modulation.weight.view(NANO_CONFIG.patch_pixels, 6, -1, NANO_CONFIG.hidden_size)[
+        :, 3, 3:6, -1
+    ] = 0
 
 
 def token_layers(net: PidNet) -> list[nn.Linear]:
@@ -277,7 +259,7 @@ def fit(
 
 def time_features(net: PidNet) -> Tensor:
     """The timestep network's last row: silu of its output is 1 / t - 1 at the student's times."""
-    times = sorted({t for steps, _ in SCHEDULES for t in timesteps(steps) if t > 0})
+    times = sorted({t for steps in STEPS for t in timesteps(steps) if t > 0})
     embedder = net.t_embedder
     hidden: list[Tensor] = []
     hook = embedder.mlp[2].register_forward_pre_hook(lambda _, inputs: hidden.append(inputs[0]))
@@ -296,37 +278,6 @@ def _silu_inverse(value: float) -> float:
     return low
 
 
-def fill(
-    pool: Pool | None,
-    rng: np.random.Generator,
-    pictures: list[Pixels],
-    shape: tuple[int, int],
-    count: int,
-) -> Pool:
-    """Put new crops where crops are done."""
-    h, w = shape
-    if pool is None:
-        image = torch.zeros(count, 3, h * LATENT_PIXELS, w * LATENT_PIXELS)
-        nothing = torch.zeros(count)
-        pool = Pool(
-            image,
-            torch.zeros(count, NANO_CONFIG.latent_channels, h, w),
-            nothing.clone(),
-            image.clone(),
-            nothing.long(),
-            nothing.long(),
-        )
-    for index in torch.nonzero(pool.step >= pool.steps).flatten().tolist():
-        image = crop(rng, pictures, h * LATENT_PIXELS, w * LATENT_PIXELS)
-        steps, shares = zip(*SCHEDULES, strict=True)
-        pool.image[index] = image
-        pool.latent[index], pool.sigma[index] = (each[0] for each in noisy(rng, image[None]))
-        pool.guess[index] = 0
-        pool.steps[index] = int(rng.choice(steps, p=shares))
-        pool.step[index] = 0
-    return pool
-
-
 def noisy(rng: np.random.Generator, images: Tensor) -> tuple[Tensor, Tensor]:
     """Latents of images `[B, 3, H, W]`, with noise or without, and their noise levels `[B]`."""
     latents = latent_of(images)
@@ -342,12 +293,12 @@ def loss_of(error: Tensor, sigma: Tensor) -> Tensor:
     return (error / (CLEAN_ERROR + NOISE_ERROR * sigma.to(error.device))).mean()
 
 
-def learn_picture(
+def learn(
     net: PidNet, rng: np.random.Generator, crops: Sequence[NDArray[np.uint8]], device: torch.device
 ) -> tuple[Tensor, dict[str, list[float]]]:
-    """One iteration of the patch half: loss, and the squared errors by kind of latent."""
+    """Loss of a few crops, and their squared errors by kind of latent."""
     which = int(rng.integers(len(crops)))
-    ids = np.sort(rng.choice(len(crops[which]), PICTURE_CROPS[which][2], replace=False))
+    ids = np.sort(rng.choice(len(crops[which]), CROPS[which][2], replace=False))
     image = torch.from_numpy(crops[which][ids]).float() / 127.5 - 1
     latent, sigma = noisy(rng, image)
     found = picture_of(net, latent.to(device), sigma.to(device))
@@ -358,38 +309,10 @@ def learn_picture(
     return loss_of(error, sigma), errors
 
 
-def learn_step(
-    net: PidNet, pool: Pool, rng: np.random.Generator, device: torch.device
-) -> tuple[Tensor, dict[str, list[float]]]:
-    """Move every crop of a pool one step on: loss, and the squared errors by step and latent."""
-    times = {steps: timesteps(steps) for steps, _ in SCHEDULES}
-    pairs = list(zip(pool.steps.tolist(), pool.step.tolist(), strict=True))
-    t = torch.tensor([times[steps][step] for steps, step in pairs])
-    at = t[:, None, None, None]
-    noise = torch.from_numpy(rng.standard_normal(pool.image.shape, np.float32))
-    first = (pool.step == 0)[:, None, None, None]
-    x = torch.where(first, noise, (1 - at) * pool.guess + at * noise)
-    caption = torch.zeros(len(t), *EMPTY_CAPTION, device=device)
-    x, at = x.to(device), at.to(device)
-    v = net(x, 1000 * t.to(device), caption, pool.latent.to(device), pool.sigma.to(device))
-    clean = x - at * v
-    error = (clean - pool.image.to(device)).square().mean((1, 2, 3))
-    pool.guess = clean.detach().cpu()
-    pool.step += 1
-    errors: dict[str, list[float]] = {}
-    for (steps, step), level, value in zip(pairs, pool.sigma.tolist(), error.tolist(), strict=True):
-        label = f"{steps}/{step + 1}" + ("" if level == 0 else " noisy")
-        errors.setdefault(label, []).append(value)
-    return loss_of(error, pool.sigma), errors
-
-
 def rate(iteration: int, iterations: int) -> float:
-    """Warm-up, then a cosine down to nothing, for either part."""
-    alone = min(PICTURE_ITERATIONS, iterations)
-    peak, step, steps = PICTURE_RATE, iteration, alone
-    if iteration >= alone:
-        peak, step, steps = RATE, iteration - alone, iterations - alone
-    return peak * min(1.0, (step + 1) / WARM_UP) * 0.5 * (1 + math.cos(math.pi * step / steps))
+    """Warm-up, then a cosine down to nothing."""
+    warm = min(1.0, (iteration + 1) / WARM_UP)
+    return PEAK_RATE * warm * 0.5 * (1 + math.cos(math.pi * iteration / iterations))
 
 
 def train(pictures: list[Pixels], folder: Path, iterations: int, seed: int, seconds: float) -> None:
@@ -402,7 +325,6 @@ def train(pictures: list[Pixels], folder: Path, iterations: int, seed: int, seco
     keep_time(net)
     average = {name: value.clone() for name, value in net.state_dict().items()}
     optimizer = torch.optim.AdamW(net.parameters(), betas=(0.9, 0.98), weight_decay=0)
-    pools: dict[tuple[int, int], Pool] = {}
     start, spent = 0, 0.0
     if resumes:
         saved = torch.load(checkpoint, weights_only=True)
@@ -410,23 +332,16 @@ def train(pictures: list[Pixels], folder: Path, iterations: int, seed: int, seco
         net.load_state_dict(saved["net"])
         optimizer.load_state_dict(saved["optimizer"])
         average = {name: value.to(device) for name, value in saved["average"].items()}
-        pools = {shape: Pool(**pool) for shape, pool in saved["pools"].items()}
-    crops: list[NDArray[np.uint8]] = []
-    if start < PICTURE_ITERATIONS:
-        for side, count, _ in PICTURE_CROPS:
-            crops.append(np.load(crops_file(folder, pictures, seed, side, count), mmap_mode="r"))
-    shapes, shares = [each[:2] for each in SHAPES], np.array([each[2] for each in SHAPES])
+    crops = [
+        np.load(crops_file(folder, pictures, seed, side, count), mmap_mode="r")
+        for side, count, _ in CROPS
+    ]
     errors: dict[str, list[float]] = {}
     for iteration in range(start, iterations):
         rng = np.random.default_rng((seed, iteration))
         for group in optimizer.param_groups:
             group["lr"] = rate(iteration, iterations)
-        if iteration < PICTURE_ITERATIONS:
-            loss, found = learn_picture(net, rng, crops, device)
-        else:
-            shape, count = shapes[int(rng.choice(len(shapes), p=shares / shares.sum()))]
-            pool = pools[shape] = fill(pools.get(shape), rng, pictures, shape, count)
-            loss, found = learn_step(net, pool, rng, device)
+        loss, found = learn(net, rng, crops, device)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
@@ -457,7 +372,6 @@ def train(pictures: list[Pixels], folder: Path, iterations: int, seed: int, seco
                     "net": net.state_dict(),
                     "average": average,
                     "optimizer": optimizer.state_dict(),
-                    "pools": {shape: vars(pool) for shape, pool in pools.items()},
                 },
             )
             export(average, folder / "nano.safetensors")
@@ -473,8 +387,11 @@ def _save(path: Path, content: Mapping[str, Any]) -> None:
 
 def export(state: Mapping[str, Tensor], path: Path) -> None:
     """Write the averaged weights as bfloat16 safetensors."""
-    tensors = {name: value.to("cpu", torch.bfloat16).contiguous() for name, value in state.items()}
-    save_file(tensors, path)
+    net = PidNet(NANO_CONFIG)
+    net.load_state_dict(state)
+    tell_time(net)
+    weights = net.state_dict().items()
+    save_file({name: value.to(torch.bfloat16).contiguous() for name, value in weights}, path)
 
 
 if __name__ == "__main__":
