@@ -456,7 +456,8 @@ class PidNet(nn.Module):
     ) -> Tensor:
         """What the patch blocks tell the pixel blocks, `[B, L, D]`; arguments as in `forward`."""
         c = self.config
-        x_angles = self._angles(*x.shape[-2:], c.head_dim).to(x.device)
+        height, width = x.shape[-2:]
+        x_angles = self._angles(height, width, c.head_dim).to(x.device)
         y_angles = rope_angles_1d(caption.shape[1], c.head_dim).to(x.device)
 
         t_emb = self.t_embedder(timestep)

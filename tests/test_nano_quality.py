@@ -72,7 +72,8 @@ def psnr(original: Pixels, image: Pixels) -> float:
 
 
 def ssim(original: Pixels, image: Pixels) -> float:
-    return float(structural_similarity(original, image, data_range=255, channel_axis=2))
+    found: Any = structural_similarity(original, image, data_range=255, channel_axis=2)
+    return float(found)
 
 
 def decoded(pid: Decoder, original: Pixels, *, sigma: float = 0.0, **options: Any) -> Pixels:
