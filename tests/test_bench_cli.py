@@ -225,6 +225,7 @@ def test_dry_run_shows_the_record_of_the_build(
         (("--size", "8192x4096"), "at most 65536 tokens"),
         (("--size", "1000x1000"), "992x992 is near"),
         (("--size", "2048"), "expected a size such as 512x512, but got '2048'"),
+        (("--size", "0x64"), "but got 0x64; 32x64 is near"),
         (("--precision", "int8"), "--precision of fp32, fp16, bf16"),
         (
             ("--precision", "fp32", "--backends", "public", "--cascades", "none"),

@@ -213,7 +213,7 @@ def _save(path: Path, tensor: NDArray[np.float32]) -> dict[str, Any]:
 def _size(text: str, multiple: int) -> tuple[int, int]:
     """Width and height of an image in units of `multiple`."""
     width, height = console.read_size(text)
-    if width % multiple or height % multiple:
+    if width % multiple or height % multiple or not width * height:
         raise PidRuntimeError(f"expected a size in multiples of {multiple}, but got {text}")
     return width // multiple, height // multiple
 

@@ -94,8 +94,8 @@ def run(
 
 
 def read_size(text: str) -> tuple[int, int]:
-    """Width and height from text such as "2048x1536". Raises `PidRuntimeError` for other text."""
-    sides = re.fullmatch("([1-9][0-9]{0,5})[xX]([1-9][0-9]{0,5})", text)
+    """Width and height, from 0, of text such as "2048x1536"; `PidRuntimeError` for other text."""
+    sides = re.fullmatch("([0-9]{1,8})[xX]([0-9]{1,8})", text)
     if sides is None:
         raise PidRuntimeError(f"expected a size such as 512x512, but got {text[:60]!r}")
     return int(sides[1]), int(sides[2])
