@@ -509,6 +509,7 @@ def test_sigma_beside_the_latent_that_does_not_fit(work: Work) -> None:
         (["--backend", "tensorflow"], "expected a backend of onnxruntime, torch, tensorrt, but "),
         (["--provider", "abacus"], "CPUExecutionProvider"),
         (["--device", "cuda:first"], "expected a device such as cuda:0, but got 'cuda:first'"),
+        (["--engines", "a"], "the tensorrt backend to run engines 'a'"),
         (["--backend", "torch", "--device", "abacus"], "expected a device torch can use"),
         (["-o", "no/such/folder.png"], "expected a folder to write folder.png in"),
         (["-o", "image.gif"], "expected an image name ending in .png"),

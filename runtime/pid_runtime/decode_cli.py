@@ -104,6 +104,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="NAME",
         help="cpu, cuda:0, or an ONNX Runtime provider (cpu; with tensorrt cuda:0)",
     )
+    add("--engines", metavar="NAME", help="tensorrt: the engine set (the first that fits)")
     add("--threads", type=_threads, metavar="N", help="CPU threads (all)")
     add("--no-cuda-graphs", action="store_true", help="tensorrt: do not record and replay steps")
     add("--no-verify", action="store_true", help="do not hash the bundle's files first")
@@ -140,6 +141,7 @@ def _decode(arguments: Namespace) -> None:
             arguments.device,
             threads=arguments.threads,
             verify=not arguments.no_verify,
+            engines=arguments.engines,
             cuda_graphs=not arguments.no_cuda_graphs,
         )
         with decoder:
