@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from safetensors.numpy import save_file
 
+from pid_runtime import decode_cli
 from pid_runtime.decoder import Decoder
 from pid_runtime.errors import PidRuntimeError
 from pid_runtime.manifest import MANIFEST_FILE, Manifest, Sizes, read_manifest, sizes_for
@@ -741,8 +742,15 @@ def test_command_warns(work: Work, tmp_path: Path) -> None:
         ((*ONE, "--latents", "."), "not allowed with"),
         ((*ONE, "--steps", 4, "--times", "1,0"), "not allowed with"),
         ((*ONE, "--captions", "."), "not allowed with"),
-        ((*ONE, "--sheet", "a.png"), "--sheet"),
-        ((*ONE, "more"), "unrecognized arguments"),
+        ((*ONE, "--sheet", "a.png"), "expected no --sheet, whose labels need a font"),
+        ((*ONE, "--format", "png"), "expected --format with --latents, but got --latent"),
+        ((*ONE, "--format", "webp"), "this command writes no other, but got 'webp'; use pid-dec"),
+        ((*ONE, "--format", "gif"), "argument --format: expected png, but got 'gif'"),
+        ((*ONE, "--engines", "a"), "expected the tensorrt backend to run engines 'a', but got 'on"),
+        ((*ONE, "--quiet=no"), "argument --quiet: expected no value"),
+        ((*ONE, "--caption-key", "--json"), "argument --caption-key: expected one argument"),
+        ((*ONE, "more"), "unrecognized arguments: more"),
+        ((*ONE, "--colour", "red"), "unrecognized arguments: --colour red"),
         ((*ONE, "--seed"), "expected one argument"),
         ((*ONE, "--seed", "-1"), "expected a whole number from 0 to 2^64 - 1, but got '-1'"),
         ((*ONE, "--seed", 2**64), "expected a whole number from 0 to 2^64 - 1"),
@@ -859,6 +867,26 @@ def test_command_ends_quietly_when_nobody_reads(work: Work) -> None:
     )
     os.close(writer)
     assert (done.returncode, done.stderr) == (141, b"")
+
+
+FLAGS_OF_ONE = {
+    "--image": "photos are read by Pillow",
+    "--images": "photos are read by Pillow",
+    "--provider-library": "Python finds plug-in providers by their packages",
+}
+"""Flags that one of the two commands does not have, and why."""
+
+
+def test_commands_have_the_same_flags(work: Work, capsys: pytest.CaptureFixture[str]) -> None:
+    def flags(text: str) -> set[str]:
+        options = [line.split("  ")[1] for line in text.splitlines() if line.startswith("  -")]
+        return set(re.findall(r"--[a-z-]+", " ".join(options)))
+
+    with pytest.raises(SystemExit):
+        decode_cli.main(["--help"])
+    python, cpp = flags(capsys.readouterr().out), flags(work.run("--help")[1])
+    assert len(python & cpp) > 20
+    assert python ^ cpp == set(FLAGS_OF_ONE)
 
 
 def test_command_has_help_and_a_version(work: Work) -> None:

@@ -5,9 +5,10 @@
 #include <cstdlib>
 #include <functional>
 #include <limits>
-#include <set>
 #include <string_view>
 #include <system_error>
+
+#include <CLI/CLI.hpp>
 
 #include "console.h"
 #include "errors.h"
@@ -21,43 +22,10 @@ using core::refuse;
 constexpr const char* try_help = "; try pid-decode-cpp --help";
 constexpr std::uint64_t most_threads = 4096;
 constexpr std::uint64_t most_steps = 1000;
+constexpr std::size_t help_column = 30;
 
-constexpr const char* help =
-    R"(usage: pid-decode-cpp [options] bundle (--latent FILE | --latents DIR) -o OUTPUT
-
-Decode latents to images with a bundle made by pid-export.
-
-positional arguments:
-  bundle                the bundle's folder
-
-options:
-  -h, --help            show this help and exit
-  --version             show the version and exit
-  --quiet               no progress bar
-  --json                print the result as JSON
-  --latent FILE         a latent file
-  --latents DIR         a folder of latent files
-  -o, --output OUTPUT   a PNG image, or with --latents a folder
-  --caption FILE        one caption for all
-  --captions DIR        a folder of captions named as the latents
-  --latent-key NAME     the latent's tensor, if it has another name
-  --caption-key NAME    the caption's tensor, if it has another name
-  --sigma SIGMA         noise level of the latents, 0 to 1 (the files', or 0)
-  --seed SEED           of the first image of every file (0)
-  --steps STEPS         1, 2 or 4 (what the bundle says)
-  --times TIMES         for bundles of any times: 1.0,0.75,0.5,0.25,0
-  --rule {sde,ode}      sde adds noise between steps (sde)
-  --overwrite           replace images that exist
-  --backend BACKEND     onnxruntime, tensorrt (onnxruntime)
-  --device, --provider NAME
-                        cpu, cuda:0, or an ONNX Runtime provider (cpu; with tensorrt cuda:0)
-  --provider-library FILE
-                        onnxruntime: the library of a plug-in provider
-  --engines NAME        tensorrt: the engine set (the first that fits)
-  --threads N           CPU threads (all)
-  --no-verify           do not hash the bundle's files first
-
-examples:
+constexpr const char* examples =
+    R"(examples:
   pid-decode-cpp flux-2k --latent latent.safetensors --caption caption.safetensors -o image.png
   pid-decode-cpp flux-2k --latents latents/ --captions captions/ --seed 7 -o images/
   pid-decode-cpp flux-2k --latent latent.safetensors -o image.png --backend tensorrt
@@ -116,167 +84,174 @@ pid_rule rule(const std::string& text) {
     return text == "sde" ? PID_SDE : PID_ODE;
 }
 
-struct Option {
-    // All names, the first for messages.
-    std::vector<std::string> names;
-    bool takes_value;
-    std::function<void(Arguments&, const std::string&)> set;
-};
-
-std::vector<Option> make_options() {
-    const auto path = [](Path Arguments::* member) {
-        return [member](Arguments& to, const std::string& text) { to.*member = text; };
-    };
-    const auto word = [](std::string Arguments::* member) {
-        return [member](Arguments& to, const std::string& text) { to.*member = text; };
-    };
-    const auto flag = [](bool Arguments::* member, bool value) {
-        return [member, value](Arguments& to, const std::string&) { to.*member = value; };
-    };
-    return {
-        {{"-h", "--help"}, false, nullptr},
-        {{"--version"}, false, nullptr},
-        {{"--quiet"}, false, flag(&Arguments::quiet, true)},
-        {{"--json"}, false, flag(&Arguments::json, true)},
-        {{"--latent"}, true, path(&Arguments::latents)},
-        {{"--latents"},
-         true,
-         [](Arguments& to, const std::string& text) {
-             to.latents = text;
-             to.many = true;
-         }},
-        {{"-o/--output", "-o", "--output"}, true, path(&Arguments::output)},
-        {{"--caption"}, true, path(&Arguments::caption)},
-        {{"--captions"}, true, path(&Arguments::captions)},
-        {{"--latent-key"}, true, word(&Arguments::latent_key)},
-        {{"--caption-key"}, true, word(&Arguments::caption_key)},
-        {{"--sigma"}, true, [](Arguments& to, const std::string& text) { to.sigma = sigma(text); }},
-        {{"--seed"},
-         true,
-         [](Arguments& to, const std::string& text) {
-             to.seed = integer(text, 0, std::numeric_limits<std::uint64_t>::max(), "2^64 - 1");
-         }},
-        {{"--steps"},
-         true,
-         [](Arguments& to, const std::string& text) {
-             to.steps = static_cast<int>(integer(text, 1, most_steps, "1000"));
-         }},
-        {{"--times"}, true, [](Arguments& to, const std::string& text) { to.times = times(text); }},
-        {{"--rule"}, true, [](Arguments& to, const std::string& text) { to.rule = rule(text); }},
-        {{"--overwrite"}, false, flag(&Arguments::overwrite, true)},
-        {{"--backend"}, true, word(&Arguments::backend)},
-        {{"--device/--provider", "--device", "--provider"}, true, word(&Arguments::device)},
-        {{"--provider-library"}, true, word(&Arguments::provider_library)},
-        {{"--engines"}, true, word(&Arguments::engine_set)},
-        {{"--threads"},
-         true,
-         [](Arguments& to, const std::string& text) {
-             to.threads = integer(text, 1, most_threads, "4096");
-         }},
-        {{"--no-verify"}, false, flag(&Arguments::verify, false)},
-    };
+void check_format(const std::string& text) {
+    if (text == "jpg" || text == "webp")
+        refuse("expected --format png, as this command writes no other, but got '", text,
+               "'; use pid-decode");
+    if (text != "png")
+        throw Unusable{"png"};
 }
 
-// A word such as --seed, -oFILE or --seed=7, but not a negative number.
+// A word such as --seed, but not a negative number.
 bool is_option(const std::string& word) {
     return word.size() > 1 && word[0] == '-' &&
            std::string_view(".0123456789").find(word[1]) == std::string_view::npos;
 }
 
-// Reads words one by one.
+// Declares the options of a CLI11 parser and has what they say put into `to`.
 class Parser {
 public:
-    explicit Parser(const std::vector<std::string>& words) : words_(words) {}
+    Parser() : app_("Decode latents to images with a bundle made by pid-export.") {
+        app_.name("pid-decode-cpp");
+        app_.usage(
+            "usage: pid-decode-cpp [options] bundle (--latent FILE | --latents DIR) -o OUTPUT");
+        app_.footer(examples);
+        app_.get_formatter()->column_width(help_column);
+        app_.allow_extras();
+        app_.option_defaults()->take_last();
+        app_.set_version_flag("--version", "pid-decode-cpp " PID_VERSION, "show the version");
 
-    std::optional<Arguments> parse() {
-        for (; next_ < words_.size(); ++next_) {
-            const std::string& word = words_[next_];
-            if (only_positional_ || !is_option(word))
-                positional(word);
-            else if (word == "--")
-                only_positional_ = true;
-            else if (!option(word))
-                return std::nullopt;
+        bundle_ = value("bundle", "DIR", "the bundle's folder", path(to_.bundle));
+        app_.add_flag("--quiet", to_.quiet, "no progress bar")->disable_flag_override();
+        app_.add_flag("--json", to_.json, "print the result as JSON")->disable_flag_override();
+        value("--latent", "FILE", "a latent file", path(to_.latents));
+        value("--latents", "DIR", "a folder of latent files", path(to_.latents));
+        output_ = value("-o,--output", "OUTPUT", "a PNG image, or with --latents a folder",
+                        path(to_.output));
+        value("--caption", "FILE", "one caption for all", path(to_.caption));
+        value("--captions", "DIR", "a folder of captions named as the latents", path(to_.captions));
+        value("--latent-key", "NAME", "the latent's tensor, if it has another name",
+              word(to_.latent_key));
+        value("--caption-key", "NAME", "the caption's tensor, if it has another name",
+              word(to_.caption_key));
+        value("--sigma", "SIGMA", "noise level of the latents, 0 to 1 (the files', or 0)",
+              [this](const std::string& text) { to_.sigma = sigma(text); });
+        value("--seed", "SEED", "of the first image of every file (0)",
+              [this](const std::string& text) {
+                  to_.seed =
+                      integer(text, 0, std::numeric_limits<std::uint64_t>::max(), "2^64 - 1");
+              });
+        value("--steps", "STEPS", "1, 2 or 4 (what the bundle says)",
+              [this](const std::string& text) {
+                  to_.steps = static_cast<int>(integer(text, 1, most_steps, "1000"));
+              });
+        value("--times", "TIMES", "for bundles of any times: 1.0,0.75,0.5,0.25,0",
+              [this](const std::string& text) { to_.times = times(text); });
+        value("--rule", "{sde,ode}", "sde adds noise between steps (sde)",
+              [this](const std::string& text) { to_.rule = rule(text); });
+        value("--format", "{png}", "of the images in a folder (png)", check_format);
+        value("--sheet", "FILE", "not here: pid-decode makes sheets", [](const std::string&) {
+            refuse("expected no --sheet, whose labels need a font that this command does not have; "
+                   "use pid-decode");
+        });
+        app_.add_flag("--overwrite", to_.overwrite, "replace images that exist")
+            ->disable_flag_override();
+        value("--backend", "BACKEND", "onnxruntime, tensorrt (onnxruntime)", word(to_.backend));
+        value("--device,--provider", "NAME",
+              "cpu, cuda:0, or an ONNX Runtime provider (cpu; with tensorrt cuda:0)",
+              word(to_.device));
+        value("--provider-library", "FILE", "onnxruntime: the library of a plug-in provider",
+              word(to_.provider_library));
+        value("--engines", "NAME", "tensorrt: the engine set (the first that fits)",
+              word(to_.engine_set));
+        value("--threads", "N", "CPU threads (all)", [this](const std::string& text) {
+            to_.threads = integer(text, 1, most_threads, "4096");
+        });
+        off("--no-cuda-graphs", to_.cuda_graphs, "tensorrt: do not record and replay steps");
+        off("--no-verify", to_.verify, "do not hash the bundle's files first");
+    }
+    Parser(const Parser&) = delete;
+    Parser& operator=(const Parser&) = delete;
+
+    std::optional<Arguments> parse(std::vector<std::string> words) {
+        std::reverse(words.begin(), words.end()); // CLI11 takes them from the end
+        try {
+            app_.parse(words);
+        } catch (const CLI::CallForHelp&) {
+            print_line(app_.help());
+            return std::nullopt;
+        } catch (const CLI::CallForVersion& version) {
+            print_line(version.what());
+            return std::nullopt;
+        } catch (const CLI::ArgumentMismatch& error) { // such as "--seed: 1 required SEED missing"
+            const std::string what = error.what();
+            const std::string name = what.substr(0, what.find_first_of(": "));
+            if (what.find("flag override") != std::string::npos)
+                refuse("argument --", name, ": expected no value", try_help);
+            refuse("argument ", name, ": expected one argument", try_help);
+        } catch (const CLI::ParseError& error) {
+            refuse(core::first_line(error.what()), try_help);
         }
         check();
-        return arguments_;
+        to_.many = app_.count("--latents") > 0;
+        return to_;
     }
 
 private:
-    void positional(const std::string& word) {
-        if (has_bundle_)
-            refuse("unrecognized arguments: ", word.substr(0, 80), try_help);
-        arguments_.bundle = word;
-        has_bundle_ = true;
+    template <typename Set>
+    CLI::Option* value(const char* names, const char* shown, const char* help, Set set) {
+        const std::string name = std::string(names).substr(std::string_view(names).rfind(',') + 1);
+        const auto read = [name, set](const std::string& text) {
+            if (is_option(text))
+                refuse("argument ", name, ": expected one argument", try_help);
+            try {
+                set(text);
+            } catch (const Unusable& unusable) {
+                refuse("argument ", name, ": expected ", unusable.wanted, ", but got ",
+                       core::shown(text), try_help);
+            }
+        };
+        return app_.add_option_function<std::string>(names, read, help)->type_name(shown);
     }
 
-    // Whether to go on.
-    bool option(const std::string& word) {
-        const bool is_long = word[1] == '-';
-        const std::size_t cut = is_long ? word.find('=') : 2;
-        const std::string name = word.substr(0, cut);
-        const auto found = std::find_if(options_.begin(), options_.end(), [&](const Option& each) {
-            return std::find(each.names.begin(), each.names.end(), name) != each.names.end();
-        });
-        const bool joined = cut != std::string::npos && cut < word.size();
-        if (found == options_.end() || name.find('/') != std::string::npos)
-            refuse("unrecognized arguments: ", word.substr(0, 80), try_help);
-        const std::string& shown = found->names[0];
-        if (!found->takes_value && joined)
-            refuse("argument ", shown, ": expected no value", try_help);
-        if (shown == "-h" || shown == "--version") {
-            print_line(shown == "-h" ? help : "pid-decode-cpp " PID_VERSION);
-            return false;
-        }
-        std::string value;
-        if (joined) {
-            value = word.substr(is_long ? cut + 1 : cut);
-        } else if (found->takes_value) {
-            if (next_ + 1 == words_.size() || is_option(words_[next_ + 1]))
-                refuse("argument ", shown, ": expected one argument", try_help);
-            value = words_[++next_];
-        }
-        given_.insert(shown);
-        try {
-            found->set(arguments_, value);
-        } catch (const Unusable& unusable) {
-            refuse("argument ", shown, ": expected ", unusable.wanted, ", but got ",
-                   core::shown(value), try_help);
-        }
-        return true;
+    void off(const char* name, bool& member, const char* help) {
+        app_.add_flag_callback(name, [&member] { member = false; }, help)->disable_flag_override();
     }
 
-    void exclude(const char* first, const char* second) {
-        if (given_.count(first) > 0 && given_.count(second) > 0)
+    static std::function<void(const std::string&)> path(Path& member) {
+        return [&member](const std::string& text) { member = text; };
+    }
+
+    static std::function<void(const std::string&)> word(std::string& member) {
+        return [&member](const std::string& text) { member = text; };
+    }
+
+    void exclude(const char* first, const char* second) const {
+        if (app_.count(first) > 0 && app_.count(second) > 0)
             refuse("argument ", second, ": not allowed with argument ", first, try_help);
     }
 
-    void check() {
+    // What CLI11 could check too, in the words of pid-decode.
+    void check() const {
+        const std::vector<std::string> others = app_.remaining();
+        if (!others.empty())
+            refuse("unrecognized arguments: ", CLI::detail::join(others, " ").substr(0, 80),
+                   try_help);
         exclude("--latent", "--latents");
         exclude("--caption", "--captions");
         exclude("--steps", "--times");
-        std::string missing = has_bundle_ ? "" : "bundle";
-        if (given_.count("-o/--output") == 0)
+        std::string missing = bundle_->count() > 0 ? "" : "bundle";
+        if (output_->count() == 0)
             missing += missing.empty() ? "-o/--output" : ", -o/--output";
         if (!missing.empty())
             refuse("the following arguments are required: ", missing, try_help);
-        if (given_.count("--latent") + given_.count("--latents") == 0)
+        if (app_.count("--latent") + app_.count("--latents") == 0)
             refuse("one of the arguments --latent --latents is required", try_help);
+        for (const char* name : {"--captions", "--format"})
+            if (app_.count(name) > 0 && app_.count("--latents") == 0)
+                refuse("expected ", name, " with --latents, but got --latent; drop it");
     }
 
-    const std::vector<std::string>& words_;
-    const std::vector<Option> options_ = make_options();
-    Arguments arguments_;
-    std::set<std::string> given_;
-    std::size_t next_ = 0;
-    bool has_bundle_ = false;
-    bool only_positional_ = false;
+    CLI::App app_;
+    CLI::Option* bundle_;
+    CLI::Option* output_;
+    Arguments to_;
 };
 
 } // namespace
 
 std::optional<Arguments> parse_arguments(const std::vector<std::string>& words) {
-    return Parser(words).parse();
+    return Parser().parse(words);
 }
 
 } // namespace pid::cli

@@ -41,6 +41,7 @@ struct Arguments {
     // 0 for all.
     std::size_t threads = 0;
     bool verify = true;
+    bool cuda_graphs = true;
     bool quiet = false;
     bool json = false;
 };

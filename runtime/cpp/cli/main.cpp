@@ -61,8 +61,6 @@ public:
 };
 
 void check_kinds(const Arguments& arguments) {
-    if (!arguments.captions.empty() && !arguments.many)
-        refuse("expected --captions with --latents, but got --latent; drop it");
     if (arguments.many && !std::filesystem::is_directory(arguments.latents))
         refuse("expected a folder for --latents, but ", arguments.latents.string(), " is none");
     if (!arguments.captions.empty() && !std::filesystem::is_directory(arguments.captions))
@@ -170,6 +168,7 @@ void decode(const Arguments& arguments) {
     options.engine_set = arguments.engine_set;
     options.threads = arguments.threads == 0 ? core::core_count() : arguments.threads;
     options.verify = arguments.verify;
+    options.cuda_graphs = arguments.cuda_graphs;
     core::Decoder decoder(arguments.bundle, options, nullptr);
     throw_if_interrupted();
     const Cancellable cancellable(decoder.session());

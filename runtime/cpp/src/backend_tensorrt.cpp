@@ -74,9 +74,10 @@ nvinfer1::Dims dims_of(const Shape& shape) {
 class TensorRtSession : public Session {
 public:
     TensorRtSession(std::filesystem::path bundle, const Manifest& manifest, EngineSet set,
-                    const std::shared_ptr<CudaDevice>& device, std::size_t threads)
+                    const std::shared_ptr<CudaDevice>& device, std::size_t threads,
+                    bool cuda_graphs)
         : Session(device, threads), bundle_(std::move(bundle)), manifest_(manifest),
-          set_(std::move(set)) {
+          set_(std::move(set)), cuda_graphs_(cuda_graphs) {
         device->make_current();
         runtime_.reset(nvinfer1::createInferRuntime(logger_));
         if (!runtime_)
@@ -163,13 +164,13 @@ public:
         return [this, recording] {
             if (recording->scratch != scratch_.get())
                 recording->replay = nullptr; // it would work in memory that was given back
-            if (!recording->replay && recording->has_run && graphs_) {
+            if (!recording->replay && recording->has_run && cuda_graphs_) {
                 try {
                     recording->replay = device()->capture(recording->one_by_one);
                 } catch (const Failure& failure) {
                     if (failure.status() == PID_ERROR_CANCELLED)
                         throw;
-                    graphs_ = false; // these engines cannot be recorded: run them one by one
+                    cuda_graphs_ = false; // these engines cannot be recorded: run them one by one
                 }
             }
             recording->scratch = scratch_.get();
@@ -310,7 +311,7 @@ private:
     Allocation scratch_;
     std::int64_t scratch_bytes_ = 0;
     std::map<std::pair<std::string, int>, Context> contexts_;
-    bool graphs_ = true;
+    bool cuda_graphs_;
 };
 
 } // namespace
@@ -328,7 +329,7 @@ std::unique_ptr<Session> open_tensorrt(const std::filesystem::path& bundle,
     EngineSet set = choose_engines(bundle, manifest, options.engine_set, PID_TENSORRT_FLAVOR,
                                    library_version(), device->architecture(), options.verify);
     return std::make_unique<TensorRtSession>(bundle, manifest, std::move(set), device,
-                                             options.threads);
+                                             options.threads, options.cuda_graphs);
 }
 
 } // namespace pid::core

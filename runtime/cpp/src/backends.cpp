@@ -20,6 +20,9 @@ const char* backend_names() {
 
 std::unique_ptr<Session> open_session(const std::filesystem::path& bundle, const Manifest& manifest,
                                       const BackendOptions& options) {
+    if (!options.engine_set.empty() && options.backend != "tensorrt")
+        refuse("expected the tensorrt backend to run engines ", shown(options.engine_set),
+               ", but got ", shown(options.backend));
 #ifdef PID_WITH_ONNXRUNTIME
     if (options.backend == "onnxruntime")
         return open_onnxruntime(bundle, manifest, options);

@@ -18,6 +18,7 @@ struct BackendOptions {
     std::string engine_set;
     std::size_t threads;
     bool verify;
+    bool cuda_graphs;
     void* cuda_stream;
 };
 

@@ -124,6 +124,7 @@ BackendOptions backend_options(const pid_decoder_params& params) {
     options.engine_set = text_or_empty(params.engine_set);
     options.threads = params.threads == 0 ? core_count() : static_cast<std::size_t>(params.threads);
     options.verify = params.verify != 0;
+    options.cuda_graphs = params.cuda_graphs != 0;
     options.cuda_stream = params.cuda_stream;
     return options;
 }
@@ -262,6 +263,7 @@ pid_decoder_params pid_decoder_default_params(void) {
     pid_decoder_params params{};
     params.struct_bytes = sizeof params;
     params.verify = 1;
+    params.cuda_graphs = 1;
     return params;
 }
 

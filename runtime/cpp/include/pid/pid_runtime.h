@@ -177,6 +177,9 @@ typedef struct pid_decoder_params {
     /* NULL (default) for none. Called by the thread that decodes. */
     pid_warning_callback warning;
     void* warning_user_data;
+    /* tensorrt: not 0 (default) to record the steps of the second decode in a shape as CUDA graphs
+     * and replay them from then on. */
+    int32_t cuda_graphs;
 } pid_decoder_params;
 
 PID_API pid_decoder_params pid_decoder_default_params(void);

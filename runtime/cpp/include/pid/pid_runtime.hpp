@@ -112,6 +112,7 @@ struct DecoderOptions {
     bool verify = true;
     void* cuda_stream = nullptr;
     std::function<void(const std::string&)> warning;
+    bool cuda_graphs = true;
 };
 
 // See pid_decode_params, member by member.
@@ -145,6 +146,7 @@ public:
         params.threads = options.threads;
         params.verify = options.verify ? 1 : 0;
         params.cuda_stream = options.cuda_stream;
+        params.cuda_graphs = options.cuda_graphs ? 1 : 0;
         if (options.warning) {
             params.warning = warn;
             params.warning_user_data = warning_.get();
