@@ -18,7 +18,7 @@ from pid_export.bundle import ExportOptions, export_bundle
 from pid_ref.checkpoint import state_shapes
 from pid_ref.config import PidConfig
 from pid_ref.weights import RandomWeights
-from pid_runtime.engines import (
+from pid_runtime.bundle.engines import (
     Engine,
     EngineBucket,
     EngineSet,
@@ -26,7 +26,7 @@ from pid_runtime.engines import (
     engine_key,
     with_engine_sets,
 )
-from pid_runtime.manifest import MANIFEST_FILE, Manifest, read_manifest
+from pid_runtime.bundle.manifest import MANIFEST_FILE, Manifest, read_manifest
 
 GOLDEN = Path(__file__).parent / "golden"
 

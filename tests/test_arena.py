@@ -11,7 +11,7 @@ from pid_export.bundle import BUCKETS, MAX_FREE_STEPS, network_of
 from pid_export.program import ProgramSpec, build_program
 from pid_ref.config import PidConfig
 from pid_ref.registry import CHECKPOINTS, find_checkpoint
-from pid_runtime.manifest import (
+from pid_runtime.bundle.manifest import (
     SECTIONS,
     Buffer,
     Copy,

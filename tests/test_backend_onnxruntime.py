@@ -13,22 +13,22 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from pid_runtime import backend_onnxruntime
-from pid_runtime.backend_onnxruntime import (
+from pid_runtime.backends import onnxruntime as backend_onnxruntime
+from pid_runtime.backends.onnxruntime import (
     CONTRIB_PROVIDERS,
     PROVIDERS,
     OnnxRuntimeSession,
     find_provider,
 )
-from pid_runtime.decoder import Decoder
-from pid_runtime.errors import PidRuntimeError
-from pid_runtime.manifest import (
+from pid_runtime.bundle.manifest import (
     MANIFEST_FILE,
     Manifest,
     file_sha256,
     read_constants,
     read_manifest,
 )
+from pid_runtime.decoder import Decoder
+from pid_runtime.errors import PidRuntimeError
 
 EditBundle = Callable[..., Path]
 Floats = NDArray[np.float32]

@@ -25,20 +25,22 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from pid_runtime import backend_tensorrt, cuda_device, decode_cli
-from pid_runtime.backend_tensorrt import TensorRtSession
-from pid_runtime.backend_torch import TorchSession
-from pid_runtime.decoder import Decoder
-from pid_runtime.dlpack import CPU, RawTensor
-from pid_runtime.engines import (
+from pid_runtime.backends import device as cuda_device
+from pid_runtime.backends import tensorrt as backend_tensorrt
+from pid_runtime.backends.dlpack import CPU, RawTensor
+from pid_runtime.backends.tensorrt import TensorRtSession
+from pid_runtime.backends.torch import TorchSession
+from pid_runtime.bundle.engines import (
     EngineBucket,
     EngineSet,
     engine_folder,
     read_engine_sets,
     with_engine_sets,
 )
+from pid_runtime.bundle.manifest import MANIFEST_FILE, Copy, Manifest, read_manifest
+from pid_runtime.command import decode_cli
+from pid_runtime.decoder import Decoder
 from pid_runtime.errors import PidRuntimeError
-from pid_runtime.manifest import MANIFEST_FILE, Copy, Manifest, read_manifest
 from pid_runtime.noise import standard_normal
 
 EditBundle = Callable[..., Path]

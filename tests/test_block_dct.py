@@ -7,8 +7,8 @@ import pytest
 from numpy.typing import NDArray
 
 from pid_ref.registry import NANO_STD
-from pid_runtime import block_dct
 from pid_runtime.errors import PidRuntimeError
+from pid_runtime.nano import block_dct
 
 ONES = (1.0,) * 16
 RNG = np.random.default_rng(0)

@@ -34,9 +34,8 @@ from pid_engines.gates import (
     read_report,
 )
 from pid_export.arena import Lifetime, lifetimes
-from pid_runtime.engines import check_engine_set, engine_folder, read_engine_sets
-from pid_runtime.errors import PidRuntimeError
-from pid_runtime.manifest import (
+from pid_runtime.bundle.engines import check_engine_set, engine_folder, read_engine_sets
+from pid_runtime.bundle.manifest import (
     SECTIONS,
     Copy,
     Graph,
@@ -46,6 +45,7 @@ from pid_runtime.manifest import (
     read_manifest,
     sizes_for,
 )
+from pid_runtime.errors import PidRuntimeError
 
 pytest.importorskip(
     "tensorrt_rtx", reason="needs TensorRT for RTX: pip install 'pid-trt[tensorrt-rtx]'"

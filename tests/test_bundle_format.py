@@ -10,8 +10,9 @@ import jsonschema
 import pytest
 
 from pid_ref.registry import SPACES
-from pid_runtime import manifest_check
-from pid_runtime.manifest import (
+from pid_runtime.backends.stages import STAGES, Dimensions
+from pid_runtime.bundle import manifest_check
+from pid_runtime.bundle.manifest import (
     FORMAT_VERSION,
     ITEM_BYTES,
     MANIFEST_FILE,
@@ -19,7 +20,6 @@ from pid_runtime.manifest import (
     PRECISIONS,
     SECTIONS,
 )
-from pid_runtime.stages import STAGES, Dimensions
 from pid_runtime.tables import TABLES
 
 ROOT = Path(__file__).parent.parent

@@ -14,7 +14,7 @@ from collections.abc import Callable
 
 import pytest
 
-from pid_runtime import console
+from pid_runtime.command import console
 from pid_runtime.errors import PidRuntimeError
 
 EXAMPLES = """examples:
@@ -161,7 +161,7 @@ def test_progress_is_silent_without_a_terminal(capsys: pytest.CaptureFixture[str
 
 def child(code: str, *, stdout: int, stderr: int) -> int:
     """Exit code of a Python child that runs `code` after importing the console."""
-    prelude = "import sys, logging\nfrom pid_runtime import console\n"
+    prelude = "import sys, logging\nfrom pid_runtime.command import console\n"
     return subprocess.run(
         [sys.executable, "-c", prelude + textwrap.dedent(code)],
         stdout=stdout,

@@ -26,11 +26,11 @@ from numpy.typing import NDArray
 from PIL import Image
 from safetensors.numpy import save_file
 
-from pid_runtime import decode_cli
+from pid_runtime.bundle.manifest import MANIFEST_FILE, Manifest, Sizes, read_manifest, sizes_for
+from pid_runtime.bundle.manifest_check import ALIGNMENT, LARGEST_ARENA
+from pid_runtime.command import decode_cli
 from pid_runtime.decoder import Decoder
 from pid_runtime.errors import PidRuntimeError
-from pid_runtime.manifest import MANIFEST_FILE, Manifest, Sizes, read_manifest, sizes_for
-from pid_runtime.manifest_check import ALIGNMENT, LARGEST_ARENA
 from pid_runtime.noise import image_noise
 from pid_runtime.request import Rule
 from pid_runtime.tables import compute_table

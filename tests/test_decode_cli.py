@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 from PIL import Image
 from safetensors.torch import save_file
 
-from pid_runtime import images
-from pid_runtime.decode_cli import main
+from pid_runtime.command import images
+from pid_runtime.command.decode_cli import main
 from pid_runtime.decoder import Decoder
 
 CHANNELS, TEXT, DIM = 16, 12, 32
@@ -527,7 +527,7 @@ def test_captions_of_a_folder_for_one_latent(work: Work) -> None:
 
 
 def test_a_backend_that_is_not_installed(work: Work, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delitem(sys.modules, "pid_runtime.backend_torch", raising=False)
+    monkeypatch.delitem(sys.modules, "pid_runtime.backends.torch", raising=False)
     monkeypatch.setitem(sys.modules, "torch", None)
     assert "pip install 'pid-trt[torch]'" in work.mistake("--backend", "torch")
 
@@ -605,7 +605,7 @@ def test_a_file_that_cannot_be_written(work: Work, monkeypatch: pytest.MonkeyPat
 
 
 def process(*arguments: object) -> subprocess.CompletedProcess[str]:
-    code = "import sys; from pid_runtime.decode_cli import main; sys.exit(main())"
+    code = "import sys; from pid_runtime.command.decode_cli import main; sys.exit(main())"
     command = [sys.executable, "-W", "error", "-c", code, *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, check=False)
 

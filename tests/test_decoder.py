@@ -12,10 +12,10 @@ import torch
 from numpy.typing import NDArray
 from safetensors.numpy import load_file
 
+from pid_runtime.bundle.manifest import read_manifest
+from pid_runtime.command.images import to_uint8
 from pid_runtime.decoder import HOST_BACKENDS, Decoder
 from pid_runtime.errors import PidRuntimeError
-from pid_runtime.images import to_uint8
-from pid_runtime.manifest import read_manifest
 from pid_runtime.noise import image_noise
 
 GOLDEN = Path(__file__).parent / "golden"

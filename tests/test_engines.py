@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from pid_runtime.engines import (
+from pid_runtime.bundle.engines import (
     EngineSet,
     check_engine_set,
     choose_engine_set,
@@ -17,9 +17,9 @@ from pid_runtime.engines import (
     read_engine_sets,
     with_engine_sets,
 )
+from pid_runtime.bundle.manifest import MANIFEST_FILE, Manifest, read_manifest, sizes_for
 from pid_runtime.errors import PidRuntimeError
 from pid_runtime.interpreter import graph_calls
-from pid_runtime.manifest import MANIFEST_FILE, Manifest, read_manifest, sizes_for
 
 EditBundle = Callable[..., Path]
 AddEngines = Callable[..., EngineSet]

@@ -17,7 +17,7 @@ from pid_ref.config import PidConfig
 from pid_ref.registry import find_checkpoint
 from pid_ref.sampler import timesteps
 from pid_ref.weights import RandomWeights
-from pid_runtime.stages import build_stage
+from pid_runtime.backends.stages import build_stage
 
 V1 = PidConfig(
     latent_channels=4,

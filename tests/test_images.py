@@ -10,7 +10,7 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-from pid_runtime import images
+from pid_runtime.command import images
 from pid_runtime.errors import PidRuntimeError
 
 

@@ -19,11 +19,9 @@ from pid_export.bundle import STEP_COUNTS, ExportOptions, _buckets, _sampler, ne
 from pid_export.program import build_program
 from pid_ref.config import PidConfig
 from pid_ref.sampler import timesteps
-from pid_runtime import manifest as module
-from pid_runtime.decoder import Decoder
-from pid_runtime.errors import PidRuntimeError
-from pid_runtime.interpreter import even_slices
-from pid_runtime.manifest import (
+from pid_runtime.backends.session import Call, in_order
+from pid_runtime.bundle import manifest as module
+from pid_runtime.bundle.manifest import (
     ITEM_BYTES,
     MANIFEST_FILE,
     WEIGHTS_FILE,
@@ -35,7 +33,9 @@ from pid_runtime.manifest import (
     read_constants,
     read_manifest,
 )
-from pid_runtime.session import Call, in_order
+from pid_runtime.decoder import Decoder
+from pid_runtime.errors import PidRuntimeError
+from pid_runtime.interpreter import even_slices
 
 CONFIG = PidConfig(
     latent_channels=4,

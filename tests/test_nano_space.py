@@ -19,12 +19,13 @@ from pid_ref import hub
 from pid_ref.checkpoint import read_checkpoint, state_shapes
 from pid_ref.registry import NANO, NANO_STD, SPACES, Checkpoint
 from pid_ref.weights import RandomWeights
-from pid_runtime import block_dct, codec, decode_cli
+from pid_runtime.bundle.manifest import MANIFEST_FILE, Manifest, read_manifest
+from pid_runtime.command import decode_cli
+from pid_runtime.command.images import to_uint8
 from pid_runtime.decoder import Decoder
 from pid_runtime.errors import PidRuntimeError
-from pid_runtime.images import to_uint8
-from pid_runtime.manifest import MANIFEST_FILE, Manifest, read_manifest
-from pid_runtime.photos import padded, photo_size, read_photo
+from pid_runtime.nano import block_dct, codec
+from pid_runtime.nano.photos import padded, photo_size, read_photo
 
 RunCommand = Callable[..., tuple[int, str, str]]
 Refusal = Callable[..., str]

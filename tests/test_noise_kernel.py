@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from pid_runtime import cuda_device
+from pid_runtime.backends import device as cuda_device
 from pid_runtime.noise import standard_normal
 
 KERNEL = Path(cuda_device.__file__).with_name("noise_kernel.cu")

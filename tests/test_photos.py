@@ -8,9 +8,9 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image, ImageCms
 
-from pid_runtime import photos
+from pid_runtime.command.images import to_uint8
 from pid_runtime.errors import PidRuntimeError
-from pid_runtime.images import to_uint8
+from pid_runtime.nano import photos
 
 Pixels = NDArray[np.uint8]
 

@@ -20,9 +20,9 @@ from pid_engines.profiles import (
     plan_engines,
     shape_ranges,
 )
+from pid_runtime.bundle.manifest import Copy, Manifest, Noise, read_manifest, sizes_of_request
+from pid_runtime.bundle.manifest_check import patchify_run
 from pid_runtime.interpreter import Program
-from pid_runtime.manifest import Copy, Manifest, Noise, read_manifest, sizes_of_request
-from pid_runtime.manifest_check import patchify_run
 
 Shapes = dict[str, tuple[int, ...]]
 

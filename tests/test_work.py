@@ -23,8 +23,8 @@ from pid_ref.config import PidConfig
 from pid_ref.errors import PidInputError
 from pid_ref.network import PatchBlock, PixelBlock
 from pid_ref.registry import find_checkpoint
-from pid_runtime.manifest import Sizes
-from pid_runtime.stages import Attention, build_stage
+from pid_runtime.backends.stages import Attention, build_stage
+from pid_runtime.bundle.manifest import Sizes
 
 META = torch.device("meta")
 

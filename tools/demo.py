@@ -20,9 +20,9 @@ from skimage.data import astronaut
 
 from pid_engines import cli as build_cli
 from pid_export import cli as export_cli
-from pid_runtime import decode_cli
+from pid_runtime.command import decode_cli
+from pid_runtime.command.images import save_image, side_by_side, to_uint8
 from pid_runtime.decoder import Decoder
-from pid_runtime.images import save_image, side_by_side, to_uint8
 
 Pixels = NDArray[np.uint8]
 Command = tuple[str, Callable[[Sequence[str]], int], list[str]]

@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from pid_ref.registry import NANO_CONFIG, NANO_STD
-from pid_runtime.block_dct import encode
+from pid_runtime.nano.block_dct import encode
 
 LATENT_PIXELS = NANO_CONFIG.size_multiple
 """Output pixels per latent pixel, along each axis."""

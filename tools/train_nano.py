@@ -37,7 +37,7 @@ from torch import Tensor, nn
 from pid_ref.network import PidNet, patchify, unpatchify
 from pid_ref.registry import NANO_CONFIG, NANO_STD
 from pid_ref.sampler import timesteps
-from pid_runtime.codec import from_uint8
+from pid_runtime.nano.codec import from_uint8
 
 EMPTY_CAPTION = (NANO_CONFIG.text_max_length, NANO_CONFIG.text_dim)
 """Shape of the zeros that stand for no caption; see `Decoder.empty_caption`."""

@@ -10,8 +10,8 @@ from pid_bench.cascades import UPSCALER_STEPS
 from pid_bench.errors import BenchInputError
 from pid_export.bundle import BUCKETS
 from pid_ref.config import PidConfig
-from pid_runtime.console import read_size
-from pid_runtime.manifest import PRECISIONS
+from pid_runtime.bundle.manifest import PRECISIONS
+from pid_runtime.command.console import read_size
 
 PID = "pid"
 """The pipeline that cascades are compared with."""

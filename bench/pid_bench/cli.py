@@ -14,7 +14,7 @@ from pid_bench.errors import BenchInputError
 from pid_engines.errors import BuildError, BuildInputError
 from pid_export.errors import ExportInputError
 from pid_ref.errors import PidInputError
-from pid_runtime import console
+from pid_runtime.command import console
 from pid_runtime.errors import PidRuntimeError
 
 if TYPE_CHECKING:
@@ -306,8 +306,8 @@ def _precisions(args: Namespace, device: str) -> tuple[str, ...]:
 def _built(bundle: Path) -> tuple[str, ...]:
     """Backends that a bundle has engines for."""
     from pid_bench.cases import BACKENDS
-    from pid_runtime.engines import read_engine_sets
-    from pid_runtime.manifest import read_manifest
+    from pid_runtime.bundle.engines import read_engine_sets
+    from pid_runtime.bundle.manifest import read_manifest
 
     flavors = {each.flavor for each in read_engine_sets(read_manifest(bundle, False)).values()}
     return tuple(name for name, each in BACKENDS.items() if each.flavor in flavors)

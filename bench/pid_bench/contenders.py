@@ -25,12 +25,12 @@ from pid_ref.config import PidConfig
 from pid_ref.network import PidNet
 from pid_ref.sampler import sample
 from pid_ref.weights import RandomWeights
+from pid_runtime.backends.session import Call, Session
+from pid_runtime.backends.stages import DTYPES
+from pid_runtime.bundle.engines import read_engine_sets
+from pid_runtime.bundle.manifest import PRECISIONS, read_constants, read_manifest
 from pid_runtime.decoder import Decoder, open_session
-from pid_runtime.engines import read_engine_sets
-from pid_runtime.manifest import PRECISIONS, read_constants, read_manifest
 from pid_runtime.noise import image_noise
-from pid_runtime.session import Call, Session
-from pid_runtime.stages import DTYPES
 
 SEED = 0
 """Of inputs and noise, and of weights unless a bundle has others."""
@@ -143,14 +143,14 @@ def _program(case: Case, backend: Backend, materials: Materials) -> Contender:
     on_device = case.device == "cuda"
     clock: Clock = WallClock(torch.cuda.synchronize) if on_device else WallClock()
     if backend.runtime == "torch":
-        from pid_runtime.backend_torch import TorchSession
+        from pid_runtime.backends.torch import TorchSession
 
         if backend.compile == "inductor":
             cast(TorchSession, session).compile()
         clock = device_clock(case.device)
         attention = _sdpa(case, config.num_heads, config.head_dim, _dtype(case.precision))
     elif backend.runtime == "tensorrt":
-        from pid_runtime.backend_tensorrt import TensorRtSession
+        from pid_runtime.backends.tensorrt import TensorRtSession
 
         clock = EventClock(torch.cuda.ExternalStream(cast(TensorRtSession, session).stream))
         bucket = read_engine_sets(manifest)[materials.engines].buckets[

@@ -12,9 +12,9 @@ from pid_bench.report import Row, StageRow
 from pid_bench.work import Work, count, total
 from pid_export.program import build_program
 from pid_ref.config import PidConfig
-from pid_runtime.engines import read_engine_sets
-from pid_runtime.manifest import PRECISIONS, Run, read_manifest
-from pid_runtime.stages import DTYPES
+from pid_runtime.backends.stages import DTYPES
+from pid_runtime.bundle.engines import read_engine_sets
+from pid_runtime.bundle.manifest import PRECISIONS, Run, read_manifest
 
 SECTIONS = ("prologue", "step", "image")
 """Stages of a program."""

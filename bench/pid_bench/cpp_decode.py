@@ -31,10 +31,10 @@ from pid_export.errors import ExportInputError
 from pid_ref.checkpoint import state_shapes
 from pid_ref.config import PidConfig
 from pid_ref.weights import RandomWeights
-from pid_runtime import console
+from pid_runtime.bundle.manifest import read_manifest
+from pid_runtime.command import console
 from pid_runtime.decoder import Decoder
 from pid_runtime.errors import PidRuntimeError
-from pid_runtime.manifest import read_manifest
 
 TOLERANCE = 1e-5
 """Largest difference between the two images before their times mean nothing."""

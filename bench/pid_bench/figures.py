@@ -20,7 +20,7 @@ from typing import Any
 from pid_bench.errors import BenchInputError
 from pid_bench.report import Report, Row, read_report, write_file
 from pid_bench.tables import Table, gigabytes, label, milliseconds, pixels, to_markdown
-from pid_runtime import console
+from pid_runtime.command import console
 
 RESULTS = "bench/results"
 """Folder of the measurements, in the repository."""

@@ -14,7 +14,7 @@ import numpy as np
 
 from pid_bench.measure import device_clock
 from pid_bench.report import Environment
-from pid_runtime.manifest import PRECISIONS
+from pid_runtime.bundle.manifest import PRECISIONS
 from pid_runtime.noise import core_count
 
 DISTRIBUTIONS = (
@@ -81,7 +81,7 @@ def matmul_tflop_per_s(precision: str, device: str, threads: int) -> float:
     """
     import torch
 
-    from pid_runtime.stages import DTYPES
+    from pid_runtime.backends.stages import DTYPES
 
     rows, inner, columns = (8192, 8192, 8192) if device == "cuda" else (1024, 1536, 4096)
     if device == "cpu" and precision != "fp32":

@@ -14,8 +14,8 @@ from pid_bench.runner import Job
 from pid_export.bundle import ExportOptions, config_of, export_bundle
 from pid_ref.checkpoint import read_checkpoint, state_shapes
 from pid_ref.weights import RandomWeights
-from pid_runtime.engines import read_engine_sets
-from pid_runtime.manifest import Manifest, read_manifest
+from pid_runtime.bundle.engines import read_engine_sets
+from pid_runtime.bundle.manifest import Manifest, read_manifest
 
 _log = logging.getLogger(__name__)
 

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from pid_bench.errors import BenchInputError
+from pid_runtime.bundle.manifest import read_member
 from pid_runtime.errors import PidRuntimeError
-from pid_runtime.manifest import read_member
 
 FORMAT = "pid-bench-report"
 FORMAT_VERSION = 1

@@ -10,7 +10,7 @@ import numpy as np
 from onnx import TensorProto, helper, numpy_helper
 
 from pid_export.onnx_ports import OPSET, TENSOR_TYPES, port_infos
-from pid_runtime.manifest import Graph, Port
+from pid_runtime.bundle.manifest import Graph, Port
 
 
 def attention_graph(graph: Graph, *, bf16_island: bool = False) -> bytes:

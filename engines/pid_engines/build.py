@@ -34,7 +34,7 @@ from pid_engines.gates import (
 from pid_engines.profiles import EnginePlan, plan_engines
 from pid_engines.worker import Request, Result
 from pid_export.arena import plan_arena
-from pid_runtime.engines import (
+from pid_runtime.bundle.engines import (
     ENGINE_FOLDER,
     Engine,
     EngineBucket,
@@ -44,8 +44,7 @@ from pid_runtime.engines import (
     read_engine_sets,
     with_engine_sets,
 )
-from pid_runtime.errors import PidRuntimeError
-from pid_runtime.manifest import (
+from pid_runtime.bundle.manifest import (
     MANIFEST_FILE,
     Copy,
     Manifest,
@@ -55,6 +54,7 @@ from pid_runtime.manifest import (
     read_member,
     sizes_for,
 )
+from pid_runtime.errors import PidRuntimeError
 
 _log = logging.getLogger(__name__)
 

@@ -11,8 +11,8 @@ from typing import Any
 from pid_engines.build import PLANS, Build, BuildOptions, build_engines
 from pid_engines.errors import BuildError, BuildInputError
 from pid_engines.flavors import find_flavor, parse_targets
-from pid_runtime import console
-from pid_runtime.engines import Engine
+from pid_runtime.bundle.engines import Engine
+from pid_runtime.command import console
 from pid_runtime.errors import PidRuntimeError
 
 _EXAMPLES = """\

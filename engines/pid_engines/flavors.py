@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pid_engines.errors import BuildInputError
-from pid_runtime.cuda_device import CudaDevice
+from pid_runtime.backends.device import CudaDevice
 from pid_runtime.errors import PidRuntimeError
 
 

@@ -5,8 +5,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from pid_engines.errors import BuildInputError
-from pid_runtime.manifest import Bucket, Graph, Manifest, Noise, Run, Shape, sizes_for
-from pid_runtime.manifest_check import patchify_run
+from pid_runtime.bundle.manifest import Bucket, Graph, Manifest, Noise, Run, Shape, sizes_for
+from pid_runtime.bundle.manifest_check import patchify_run
 
 Range = tuple[int, int, int]
 """Smallest, best and largest size."""

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from pid_runtime.manifest import SECTIONS, Buffer, Copy, Instruction, Noise, Sizes
+from pid_runtime.bundle.manifest import SECTIONS, Buffer, Copy, Instruction, Noise, Sizes
 
 ALIGNMENT = 256
 """Every buffer starts at a multiple of this many bytes, as CUDA allocations do."""

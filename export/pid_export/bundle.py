@@ -23,7 +23,8 @@ from pid_export.weights_file import Slot, WeightsWriter
 from pid_ref.config import PidConfig
 from pid_ref.registry import Checkpoint
 from pid_ref.sampler import timesteps
-from pid_runtime.manifest import (
+from pid_runtime.backends.stages import Dimensions, build_stage
+from pid_runtime.bundle.manifest import (
     BLOCK_DCT,
     MANIFEST_FILE,
     NAME,
@@ -37,7 +38,6 @@ from pid_runtime.manifest import (
     Sampler,
     sizes_for,
 )
-from pid_runtime.stages import Dimensions, build_stage
 
 BUCKETS = {"2k": 18_816, "3k": 36_864, "4k": 65_536}
 """Budgets of tokens of 16x16 pixels: 2688x1792, 3072x3072 and 4096x4096, or as much in another

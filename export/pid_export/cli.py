@@ -13,7 +13,7 @@ from pid_export.output import check_new
 from pid_ref.config import PidConfig
 from pid_ref.errors import PidInputError
 from pid_ref.registry import CHECKPOINT_FILE, Checkpoint, find_checkpoint
-from pid_runtime import console
+from pid_runtime.command import console
 from pid_runtime.errors import PidRuntimeError
 
 if TYPE_CHECKING:
@@ -161,7 +161,7 @@ def _weights(
     from pid_ref.checkpoint import read_checkpoint, state_shapes
     from pid_ref.hub import download
     from pid_ref.weights import RandomWeights
-    from pid_runtime.manifest import file_sha256
+    from pid_runtime.bundle.manifest import file_sha256
 
     if args.random_weights is not None:
         if args.checkpoint is not None:

@@ -13,7 +13,7 @@ DOMAIN = "com.microsoft"
 
 
 def contrib_graph(name: str, spec: GraphSpec, opset: int) -> bytes | None:
-    """The ONNX file of an attention graph (`pid_runtime.stages.Attention`); None for others.
+    """The ONNX file of an attention graph (`backends.stages.Attention`); None for others.
 
     `com.microsoft.MultiHeadAttention`, as ONNX Runtime's ContribOperators.md describes it: q, k and
     v `[B, sequence, heads * head_dim]`; scale 1, as queries come scaled.

@@ -13,8 +13,8 @@ from onnxscript.optimizer import optimize_ir
 
 from pid_export.onnx_ports import OPSET
 from pid_export.program import GraphSpec
-from pid_runtime.manifest import WEIGHTS_FILE, Port
-from pid_runtime.stages import DTYPES, Dimensions, build_stage
+from pid_runtime.backends.stages import DTYPES, Dimensions, build_stage
+from pid_runtime.bundle.manifest import WEIGHTS_FILE, Port
 
 _SAMPLES = {"B": 2, "T": 7, "h": 3, "w": 5, "Hs": 6, "Ws": 10, "L": 60, "S": 67, "Q": 11}
 """Sizes to trace at; all different, so that no two symbols are taken for one."""

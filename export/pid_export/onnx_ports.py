@@ -3,7 +3,7 @@
 import onnx
 from onnx import TensorProto, helper
 
-from pid_runtime.manifest import Port
+from pid_runtime.bundle.manifest import Port
 
 OPSET = 22
 """Newest opset that TensorRT for RTX 1.7 parses without trouble, oldest with a bfloat16 Conv."""

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pid_ref.config import PidConfig
-from pid_runtime.manifest import (
+from pid_runtime.bundle.manifest import (
     PRECISIONS,
     Buffer,
     Copy,

@@ -25,9 +25,8 @@ from pid_ref.network import PidNet
 from pid_ref.registry import CHECKPOINT_FILE, CHECKPOINTS
 from pid_ref.sampler import sample, timesteps
 from pid_ref.weights import RandomWeights
-from pid_runtime.decoder import Decoder
-from pid_runtime.interpreter import Program, graph_calls
-from pid_runtime.manifest import (
+from pid_runtime.backends.session import Session
+from pid_runtime.bundle.manifest import (
     Manifest,
     Noise,
     Run,
@@ -36,8 +35,9 @@ from pid_runtime.manifest import (
     read_constants,
     sizes_of_request,
 )
+from pid_runtime.decoder import Decoder
+from pid_runtime.interpreter import Program, graph_calls
 from pid_runtime.request import update_factors
-from pid_runtime.session import Session
 
 TOLERANCES = {"fp32": 1e-4, "fp16": 2e-2, "bf16": 1e-1}
 """Largest error that passes, by precision, relative to the reference's RMS (at least 1)."""

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 from pid_export.errors import ExportInputError
 from pid_ref.errors import PidInputError
-from pid_runtime import console
+from pid_runtime.bundle.manifest import Manifest, read_constants, read_manifest
+from pid_runtime.command import console
 from pid_runtime.decoder import BACKENDS, Decoder, open_session
 from pid_runtime.errors import PidRuntimeError
-from pid_runtime.manifest import Manifest, read_constants, read_manifest
 
 if TYPE_CHECKING:
     from pid_export.verify import Comparison

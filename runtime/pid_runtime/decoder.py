@@ -8,12 +8,12 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from pid_runtime import codec
+from pid_runtime.backends.session import Block, Session
+from pid_runtime.bundle.manifest import Manifest, Noise, Sizes, read_constants, read_manifest
 from pid_runtime.errors import PidRuntimeError
 from pid_runtime.interpreter import Program, graph_calls
-from pid_runtime.manifest import Manifest, Noise, Sizes, read_constants, read_manifest
+from pid_runtime.nano import codec
 from pid_runtime.request import Request, Rule, check_request, empty_caption
-from pid_runtime.session import Block, Session
 
 Progress = Callable[[int, int], None]
 
@@ -265,7 +265,7 @@ def open_session(
             f"expected the tensorrt backend to run engines {engines!r}, but got {backend!r}"
         )
     if backend == "onnxruntime":
-        from pid_runtime.backend_onnxruntime import OnnxRuntimeSession
+        from pid_runtime.backends.onnxruntime import OnnxRuntimeSession
 
         provider, colon, ordinal = (device or "cpu").partition(":")
         if colon and not (ordinal.isascii() and ordinal.isdecimal()):
@@ -273,7 +273,7 @@ def open_session(
         return OnnxRuntimeSession(bundle, manifest, provider, int(ordinal or 0), threads)
     if backend == "torch":
         try:
-            from pid_runtime.backend_torch import TorchSession
+            from pid_runtime.backends.torch import TorchSession
         except ImportError:
             raise PidRuntimeError(
                 "expected PyTorch for the torch backend, but it is not installed; "
@@ -281,7 +281,7 @@ def open_session(
             ) from None
         return TorchSession(bundle, manifest, device or "cpu", threads)
     if backend == "tensorrt":
-        from pid_runtime.backend_tensorrt import TensorRtSession
+        from pid_runtime.backends.tensorrt import TensorRtSession
 
         return TensorRtSession(
             bundle,

@@ -12,7 +12,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from pid_runtime.manifest import (
+from pid_runtime.backends.session import Block, Call, Session, Tensor
+from pid_runtime.bundle.manifest import (
     ITEM_BYTES,
     Bucket,
     Copy,
@@ -23,8 +24,7 @@ from pid_runtime.manifest import (
     Run,
     Sizes,
 )
-from pid_runtime.manifest_check import patchify_run
-from pid_runtime.session import Block, Call, Session, Tensor
+from pid_runtime.bundle.manifest_check import patchify_run
 from pid_runtime.tables import compute_table
 
 NoiseSource = Callable[[Session, "Program", Noise, int], None]

@@ -8,10 +8,10 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from pid_runtime.backends.session import as_array
+from pid_runtime.bundle.manifest import Manifest, Sampler, Sizes, sizes_of_request
 from pid_runtime.errors import PidRuntimeError
-from pid_runtime.manifest import Manifest, Sampler, Sizes, sizes_of_request
 from pid_runtime.noise import image_seed
-from pid_runtime.session import as_array
 
 Rule = Literal["sde", "ode"]
 RULES = ("sde", "ode")

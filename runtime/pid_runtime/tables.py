@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from pid_runtime.bundle.manifest import Sizes
 from pid_runtime.errors import PidRuntimeError
-from pid_runtime.manifest import Sizes
 
 Table = NDArray[np.float32]
 

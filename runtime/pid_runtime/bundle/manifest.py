@@ -160,7 +160,7 @@ class File:
 
 
 BLOCK_DCT = "block_dct"
-"""The kind of codec this version knows; see `pid_runtime.block_dct`."""
+"""The kind of codec this version knows; see `pid_runtime.nano.block_dct`."""
 
 
 @dataclass(frozen=True)
@@ -253,7 +253,7 @@ class Manifest:
 
     def check(self) -> None:
         """Raise `PidRuntimeError` when the manifest contradicts itself; see `check_manifest`."""
-        from pid_runtime.manifest_check import check_manifest
+        from pid_runtime.bundle.manifest_check import check_manifest
 
         check_manifest(self)
 

@@ -13,8 +13,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from pid_runtime.errors import PidRuntimeError
-from pid_runtime.manifest import (
+from pid_runtime.bundle.manifest import (
     NAME,
     Bucket,
     Graph,
@@ -22,7 +21,8 @@ from pid_runtime.manifest import (
     file_sha256,
     read_member,
 )
-from pid_runtime.manifest_check import check_bucket
+from pid_runtime.bundle.manifest_check import check_bucket
+from pid_runtime.errors import PidRuntimeError
 
 FLAVORS = ("enterprise", "rtx")
 """TensorRT, and TensorRT for RTX."""

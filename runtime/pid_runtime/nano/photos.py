@@ -11,8 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
-from pid_runtime.codec import from_uint8
 from pid_runtime.errors import PidRuntimeError
+from pid_runtime.nano.codec import from_uint8
 
 PHOTO_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp")
 """What is taken from a folder of photos; a file that is named may be any that Pillow reads."""

@@ -13,9 +13,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pid_runtime import console
-from pid_runtime.advice import advice
-from pid_runtime.decode_jobs import (
+from pid_runtime.bundle.manifest import read_manifest
+from pid_runtime.command import console
+from pid_runtime.command.advice import advice
+from pid_runtime.command.decode_jobs import (
     Job,
     Settings,
     Source,
@@ -24,10 +25,9 @@ from pid_runtime.decode_jobs import (
     find_sources,
     plan_jobs,
 )
+from pid_runtime.command.images import save_image, sheet_size, side_by_side
 from pid_runtime.decoder import BACKENDS, Decoder
 from pid_runtime.errors import PidRuntimeError
-from pid_runtime.images import save_image, sheet_size, side_by_side
-from pid_runtime.manifest import read_manifest
 from pid_runtime.request import RULES, check_schedule
 
 FORMATS = ("png", "jpg", "webp")

@@ -6,11 +6,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pid_runtime import block_dct
+from pid_runtime.backends.session import as_array
+from pid_runtime.bundle.manifest import BLOCK_DCT, Manifest
 from pid_runtime.errors import PidRuntimeError
-from pid_runtime.manifest import BLOCK_DCT, Manifest
+from pid_runtime.nano import block_dct
 from pid_runtime.noise import image_seed, standard_normal
-from pid_runtime.session import as_array
 
 Floats = NDArray[np.float32]
 

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pid_runtime.manifest import PRECISIONS
+from pid_runtime.bundle.manifest import PRECISIONS
 
 EPSILON = 1e-6
 

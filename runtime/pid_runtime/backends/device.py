@@ -18,10 +18,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pid_runtime.dlpack import CUDA, RawTensor
+from pid_runtime.backends.dlpack import CUDA, RawTensor
+from pid_runtime.backends.session import Call, as_array, from_bits, to_bits
 from pid_runtime.errors import PidRuntimeError
 from pid_runtime.noise import standard_normal
-from pid_runtime.session import Call, as_array, from_bits, to_bits
 
 STAGING_BYTES = 1 << 25
 """Pinned host memory that data passes through, in pieces of this size."""

@@ -10,11 +10,11 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from pid_runtime.dlpack import CPU, CUDA, RawTensor
+from pid_runtime.backends.dlpack import CPU, CUDA, RawTensor
+from pid_runtime.backends.session import Call, as_array, from_bits, in_order, to_bits
+from pid_runtime.bundle.manifest import Bucket, Manifest
 from pid_runtime.errors import PidRuntimeError
-from pid_runtime.manifest import Bucket, Manifest
 from pid_runtime.noise import core_count, standard_normal
-from pid_runtime.session import Call, as_array, from_bits, in_order, to_bits
 
 PROVIDERS = {
     "cpu": "CPUExecutionProvider",

@@ -7,14 +7,14 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from pid_runtime.block_dct import BLOCK
-from pid_runtime.codec import encode
+from pid_runtime.bundle.manifest import Manifest
+from pid_runtime.command.images import check_image_path, check_image_size
+from pid_runtime.command.latents import read_caption_file, read_latent_file
 from pid_runtime.errors import PidRuntimeError
-from pid_runtime.images import check_image_path, check_image_size
-from pid_runtime.latents import read_caption_file, read_latent_file
-from pid_runtime.manifest import Manifest
+from pid_runtime.nano.block_dct import BLOCK
+from pid_runtime.nano.codec import encode
+from pid_runtime.nano.photos import PHOTO_SUFFIXES, padded, photo_size, read_photo
 from pid_runtime.noise import image_seed
-from pid_runtime.photos import PHOTO_SUFFIXES, padded, photo_size, read_photo
 from pid_runtime.request import Rule, check_request
 
 LATENT_SUFFIX = ".safetensors"

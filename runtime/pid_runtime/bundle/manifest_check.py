@@ -10,9 +10,7 @@ from collections.abc import Iterable, Mapping
 from itertools import pairwise
 from typing import Any, TypeVar
 
-from pid_runtime.block_dct import BASIS
-from pid_runtime.errors import PidRuntimeError
-from pid_runtime.manifest import (
+from pid_runtime.bundle.manifest import (
     BLOCK_DCT,
     ITEM_BYTES,
     MANIFEST_FILE,
@@ -35,6 +33,8 @@ from pid_runtime.manifest import (
     Sizes,
     sizes_for,
 )
+from pid_runtime.errors import PidRuntimeError
+from pid_runtime.nano.block_dct import BASIS
 
 ALIGNMENT = 256
 """Every buffer starts at a multiple of this many bytes."""

@@ -10,11 +10,11 @@ import torch
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
+from pid_runtime.backends.session import Call, in_order
+from pid_runtime.backends.stages import DTYPES, Dimensions, build_stage
+from pid_runtime.bundle.manifest import WEIGHTS_FILE, Bucket, Manifest
 from pid_runtime.errors import PidRuntimeError
-from pid_runtime.manifest import WEIGHTS_FILE, Bucket, Manifest
 from pid_runtime.noise import standard_normal
-from pid_runtime.session import Call, in_order
-from pid_runtime.stages import DTYPES, Dimensions, build_stage
 
 
 class TorchSession:

@@ -28,9 +28,10 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from pid_runtime.cuda_device import CudaDevice, DeviceMemory
-from pid_runtime.dlpack import RawTensor
-from pid_runtime.engines import (
+from pid_runtime.backends.device import CudaDevice, DeviceMemory
+from pid_runtime.backends.dlpack import RawTensor
+from pid_runtime.backends.session import Call
+from pid_runtime.bundle.engines import (
     Engine,
     build_command,
     check_engine_set,
@@ -38,9 +39,8 @@ from pid_runtime.engines import (
     engine_folder,
     read_engine_sets,
 )
+from pid_runtime.bundle.manifest import Bucket, Manifest
 from pid_runtime.errors import PidRuntimeError
-from pid_runtime.manifest import Bucket, Manifest
-from pid_runtime.session import Call
 
 _log = logging.getLogger(__name__)
 
@@ -66,7 +66,7 @@ FLAVORS = {
         "TensorRT for RTX", ("tensorrt_rtx",), "pip install 'pid-trt[tensorrt-rtx]'", compiles=True
     ),
 }
-"""By the name an engine set has for it; see `pid_runtime.engines.FLAVORS`."""
+"""By the name an engine set has for it; see `pid_runtime.bundle.engines.FLAVORS`."""
 
 
 @dataclass

@@ -6,7 +6,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from pid_runtime.manifest import Bucket
+from pid_runtime.bundle.manifest import Bucket
 
 Block = Any
 """One allocation, as the backend holds it."""

@@ -1,0 +1,1 @@
+"""What runs graphs and holds memory: ONNX Runtime, PyTorch and TensorRT."""
