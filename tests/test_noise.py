@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from pid_runtime import noise
@@ -99,6 +99,7 @@ def test_moments() -> None:
     chunk=st.integers(1, 20),
     cores=st.integers(1, 3),
 )
+@example(start=0, count=35, chunk=8, cores=1)  # a last chunk of one block
 def test_chunks_threads_and_starts_do_not_show(
     start: int, count: int, chunk: int, cores: int
 ) -> None:

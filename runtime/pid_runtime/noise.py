@@ -218,8 +218,9 @@ def _cos_sin_turns(
         sine *= 2.0
         np.multiply(square, -2.0, out=cosine)
         cosine += 1.0
-    np.negative(cosine, out=cosine)
-    np.negative(sine, out=sine)
+    # Not np.negative: numpy 2.4 on AVX-512 computes it wrongly in place, with a stride.
+    cosine *= -1.0
+    sine *= -1.0
     return cosine, sine
 
 
