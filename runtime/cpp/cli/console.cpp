@@ -8,7 +8,6 @@
 #include <unistd.h>
 
 #include "errors.h"
-#include "session.h"
 
 namespace pid::cli {
 namespace {
@@ -16,15 +15,15 @@ namespace {
 constexpr std::size_t bar_width = 40;
 
 std::atomic<bool> was_interrupted{false};
-std::atomic<core::Session*> running{nullptr};
+std::atomic<std::atomic<bool>*> running{nullptr};
 
 static_assert(std::atomic<bool>::is_always_lock_free && std::atomic<void*>::is_always_lock_free,
               "a signal handler may use them");
 
 extern "C" void interrupt(int) {
     was_interrupted = true;
-    if (core::Session* session = running)
-        session->cancelled = true;
+    if (std::atomic<bool>* cancelled = running)
+        *cancelled = true;
 }
 
 } // namespace
@@ -52,10 +51,10 @@ void catch_interrupts() {
     std::signal(SIGPIPE, SIG_IGN); // writing then fails instead
 }
 
-void cancel_when_interrupted(core::Session* session) {
-    running = session;
-    if (session != nullptr && was_interrupted) // before the handler knew of it
-        session->cancelled = true;
+void cancel_when_interrupted(std::atomic<bool>* cancelled) {
+    running = cancelled;
+    if (cancelled != nullptr && was_interrupted) // before the handler knew of it
+        *cancelled = true;
 }
 
 void throw_if_interrupted() {

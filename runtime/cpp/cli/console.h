@@ -1,12 +1,9 @@
 // Results on stdout; progress, warnings and errors on stderr; interrupts.
 #pragma once
 
+#include <atomic>
 #include <cstddef>
 #include <string>
-
-namespace pid::core {
-class Session;
-}
 
 namespace pid::cli {
 
@@ -23,8 +20,8 @@ int fail(const std::string& message, int code = bad_input);
 
 // From now on SIGINT and SIGTERM cancel a decode in place of ending the process.
 void catch_interrupts();
-// The session whose decode they cancel; nullptr for none. It must stay until that is told.
-void cancel_when_interrupted(core::Session* session);
+// What they set, to cancel a decode; nullptr for nothing. It must stay until that is told.
+void cancel_when_interrupted(std::atomic<bool>* cancelled);
 // Throw what a cancelled decode throws, if there was an interrupt.
 void throw_if_interrupted();
 

@@ -54,7 +54,7 @@ private:
 // Lets interrupts cancel this decoder while it lives.
 class Cancellable {
 public:
-    explicit Cancellable(core::Session& session) { cancel_when_interrupted(&session); }
+    explicit Cancellable(core::Decoder& decoder) { cancel_when_interrupted(&decoder.cancelled()); }
     ~Cancellable() { cancel_when_interrupted(nullptr); }
     Cancellable(const Cancellable&) = delete;
     Cancellable& operator=(const Cancellable&) = delete;
@@ -89,7 +89,7 @@ void warn(const core::Json& model, const std::vector<Job>& jobs) {
 bool state_is_finite(core::Decoder& decoder) {
     const core::Tensor state = decoder.state();
     std::vector<float> values(core::count_of(state.shape));
-    decoder.session().read(state, values.data(), PID_HOST);
+    decoder.memory().read(state, values.data(), PID_HOST);
     return std::all_of(values.begin(), values.end(),
                        [](float value) { return std::isfinite(value); });
 }
@@ -168,10 +168,11 @@ void decode(const Arguments& arguments) {
     options.engine_set = arguments.engine_set;
     options.threads = arguments.threads == 0 ? core::core_count() : arguments.threads;
     options.verify = arguments.verify;
-    options.cuda_graphs = arguments.cuda_graphs;
-    core::Decoder decoder(arguments.bundle, options, nullptr);
+    core::RunOptions run_options;
+    run_options.cuda_graphs = arguments.cuda_graphs;
+    core::Decoder decoder(std::make_shared<core::Bundle>(arguments.bundle, options), run_options);
     throw_if_interrupted();
-    const Cancellable cancellable(decoder.session());
+    const Cancellable cancellable(decoder);
     warn(manifest.model, jobs);
     const auto params = decode_params(arguments, Inputs(), 0, 0, arguments.seed);
     const std::size_t steps = core::check_schedule(manifest.sampler, params).rows.size();

@@ -1,7 +1,8 @@
 // The ONNX Runtime backend: graphs through IoBinding, on the CPU or another provider.
 //
 // All graphs share one scratch arena, so that thirty sessions cost no more memory than one. Each
-// has its own threads, which sleep while it does not run.
+// has its own threads, which sleep while it does not run. Decoders share the sessions, and bind
+// them to their own memory.
 #include <algorithm>
 #include <map>
 #include <memory>
@@ -18,8 +19,9 @@
 #include "backends.h"
 #include "cuda_driver.h"
 #include "errors.h"
+#include "graphs.h"
+#include "log.h"
 #include "parallel.h"
-#include "session.h"
 
 namespace pid::core {
 namespace {
@@ -217,15 +219,16 @@ Provider find_provider(const std::string& name, bool has_library) {
            "; GPU providers come with ONNX Runtime's GPU package, or as a provider library");
 }
 
-class OnnxRuntimeSession : public Session {
+class OnnxRuntimeGraphs : public LoadedGraphs {
 public:
-    OnnxRuntimeSession(const std::filesystem::path& bundle, const Manifest& manifest,
-                       std::shared_ptr<Ort::Env> environment, const Provider& provider,
-                       std::shared_ptr<CudaDevice> device, int ordinal, std::size_t threads)
-        : Session(device, threads), environment_(std::move(environment)), manifest_(manifest),
-          memory_(device ? Ort::MemoryInfo("Cuda", OrtDeviceAllocator, device->ordinal(),
-                                           OrtMemTypeDefault)
-                         : Ort::MemoryInfo::CreateCpu(OrtDeviceAllocator, OrtMemTypeDefault)) {
+    OnnxRuntimeGraphs(const std::filesystem::path& bundle, const Manifest& manifest,
+                      std::shared_ptr<Ort::Env> environment, const Provider& provider,
+                      std::shared_ptr<CudaDevice> device, int ordinal, std::size_t threads)
+        : environment_(std::move(environment)), manifest_(manifest), device_(std::move(device)),
+          threads_(threads),
+          memory_(device_ ? Ort::MemoryInfo("Cuda", OrtDeviceAllocator, device_->ordinal(),
+                                            OrtMemTypeDefault)
+                          : Ort::MemoryInfo::CreateCpu(OrtDeviceAllocator, OrtMemTypeDefault)) {
         Ort::SessionOptions options;
         options.SetLogSeverityLevel(ORT_LOGGING_LEVEL_ERROR);
         options.SetIntraOpNumThreads(static_cast<int>(threads));
@@ -235,7 +238,7 @@ public:
             if (provider.is_plugin)
                 append_plugin(*environment_, options, provider.name, ordinal);
             else if (provider.name != cpu_provider)
-                append_provider(options, provider.name, device.get());
+                append_provider(options, provider.name, device_.get());
         });
         const bool contrib = provider.name == cpu_provider || provider.name == cuda_provider;
         std::vector<std::pair<std::string, const Graph*>> graphs;
@@ -254,13 +257,18 @@ public:
         });
     }
 
-    bool whole_batches() const override { return true; }
-
-    const Bucket& bucket_for(std::uint64_t tokens) const override {
-        return manifest_.bucket_for(tokens).second;
+    Memory memory(const RunOptions& options) override {
+        if (device_ && options.cuda_stream != nullptr && options.cuda_stream != device_->stream())
+            refuse("expected decoders of a bundle in ONNX Runtime to use its stream, but got "
+                   "another cuda_stream; give it when the bundle is opened");
+        return {device_, threads_};
     }
 
-    Call bind(const std::string& graph, const Bindings& tensors, const Scratch&) override {
+    std::unique_ptr<Graphs> graphs(Memory&, const RunOptions&) override;
+
+    const Manifest& manifest() const { return manifest_; }
+
+    Call bind(const std::string& graph, const Bindings& tensors) {
         const Graph& described = manifest_.graphs.at(graph);
         Ort::Session& session = sessions_.at(graph);
         const std::string what = "graph '" + graph + "' failed";
@@ -271,7 +279,10 @@ public:
                 binding->BindInput(name.c_str(), value_of(tensors.at(name)));
             for (const auto& [name, port] : described.outputs)
                 binding->BindOutput(name.c_str(), value_of(tensors.at(name)));
-            return [&session, binding, what] {
+            return [this, &session, binding, what] {
+                std::unique_lock<std::mutex> lock(stream_, std::defer_lock);
+                if (device_)
+                    lock.lock();
                 guarded(PID_ERROR_BACKEND, what, [&] { session.Run(Ort::RunOptions(), *binding); });
             };
         });
@@ -286,14 +297,41 @@ private:
 
     std::shared_ptr<Ort::Env> environment_; // outlives the sessions
     const Manifest& manifest_;
+    std::shared_ptr<CudaDevice> device_;
+    std::size_t threads_;
     Ort::MemoryInfo memory_;
     std::map<std::string, Ort::Session> sessions_;
+    std::mutex stream_; // of a GPU, which the sessions share: one run at a time
 };
+
+// All a decoder has of its own is what its bindings hold.
+class BoundGraphs : public Graphs {
+public:
+    explicit BoundGraphs(OnnxRuntimeGraphs& loaded) : loaded_(loaded) {}
+
+    bool whole_batches() const override { return true; }
+
+    const Bucket& bucket_for(std::uint64_t tokens) const override {
+        return loaded_.manifest().bucket_for(tokens).second;
+    }
+
+    Call bind(const std::string& graph, const Bindings& tensors, const Scratch&) override {
+        return loaded_.bind(graph, tensors);
+    }
+
+private:
+    OnnxRuntimeGraphs& loaded_;
+};
+
+std::unique_ptr<Graphs> OnnxRuntimeGraphs::graphs(Memory&, const RunOptions&) {
+    return std::make_unique<BoundGraphs>(*this);
+}
 
 } // namespace
 
-std::unique_ptr<Session> open_onnxruntime(const std::filesystem::path& bundle,
-                                          const Manifest& manifest, const BackendOptions& options) {
+std::unique_ptr<LoadedGraphs> load_onnxruntime(const std::filesystem::path& bundle,
+                                               const Manifest& manifest,
+                                               const BackendOptions& options) {
     static_assert(ORT_API_VERSION >= oldest_api, "ONNX Runtime's headers are too old");
     std::shared_ptr<Ort::Env> environment = shared_environment();
     if (!options.provider_library.empty())
@@ -306,8 +344,13 @@ std::unique_ptr<Session> open_onnxruntime(const std::filesystem::path& bundle,
     std::shared_ptr<CudaDevice> device;
     if (on_cuda(provider.name))
         device = CudaDevice::open(ordinal, options.cuda_stream);
-    return std::make_unique<OnnxRuntimeSession>(bundle, manifest, std::move(environment), provider,
-                                                std::move(device), ordinal, options.threads);
+    auto graphs =
+        std::make_unique<OnnxRuntimeGraphs>(bundle, manifest, std::move(environment), provider,
+                                            std::move(device), ordinal, options.threads);
+    note(options.log, "Loaded ", manifest.graphs.size(), " graphs with ONNX Runtime ",
+         OrtGetApiBase()->GetVersionString(), ", ", provider.name, ", ", options.threads,
+         " threads");
+    return graphs;
 }
 
 } // namespace pid::core

@@ -1,11 +1,12 @@
 // The TensorRT backend: a bundle's engines, in TensorRT 11 or TensorRT for RTX, whichever this was
 // built with.
 //
-// Memory on the GPU is the engines' weights and the arena. Engines run one after the other on one
-// stream, and each works in a part of the arena where no buffer is in use by then, as planned when
-// they were built; those that ask for more than they did then share a block of the session's own.
-// The first decode in a shape runs call by call; the second one records what lies between two draws
-// of noise as a CUDA graph, and later ones replay it.
+// Memory on the GPU is the engines' weights, which decoders share, and each decoder's arena. Its
+// engines run one after the other on its stream, and each works in a part of the arena where no
+// buffer is in use by then, as planned when they were built; those that ask for more than they did
+// then share a block of the decoder's own. The first decode in a shape runs call by call; the
+// second one records what lies between two draws of noise as a CUDA graph, and later ones replay
+// it.
 #include <algorithm>
 #include <cstddef>
 #include <fstream>
@@ -22,7 +23,8 @@
 #include "cuda_driver.h"
 #include "engines.h"
 #include "errors.h"
-#include "session.h"
+#include "graphs.h"
+#include "log.h"
 
 namespace pid::core {
 namespace {
@@ -71,25 +73,93 @@ nvinfer1::Dims dims_of(const Shape& shape) {
     return dims;
 }
 
-class TensorRtSession : public Session {
+using Execution = std::unique_ptr<nvinfer1::IExecutionContext>;
+
+// The engines of a set: each is loaded when a decoder first needs it, once for all of them.
+class LoadedEngines : public LoadedGraphs {
 public:
-    TensorRtSession(std::filesystem::path bundle, const Manifest& manifest, EngineSet set,
-                    const std::shared_ptr<CudaDevice>& device, std::size_t threads,
-                    bool cuda_graphs)
-        : Session(device, threads), bundle_(std::move(bundle)), manifest_(manifest),
-          set_(std::move(set)), cuda_graphs_(cuda_graphs) {
-        device->make_current();
+    LoadedEngines(std::filesystem::path bundle, const Manifest& manifest, EngineSet set,
+                  std::shared_ptr<CudaDevice> device, std::size_t threads)
+        : bundle_(std::move(bundle)), manifest_(manifest), set_(std::move(set)),
+          device_(std::move(device)), threads_(threads) {
+        device_->make_current();
         runtime_.reset(nvinfer1::createInferRuntime(logger_));
         if (!runtime_)
-            refuse("expected TensorRT to start on cuda:", device->ordinal(),
+            refuse("expected TensorRT to start on cuda:", device_->ordinal(),
                    ", but it says: ", logger_.last(), "; update the NVIDIA driver");
         if (set_.flags.value("version_compatible", Json(false)) == true)
             runtime_->setEngineHostCodeAllowed(true);
     }
 
-    ~TensorRtSession() override {
+    ~LoadedEngines() override {
         try {
-            synchronize();
+            device_->make_current();
+        } catch (const Failure&) { // a GPU that is lost has no memory to give back
+        }
+    }
+
+    Memory memory(const RunOptions& options) override {
+        return {CudaDevice::open(device_->ordinal(), options.cuda_stream), threads_};
+    }
+
+    std::unique_ptr<Graphs> graphs(Memory& memory, const RunOptions& options) override;
+
+    const Manifest& manifest() const { return manifest_; }
+    const EngineSet& set() const { return set_; }
+    std::string last_error() { return logger_.last(); }
+
+    // A context of an engine, which is loaded first if it is not. The device must be current.
+    Execution make_context(const Engine& engine) {
+        const std::lock_guard<std::mutex> lock(mutex_);
+        std::unique_ptr<nvinfer1::ICudaEngine>& loaded = engines_[engine.file];
+        if (!loaded) {
+            const std::vector<char> blob =
+                read_file(engine_folder(bundle_, set_.name) / engine.file, engine.bytes);
+            loaded.reset(runtime_->deserializeCudaEngine(blob.data(), blob.size()));
+        }
+        Execution execution;
+        if (loaded)
+            execution.reset(loaded->createExecutionContext(
+                nvinfer1::ExecutionContextAllocationStrategy::kUSER_MANAGED));
+        if (!execution)
+            refuse_engine(engine);
+        return execution;
+    }
+
+    bool is_loaded(const Engine& engine) {
+        const std::lock_guard<std::mutex> lock(mutex_);
+        const auto found = engines_.find(engine.file);
+        return found != engines_.end() && found->second != nullptr;
+    }
+
+    [[noreturn]] void refuse_engine(const Engine& engine) {
+        refuse("expected ", engine.file, " to run on cuda:", device_->ordinal(),
+               ", but TensorRT says: ", logger_.last(),
+               "; build it again: ", set_.build_command(bundle_));
+    }
+
+private:
+    std::filesystem::path bundle_;
+    const Manifest& manifest_;
+    EngineSet set_;
+    std::shared_ptr<CudaDevice> device_; // keeps the GPU's context, which decoders use too
+    std::size_t threads_;
+    Logger logger_; // outlives what logs to it
+    std::unique_ptr<nvinfer1::IRuntime> runtime_;
+    std::map<std::string, std::unique_ptr<nvinfer1::ICudaEngine>> engines_;
+    std::mutex mutex_; // of the engines
+};
+
+// The engines with a decoder's own contexts.
+class TensorRtGraphs : public Graphs {
+public:
+    TensorRtGraphs(LoadedEngines& loaded, Memory& memory, const RunOptions& options)
+        : loaded_(loaded), manifest_(loaded.manifest()), set_(loaded.set()), memory_(memory),
+          log_(options.log), cuda_graphs_(options.cuda_graphs) {}
+
+    ~TensorRtGraphs() override {
+        try {
+            memory_.synchronize();
         } catch (const Failure&) { // a GPU that is lost has nothing left to wait for
         }
     }
@@ -145,9 +215,10 @@ public:
                 done = done && execution.setInputShape(name.c_str(), dims);
             for (const auto& [name, address] : addresses)
                 done = done && execution.setTensorAddress(name.c_str(), address);
-            if (!done || !execution.enqueueV3(static_cast<cudaStream_t>(device()->stream())))
-                throw Failure(PID_ERROR_BACKEND,
-                              "the engine of graph '" + graph + "' failed: " + logger_.last());
+            if (!done ||
+                !execution.enqueueV3(static_cast<cudaStream_t>(memory_.device()->stream())))
+                throw Failure(PID_ERROR_BACKEND, "the engine of graph '" + graph +
+                                                     "' failed: " + loaded_.last_error());
         };
     }
 
@@ -160,17 +231,18 @@ public:
             const std::byte* scratch = nullptr;
         };
         const auto recording = std::make_shared<Recording>();
-        recording->one_by_one = Session::sequence(std::move(calls));
+        recording->one_by_one = Graphs::sequence(std::move(calls));
         return [this, recording] {
             if (recording->scratch != scratch_.get())
                 recording->replay = nullptr; // it would work in memory that was given back
             if (!recording->replay && recording->has_run && cuda_graphs_) {
                 try {
-                    recording->replay = device()->capture(recording->one_by_one);
+                    recording->replay = memory_.device()->capture(recording->one_by_one);
                 } catch (const Failure& failure) {
                     if (failure.status() == PID_ERROR_CANCELLED)
                         throw;
-                    cuda_graphs_ = false; // these engines cannot be recorded: run them one by one
+                    cuda_graphs_ = false;
+                    note(log_, "Running without CUDA graphs: ", failure.what());
                 }
             }
             recording->scratch = scratch_.get();
@@ -181,9 +253,9 @@ public:
 
 private:
     struct Context {
-        std::unique_ptr<nvinfer1::IExecutionContext> execution;
+        Execution execution;
         std::int64_t scratch_bytes;
-        // Whether the arena has place for its scratch; else it works in the session's own block.
+        // Whether the arena has place for its scratch; else it works in the decoder's own block.
         bool planned;
     };
 
@@ -201,28 +273,22 @@ private:
         return sizes;
     }
 
-    [[noreturn]] void refuse_engine(const Engine& engine) {
-        refuse("expected ", engine.file, " to run on cuda:", device()->ordinal(),
-               ", but TensorRT says: ", logger_.last(),
-               "; build it again: ", set_.build_command(bundle_));
-    }
-
     // Refuse unless what a shape needs is free, by what the builder said.
     void check_memory(const std::vector<EngineUse>& uses, std::uint64_t needed_bytes,
                       std::uint64_t batch) const {
         std::map<std::string, std::uint64_t> missing, loaded; // weights by file
         for (const EngineUse& use : uses)
-            if (engines_.count(use.engine->file) == 0)
+            if (!loaded_.is_loaded(*use.engine))
                 missing[use.engine->file] = use.engine->weights_bytes;
         std::uint64_t needed = needed_bytes;
         for (const auto& [file, bytes] : missing)
             needed = sum(needed, bytes);
-        const std::uint64_t free = device()->free_bytes();
+        const std::uint64_t free = memory_.device()->free_bytes();
         if (needed <= free)
             return;
         for (const auto& [graph, engines] : set_.graphs)
             for (const Engine& engine : engines)
-                if (engines_.count(engine.file) > 0)
+                if (loaded_.is_loaded(engine))
                     loaded[engine.file] = engine.weights_bytes;
         std::uint64_t available = free;
         for (const auto& [file, bytes] : loaded)
@@ -248,36 +314,25 @@ private:
         const auto found = contexts_.find(key);
         if (found != contexts_.end())
             return found->second;
-        device()->make_current();
-        nvinfer1::ICudaEngine& engine = load(*use.engine);
+        memory_.device()->make_current();
         Context context;
-        context.execution.reset(engine.createExecutionContext(
-            nvinfer1::ExecutionContextAllocationStrategy::kUSER_MANAGED));
-        const auto stream = static_cast<cudaStream_t>(device()->stream());
-        if (!context.execution ||
-            !context.execution->setOptimizationProfileAsync(use.profile, stream))
-            refuse_engine(*use.engine);
-        context.scratch_bytes = engine.getDeviceMemorySizeForProfileV2(use.profile);
-        const auto profile = static_cast<std::size_t>(use.profile);
-        context.planned = context.scratch_bytes <= as_signed(use.engine->scratch_bytes.at(profile));
+        context.execution = loaded_.make_context(*use.engine);
+        const auto stream = static_cast<cudaStream_t>(memory_.device()->stream());
+        if (!context.execution->setOptimizationProfileAsync(use.profile, stream))
+            loaded_.refuse_engine(*use.engine);
+        context.scratch_bytes =
+            context.execution->getEngine().getDeviceMemorySizeForProfileV2(use.profile);
+        const std::uint64_t planned =
+            use.engine->scratch_bytes.at(static_cast<std::size_t>(use.profile));
+        context.planned = context.scratch_bytes <= as_signed(planned);
+        if (!context.planned)
+            note(log_, use.engine->file, " needs ",
+                 gigabytes(static_cast<std::uint64_t>(context.scratch_bytes)), " of scratch, ",
+                 gigabytes(planned), " were planned: it gets a block of its own");
         return contexts_.emplace(key, std::move(context)).first->second;
     }
 
-    // An engine with its weights on the GPU.
-    nvinfer1::ICudaEngine& load(const Engine& engine) {
-        const auto found = engines_.find(engine.file);
-        if (found != engines_.end())
-            return *found->second;
-        const std::vector<char> blob =
-            read_file(engine_folder(bundle_, set_.name) / engine.file, engine.bytes);
-        std::unique_ptr<nvinfer1::ICudaEngine> loaded(
-            runtime_->deserializeCudaEngine(blob.data(), blob.size()));
-        if (!loaded)
-            refuse_engine(engine);
-        return *engines_.emplace(engine.file, std::move(loaded)).first->second;
-    }
-
-    // Make the session's block large enough for every context that works in it.
+    // Make the decoder's block large enough for every context that works in it.
     void fit_scratch() {
         std::int64_t needed = 0;
         for (const auto& [key, context] : contexts_)
@@ -285,11 +340,11 @@ private:
                 needed = std::max(needed, context.scratch_bytes);
         if (needed <= scratch_bytes_)
             return;
-        synchronize();
+        memory_.synchronize();
         scratch_.reset(); // give the old one back before asking for the new one
         scratch_bytes_ = 0;
         try {
-            scratch_ = allocate(static_cast<std::size_t>(needed));
+            scratch_ = memory_.allocate(static_cast<std::size_t>(needed));
         } catch (const Failure& failure) {
             if (failure.status() != PID_ERROR_MEMORY)
                 throw;
@@ -302,22 +357,26 @@ private:
         scratch_bytes_ = needed;
     }
 
-    std::filesystem::path bundle_;
+    LoadedEngines& loaded_;
     const Manifest& manifest_;
-    EngineSet set_;
-    Logger logger_; // outlives what logs to it
-    std::unique_ptr<nvinfer1::IRuntime> runtime_;
-    std::map<std::string, std::unique_ptr<nvinfer1::ICudaEngine>> engines_;
+    const EngineSet& set_;
+    Memory& memory_;
+    Log log_;
+    bool cuda_graphs_;
     Allocation scratch_;
     std::int64_t scratch_bytes_ = 0;
     std::map<std::pair<std::string, int>, Context> contexts_;
-    bool cuda_graphs_;
 };
+
+std::unique_ptr<Graphs> LoadedEngines::graphs(Memory& memory, const RunOptions& options) {
+    return std::make_unique<TensorRtGraphs>(*this, memory, options);
+}
 
 } // namespace
 
-std::unique_ptr<Session> open_tensorrt(const std::filesystem::path& bundle,
-                                       const Manifest& manifest, const BackendOptions& options) {
+std::unique_ptr<LoadedGraphs> load_tensorrt(const std::filesystem::path& bundle,
+                                            const Manifest& manifest,
+                                            const BackendOptions& options) {
     const auto [name, ordinal] = parse_device(options.device.empty() ? "cuda" : options.device);
     if (name != "cuda")
         refuse("expected a device cuda or cuda:N for the tensorrt backend, but got ",
@@ -325,11 +384,13 @@ std::unique_ptr<Session> open_tensorrt(const std::filesystem::path& bundle,
     if (manifest.engines.empty())
         refuse("expected engines in ", bundle.string(), ", but it has none; build them: pid-build ",
                bundle.string());
-    const std::shared_ptr<CudaDevice> device = CudaDevice::open(ordinal, options.cuda_stream);
+    std::shared_ptr<CudaDevice> device = CudaDevice::open(ordinal, nullptr);
     EngineSet set = choose_engines(bundle, manifest, options.engine_set, PID_TENSORRT_FLAVOR,
                                    library_version(), device->architecture(), options.verify);
-    return std::make_unique<TensorRtSession>(bundle, manifest, std::move(set), device,
-                                             options.threads, options.cuda_graphs);
+    note(options.log, "Engines ", set.name, " by ", set.flavor, " ", set.version,
+         " on cuda:", ordinal, " (", device->architecture(), ")");
+    return std::make_unique<LoadedEngines>(bundle, manifest, std::move(set), std::move(device),
+                                           options.threads);
 }
 
 } // namespace pid::core

@@ -18,18 +18,18 @@ const char* backend_names() {
 #endif
 }
 
-std::unique_ptr<Session> open_session(const std::filesystem::path& bundle, const Manifest& manifest,
-                                      const BackendOptions& options) {
+std::unique_ptr<LoadedGraphs> load_graphs(const std::filesystem::path& bundle,
+                                          const Manifest& manifest, const BackendOptions& options) {
     if (!options.engine_set.empty() && options.backend != "tensorrt")
         refuse("expected the tensorrt backend to run engines ", shown(options.engine_set),
                ", but got ", shown(options.backend));
 #ifdef PID_WITH_ONNXRUNTIME
     if (options.backend == "onnxruntime")
-        return open_onnxruntime(bundle, manifest, options);
+        return load_onnxruntime(bundle, manifest, options);
 #endif
 #ifdef PID_WITH_TENSORRT
     if (options.backend == "tensorrt")
-        return open_tensorrt(bundle, manifest, options);
+        return load_tensorrt(bundle, manifest, options);
 #endif
     if (options.backend == "onnxruntime" || options.backend == "tensorrt")
         refuse("expected a backend this library was built with (", backend_names(), "), but got '",

@@ -5,12 +5,13 @@
 #include <memory>
 #include <string>
 
+#include "graphs.h"
+#include "log.h"
 #include "manifest.h"
-#include "session.h"
 
 namespace pid::core {
 
-// How to run a bundle; see pid_decoder_params.
+// How to load a bundle's graphs; see pid_decoder_params.
 struct BackendOptions {
     std::string backend;
     std::string device;
@@ -18,22 +19,25 @@ struct BackendOptions {
     std::string engine_set;
     std::size_t threads;
     bool verify;
-    bool cuda_graphs;
+    // Of a backend whose graphs keep to one stream.
     void* cuda_stream;
+    Log log;
 };
 
 // Names separated by commas.
 const char* backend_names();
 
-// A backend with a bundle's graphs loaded. Refuses one that is not there.
-std::unique_ptr<Session> open_session(const std::filesystem::path& bundle, const Manifest& manifest,
-                                      const BackendOptions& options);
-
-// The two that open_session() chooses from.
-std::unique_ptr<Session> open_onnxruntime(const std::filesystem::path& bundle,
+// A bundle's graphs, loaded. Refuses a backend that is not there.
+std::unique_ptr<LoadedGraphs> load_graphs(const std::filesystem::path& bundle,
                                           const Manifest& manifest, const BackendOptions& options);
-std::unique_ptr<Session> open_tensorrt(const std::filesystem::path& bundle,
-                                       const Manifest& manifest, const BackendOptions& options);
+
+// The two that load_graphs() chooses from.
+std::unique_ptr<LoadedGraphs> load_onnxruntime(const std::filesystem::path& bundle,
+                                               const Manifest& manifest,
+                                               const BackendOptions& options);
+std::unique_ptr<LoadedGraphs> load_tensorrt(const std::filesystem::path& bundle,
+                                            const Manifest& manifest,
+                                            const BackendOptions& options);
 
 // A device such as "cuda:1" as its name and number, 0 when it has none.
 struct Device {

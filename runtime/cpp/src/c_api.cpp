@@ -27,9 +27,14 @@ struct pid_array {
     pid_tensor view;
 };
 
+struct pid_bundle {
+    std::shared_ptr<const Bundle> shared; // with its decoders
+};
+
 struct pid_decoder {
-    pid_decoder(const char* bundle, const BackendOptions& options, Warning warning)
-        : decoder(bundle, options, std::move(warning)), name(decoder.manifest().model_text("name")),
+    pid_decoder(std::shared_ptr<const Bundle> bundle, RunOptions options)
+        : decoder(std::move(bundle), std::move(options)),
+          name(decoder.manifest().model_text("name")),
           latent_convention(decoder.manifest().model_text("latent_convention")),
           model_json(decoder.manifest().model.dump()) {}
 
@@ -113,6 +118,20 @@ std::string text_or_empty(const char* text) {
     return text == nullptr ? "" : text;
 }
 
+// Both callbacks as one.
+Log log_of(const pid_decoder_params& params) {
+    if (params.warning == nullptr && params.log == nullptr)
+        return nullptr;
+    return
+        [warning = params.warning, warning_user_data = params.warning_user_data, log = params.log,
+         log_user_data = params.log_user_data](pid_log_level level, const std::string& line) {
+            if (warning != nullptr && level == PID_LOG_WARNING)
+                warning(line.c_str(), warning_user_data);
+            if (log != nullptr)
+                log(level, line.c_str(), log_user_data);
+        };
+}
+
 BackendOptions backend_options(const pid_decoder_params& params) {
     if (params.threads < 0 || params.threads > most_threads)
         refuse("expected from 1 to ", most_threads, " threads, or 0 for all, but got ",
@@ -124,8 +143,16 @@ BackendOptions backend_options(const pid_decoder_params& params) {
     options.engine_set = text_or_empty(params.engine_set);
     options.threads = params.threads == 0 ? core_count() : static_cast<std::size_t>(params.threads);
     options.verify = params.verify != 0;
-    options.cuda_graphs = params.cuda_graphs != 0;
     options.cuda_stream = params.cuda_stream;
+    options.log = log_of(params);
+    return options;
+}
+
+RunOptions run_options(const pid_decoder_params& params) {
+    RunOptions options;
+    options.cuda_stream = params.cuda_stream;
+    options.cuda_graphs = params.cuda_graphs != 0;
+    options.log = log_of(params);
     return options;
 }
 
@@ -139,16 +166,16 @@ pid_tensor view_of(const void* data, pid_dtype dtype, pid_memory memory, const S
     return view;
 }
 
-Allocation allocate_result(Session& session, pid_memory memory, std::size_t bytes) {
+Allocation allocate_result(Memory& own, pid_memory memory, std::size_t bytes) {
     if (memory == PID_CUDA)
-        return session.allocate(bytes);
+        return own.allocate(bytes);
     return Allocation(new std::byte[bytes], std::default_delete<std::byte[]>());
 }
 
-void check_output_memory(const Session& session, pid_memory memory) {
+void check_output_memory(const Memory& own, pid_memory memory) {
     if (memory != PID_HOST && memory != PID_CUDA)
         refuse("expected output_memory PID_HOST or PID_CUDA, but got ", static_cast<int>(memory));
-    if (memory == PID_CUDA && !session.device())
+    if (memory == PID_CUDA && !own.device())
         refuse("expected output_memory PID_HOST, since this decoder runs on the CPU, but got "
                "PID_CUDA; open it with a GPU");
 }
@@ -165,10 +192,9 @@ Work prepare(const pid_decoder& decoder, const pid_decode_params* given) {
     require_given(given, "params");
     const pid_decode_params params =
         own_copy(given, pid_decode_default_params(), "pid_decode_params");
-    const Session& session = decoder.decoder.session();
-    check_output_memory(session, params.output_memory);
-    Request request =
-        check_request(decoder.decoder.manifest(), params, session.device() != nullptr);
+    const Memory& memory = decoder.decoder.memory();
+    check_output_memory(memory, params.output_memory);
+    Request request = check_request(decoder.decoder.manifest(), params, memory.device() != nullptr);
     Shape shape = Decoder::image_shape(request.sizes, params.output);
     const std::size_t bytes = count_of(shape) * pid_dtype_bytes(params.output);
     return {params, std::move(request), std::move(shape), bytes};
@@ -181,8 +207,9 @@ void decode_into(pid_decoder& decoder, const Work& work, void* data) {
         progress = [&](std::int32_t done, std::int32_t steps) {
             return params.progress(done, steps, params.progress_user_data) == 0;
         };
-    decoder.decoder.session().cancelled = false;
-    decoder.decoder.decode(work.request, params.output, {data, params.output_memory}, progress);
+    decoder.decoder.cancelled() = false;
+    decoder.decoder.decode(work.request, params.output, {data, params.output_memory}, progress,
+                           params.timed != 0);
 }
 
 } // namespace
@@ -273,6 +300,32 @@ pid_decode_params pid_decode_default_params(void) {
     return params;
 }
 
+pid_status pid_bundle_open(const char* bundle_path, const pid_decoder_params* params,
+                           pid_bundle** bundle) {
+    return guarded([&] {
+        require_given(bundle_path, "bundle_path");
+        require_given(bundle, "bundle");
+        const pid_decoder_params own =
+            own_copy(params, pid_decoder_default_params(), "pid_decoder_params");
+        *bundle = new pid_bundle{std::make_shared<Bundle>(bundle_path, backend_options(own))};
+    });
+}
+
+void pid_bundle_close(pid_bundle* bundle) {
+    delete bundle;
+}
+
+pid_status pid_decoder_create(const pid_bundle* bundle, const pid_decoder_params* params,
+                              pid_decoder** decoder) {
+    return guarded([&] {
+        require_given(bundle, "bundle");
+        require_given(decoder, "decoder");
+        const pid_decoder_params own =
+            own_copy(params, pid_decoder_default_params(), "pid_decoder_params");
+        *decoder = new pid_decoder(bundle->shared, run_options(own));
+    });
+}
+
 pid_status pid_decoder_open(const char* bundle_path, const pid_decoder_params* params,
                             pid_decoder** decoder) {
     return guarded([&] {
@@ -280,11 +333,8 @@ pid_status pid_decoder_open(const char* bundle_path, const pid_decoder_params* p
         require_given(decoder, "decoder");
         const pid_decoder_params own =
             own_copy(params, pid_decoder_default_params(), "pid_decoder_params");
-        Warning warning;
-        if (own.warning != nullptr)
-            warning = [callback = own.warning, data = own.warning_user_data](
-                          const std::string& line) { callback(line.c_str(), data); };
-        *decoder = new pid_decoder(bundle_path, backend_options(own), std::move(warning));
+        *decoder = new pid_decoder(std::make_shared<Bundle>(bundle_path, backend_options(own)),
+                                   run_options(own));
     });
 }
 
@@ -329,9 +379,9 @@ const char* pid_decoder_model_json(const pid_decoder* decoder) {
 }
 
 void* pid_decoder_cuda_stream(const pid_decoder* decoder) {
-    if (decoder == nullptr || !decoder->decoder.session().device())
+    if (decoder == nullptr || !decoder->decoder.memory().device())
         return nullptr;
-    return decoder->decoder.session().device()->stream();
+    return decoder->decoder.memory().device()->stream();
 }
 
 pid_status pid_decoder_decode(pid_decoder* decoder, const pid_decode_params* params,
@@ -343,7 +393,7 @@ pid_status pid_decoder_decode(pid_decoder* decoder, const pid_decode_params* par
         const Work work = prepare(*decoder, params);
         const pid_memory memory = work.params.output_memory;
         auto result = std::make_unique<pid_array>();
-        result->memory = allocate_result(decoder->decoder.session(), memory, work.bytes);
+        result->memory = allocate_result(decoder->decoder.memory(), memory, work.bytes);
         result->view = view_of(result->memory.get(), work.params.output, memory, work.shape);
         decode_into(*decoder, work, result->memory.get());
         *image = result.release();
@@ -386,16 +436,30 @@ pid_status pid_decoder_read_state(pid_decoder* decoder, pid_array** state) {
         if (decoder->user.load() != std::this_thread::get_id())
             use.emplace(*decoder);
         const Tensor tensor = decoder->decoder.state();
-        Session& session = decoder->decoder.session();
+        Memory& memory = decoder->decoder.memory();
         auto result = std::make_unique<pid_array>();
-        result->memory = allocate_result(session, PID_HOST, tensor.bytes());
+        result->memory = allocate_result(memory, PID_HOST, tensor.bytes());
         result->view = view_of(result->memory.get(), PID_FLOAT32, PID_HOST, tensor.shape);
-        session.read(tensor, result->memory.get(), PID_HOST);
+        memory.read(tensor, result->memory.get(), PID_HOST);
         *state = result.release();
+    });
+}
+
+pid_status pid_decoder_get_timings(pid_decoder* decoder, pid_timings* timings) {
+    return guarded([&] {
+        require_given(decoder, "decoder");
+        require_given(timings, "timings");
+        if (timings->struct_bytes < sizeof(std::size_t))
+            refuse("expected timings->struct_bytes to be the size of pid_timings, but got ",
+                   timings->struct_bytes);
+        const Use use(*decoder);
+        pid_timings own = decoder->decoder.timings();
+        own.struct_bytes = timings->struct_bytes;
+        std::memcpy(timings, &own, std::min(timings->struct_bytes, sizeof own));
     });
 }
 
 void pid_decoder_cancel(pid_decoder* decoder) {
     if (decoder != nullptr)
-        decoder->decoder.session().cancelled = true;
+        decoder->decoder.cancelled() = true;
 }

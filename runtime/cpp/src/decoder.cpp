@@ -1,6 +1,7 @@
 #include "decoder.h"
 
 #include <algorithm>
+#include <chrono>
 #include <utility>
 #include <vector>
 
@@ -8,12 +9,27 @@
 #include "errors.h"
 
 namespace pid::core {
+namespace {
 
-Decoder::Decoder(const std::filesystem::path& bundle, const BackendOptions& options,
-                 Warning warning)
-    : manifest_(read_manifest(bundle, options.verify, options.threads)),
-      constants_(read_constants(bundle, manifest_)),
-      session_(open_session(bundle, manifest_, options)), warning_(std::move(warning)) {}
+using Clock = std::chrono::steady_clock;
+
+double ms_between(Clock::time_point begin, Clock::time_point end) {
+    return std::chrono::duration<double, std::milli>(end - begin).count();
+}
+
+} // namespace
+
+Bundle::Bundle(const std::filesystem::path& path, const BackendOptions& options) {
+    const auto begin = Clock::now();
+    manifest_ = read_manifest(path, options.verify, options.threads);
+    constants_ = read_constants(path, manifest_);
+    graphs_ = load_graphs(path, manifest_, options);
+    open_ms_ = ms_between(begin, Clock::now());
+}
+
+Decoder::Decoder(std::shared_ptr<const Bundle> bundle, RunOptions options)
+    : bundle_(std::move(bundle)), log_(options.log), memory_(bundle_->graphs().memory(options)),
+      graphs_(bundle_->graphs().graphs(memory_, options)) {}
 
 Shape Decoder::image_shape(const Sizes& sizes, pid_dtype output) {
     if (output == PID_FLOAT32)
@@ -24,34 +40,66 @@ Shape Decoder::image_shape(const Sizes& sizes, pid_dtype output) {
 }
 
 void Decoder::decode(const Request& request, pid_dtype output, const Target& target,
-                     const Progress& progress) {
+                     const Progress& progress, bool timed) {
     const Schedule& schedule = request.schedule;
-    if (warning_) {
-        const Shape shape = image_shape(request.sizes, PID_FLOAT32);
-        const float sigma = *std::max_element(request.sigmas.begin(), request.sigmas.end());
-        for (const std::string& line :
-             advice(manifest_.model, shape[3], shape[2], sigma, request.has_caption))
-            warning_(line);
-    }
+    timings_.reset();
+    pid_timings timings{};
+    auto last = Clock::now();
+    const auto end_of = [&](double& section_ms) {
+        if (!timed)
+            return;
+        memory_.synchronize();
+        const auto now = Clock::now();
+        section_ms = ms_between(last, now);
+        last = now;
+    };
+    if (log_)
+        advise(request);
     Program& program = bind(request.sizes);
+    end_of(timings.prepare_ms);
     write_inputs(program, request);
     program.run("prologue", 0, 0,
                 [&](const BoundNoise& noise) { fill_noise(program, request, noise, 0); });
     if (!schedule.moments.empty())
         for (const std::uint64_t row : schedule.rows)
             program.run("timestep", row, row, nullptr);
+    end_of(timings.prologue_ms);
     const auto steps = static_cast<std::int32_t>(schedule.rows.size());
     for (std::size_t step = 0; step < schedule.rows.size(); ++step) {
         program.run("step", schedule.rows[step], step, [&](const BoundNoise& noise) {
             fill_noise(program, request, noise, step + 1);
         });
         if (progress && !progress(static_cast<std::int32_t>(step) + 1, steps))
-            session_->cancelled = true;
-        session_->throw_if_cancelled();
+            graphs_->cancelled = true;
+        graphs_->throw_if_cancelled();
     }
+    end_of(timings.steps_ms);
     const char* image = output == PID_UINT8 ? "image_bytes" : "image";
     program.run(image, 0, 0, nullptr);
-    session_->read(program.buffer(image), target.data, target.memory);
+    memory_.read(program.buffer(image), target.data, target.memory);
+    end_of(timings.image_ms);
+    if (!timed)
+        return;
+    timings.open_ms = bundle_->open_ms();
+    timings.total_ms =
+        timings.prepare_ms + timings.prologue_ms + timings.steps_ms + timings.image_ms;
+    timings_ = timings;
+}
+
+pid_timings Decoder::timings() const {
+    if (!timings_)
+        refuse("expected a decode that was timed, but the last one was not, or did not end; set "
+               "`timed` of its parameters");
+    return *timings_;
+}
+
+// Tell what runs but not as well as it could.
+void Decoder::advise(const Request& request) const {
+    const Shape shape = image_shape(request.sizes, PID_FLOAT32);
+    const float sigma = *std::max_element(request.sigmas.begin(), request.sigmas.end());
+    for (const std::string& line :
+         advice(manifest().model, shape[3], shape[2], sigma, request.has_caption))
+        log_(PID_LOG_WARNING, line);
 }
 
 Tensor Decoder::state() const {
@@ -66,19 +114,19 @@ Tensor Decoder::state() const {
 Program& Decoder::bind(const Sizes& sizes) {
     if (program_ && program_->sizes() == sizes)
         return *program_;
-    const Bucket& bucket = session_->bucket_for(sizes.value("L"));
+    const Bucket& bucket = graphs_->bucket_for(sizes.value("L"));
     const std::uint64_t needed = Program::arena_bytes(bucket, sizes);
-    session_->synchronize();
+    memory_.synchronize();
     program_.reset();
     const bool fits = arena_ && needed <= arena_bytes_;
     if (!fits) {
         arena_.reset(); // give the old arena back before asking for the new one
         arena_bytes_ = 0;
     }
-    session_->prepare(planned_calls(manifest_, bucket, sizes), fits ? 0 : needed, sizes.value("B"));
+    graphs_->prepare(planned_calls(manifest(), bucket, sizes), fits ? 0 : needed, sizes.value("B"));
     if (!fits) {
         try {
-            arena_ = session_->allocate(needed);
+            arena_ = memory_.allocate(needed);
         } catch (const Failure& failure) {
             if (failure.status() != PID_ERROR_MEMORY)
                 throw;
@@ -87,8 +135,10 @@ Program& Decoder::bind(const Sizes& sizes) {
                                   "got ", failure.what(), "; decode a smaller shape or batch"));
         }
         arena_bytes_ = needed;
+        note(log_, "Arena of ", gigabytes(needed), " for a batch of ", sizes.value("B"), " at ",
+             sizes.value("W"), "x", sizes.value("H"));
     }
-    program_.emplace(manifest_, *session_, bucket, sizes, arena_, constants_);
+    program_.emplace(manifest(), memory_, *graphs_, bucket, sizes, arena_, bundle_->constants());
     return *program_;
 }
 
@@ -98,17 +148,17 @@ void Decoder::write_inputs(const Program& program, const Request& request) {
         const Tensor buffer = program.buffer(name);
         std::vector<std::byte> padded(buffer.bytes()); // unused rows are zero
         std::copy_n(static_cast<const std::byte*>(values), bytes, padded.begin());
-        session_->write(buffer, padded.data(), PID_HOST);
+        memory_.write(buffer, padded.data(), PID_HOST);
     };
     const std::uint64_t batch = request.sizes.value("B");
-    session_->write(program.buffer("latent"), request.latent.data, request.latent.memory);
+    memory_.write(program.buffer("latent"), request.latent.data, request.latent.memory);
     if (static_cast<std::uint64_t>(request.caption.shape[0]) == batch)
-        session_->write(program.buffer("caption"), request.caption.data, request.caption.memory);
+        memory_.write(program.buffer("caption"), request.caption.data, request.caption.memory);
     else
         for (std::uint64_t image = 0; image < batch; ++image)
-            session_->write(program.image_part("caption", image), request.caption.data,
-                            request.caption.memory);
-    session_->write(program.buffer("sigma"), request.sigmas.data(), PID_HOST);
+            memory_.write(program.image_part("caption", image), request.caption.data,
+                          request.caption.memory);
+    memory_.write(program.buffer("sigma"), request.sigmas.data(), PID_HOST);
     const Schedule& schedule = request.schedule;
     write_padded("update", schedule.updates.data(),
                  schedule.updates.size() * sizeof schedule.updates[0]);
@@ -123,13 +173,13 @@ void Decoder::fill_noise(Program& program, const Request& request, const BoundNo
     const std::string& target = noise.instruction.target;
     const Input& given = request.noises[draw];
     if (draw > 0 && request.schedule.updates[draw - 1][2] == 0) {
-        session_->fill_zero(program.buffer(target)); // not used, but must not hold a NaN
+        memory_.fill_zero(program.buffer(target)); // not used, but must not hold a NaN
     } else if (given.data != nullptr) {
         program.load_noise(noise, given.data, given.memory);
     } else {
         for (std::size_t image = 0; image < request.seeds.size(); ++image)
-            session_->fill_normal(program.image_part(target, image), request.seeds[image],
-                                  static_cast<std::uint32_t>(draw));
+            memory_.fill_normal(program.image_part(target, image), request.seeds[image],
+                                static_cast<std::uint32_t>(draw));
     }
 }
 

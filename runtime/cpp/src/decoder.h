@@ -1,22 +1,45 @@
-// A bundle, opened, turning latents into images.
+// A bundle, opened, and decoders of it, which turn latents into images.
 #pragma once
 
+#include <atomic>
 #include <cstdint>
 #include <filesystem>
 #include <functional>
 #include <memory>
 #include <optional>
-#include <string>
 
 #include "backends.h"
+#include "graphs.h"
 #include "interpreter.h"
+#include "log.h"
 #include "manifest.h"
+#include "memory.h"
 #include "request.h"
-#include "session.h"
 
 namespace pid::core {
 
-// Where a decode puts its images, and how it reports.
+// All that decoders share: what the bundle says, and its graphs with their weights. Serves any
+// number of threads.
+class Bundle {
+public:
+    Bundle(const std::filesystem::path& path, const BackendOptions& options);
+    Bundle(const Bundle&) = delete;
+    Bundle& operator=(const Bundle&) = delete;
+
+    const Manifest& manifest() const { return manifest_; }
+    const Constants& constants() const { return constants_; }
+    LoadedGraphs& graphs() const { return *graphs_; }
+    // How long it took to open.
+    double open_ms() const { return open_ms_; }
+
+private:
+    Manifest manifest_;
+    Constants constants_;
+    std::unique_ptr<LoadedGraphs> graphs_;
+    double open_ms_;
+};
+
+// Where a decode puts its images.
 struct Target {
     void* data;
     pid_memory memory;
@@ -24,43 +47,53 @@ struct Target {
 
 // Called after every step with (steps done, steps); returns whether to go on.
 using Progress = std::function<bool(std::int32_t, std::int32_t)>;
-using Warning = std::function<void(const std::string&)>;
 
-// Decodes latents with one bundle on one backend.
+// Decodes latents with one bundle. Serves one thread at a time.
 //
 // The arena is allocated for the first shape decoded and kept: a shape that fits decodes in the
 // same memory, a larger one replaces it, and only a change of shape rebinds the program.
 class Decoder {
 public:
-    Decoder(const std::filesystem::path& bundle, const BackendOptions& options, Warning warning);
+    Decoder(std::shared_ptr<const Bundle> bundle, RunOptions options);
+    Decoder(const Decoder&) = delete;
+    Decoder& operator=(const Decoder&) = delete;
 
-    const Manifest& manifest() const { return manifest_; }
-    Session& session() { return *session_; }
-    const Session& session() const { return *session_; }
+    const Manifest& manifest() const { return bundle_->manifest(); }
+    Memory& memory() { return memory_; }
+    const Memory& memory() const { return memory_; }
 
     // The shape of the images of a checked latent's sizes.
     static Shape image_shape(const Sizes& sizes, pid_dtype output);
 
     // Decode a request into `target`, which takes images of `output`.
+    // timed: measure it, for timings(); on a GPU this waits for it between sections.
     void decode(const Request& request, pid_dtype output, const Target& target,
-                const Progress& progress);
+                const Progress& progress, bool timed = false);
 
     // The state after the last step that ran. Refuses before the first decode.
     Tensor state() const;
 
+    // Of the last decode. Refuses unless it was timed.
+    pid_timings timings() const;
+
+    // Set by any thread to stop the decode that runs; stays until it is cleared.
+    std::atomic<bool>& cancelled() { return graphs_->cancelled; }
+
 private:
     Program& bind(const Sizes& sizes);
+    void advise(const Request& request) const;
     void write_inputs(const Program& program, const Request& request);
     void fill_noise(Program& program, const Request& request, const BoundNoise& noise,
                     std::size_t draw);
 
-    Manifest manifest_;
-    Constants constants_;
-    std::unique_ptr<Session> session_;
-    Warning warning_;
+    std::shared_ptr<const Bundle> bundle_; // outlives what refers to it
+    Log log_;
+    Memory memory_;
+    std::unique_ptr<Graphs> graphs_;
     Allocation arena_;
     std::uint64_t arena_bytes_ = 0;
     std::optional<Program> program_;
+    std::optional<pid_timings> timings_;
 };
 
 } // namespace pid::core

@@ -29,15 +29,15 @@ std::uint64_t product_from(const Sizes& sizes, const SymbolicShape& shape, std::
 
 } // namespace
 
-Program::Program(const Manifest& manifest, Session& session, const Bucket& bucket,
+Program::Program(const Manifest& manifest, Memory& memory, Graphs& graphs, const Bucket& bucket,
                  const Sizes& sizes, Allocation arena, const Constants& constants)
-    : manifest_(manifest), session_(session), bucket_(bucket), sizes_(sizes),
+    : manifest_(manifest), memory_(memory), graphs_(graphs), bucket_(bucket), sizes_(sizes),
       arena_(std::move(arena)) {
     for (const auto& [name, buffer] : manifest.buffers) {
         if (buffer.kind == "table")
-            session.write(this->buffer(name), compute_table(buffer.source, sizes).data(), PID_HOST);
+            memory.write(this->buffer(name), compute_table(buffer.source, sizes).data(), PID_HOST);
         else if (buffer.kind == "constant")
-            session.write(this->buffer(name), constants.at(name).data(), PID_HOST);
+            memory.write(this->buffer(name), constants.at(name).data(), PID_HOST);
     }
 }
 
@@ -71,7 +71,7 @@ void Program::run(const std::string& section, std::uint64_t row, std::uint64_t s
         found = parts_.emplace(key, bind_section(section, sizes)).first;
     }
     for (const Part& part : found->second) {
-        session_.throw_if_cancelled();
+        graphs_.throw_if_cancelled();
         if (const auto* call = std::get_if<Call>(&part))
             (*call)();
         else
@@ -80,7 +80,7 @@ void Program::run(const std::string& section, std::uint64_t row, std::uint64_t s
 }
 
 void Program::load_noise(const BoundNoise& noise, const void* image, pid_memory memory) {
-    session_.write(buffer(noise.instruction.image), image, memory);
+    memory_.write(buffer(noise.instruction.image), image, memory);
     noise.patchify();
 }
 
@@ -90,7 +90,7 @@ std::vector<Program::Part> Program::bind_section(const std::string& section, con
     std::vector<Call> calls;
     const auto end_sequence = [&] {
         if (!calls.empty())
-            parts.emplace_back(session_.sequence(std::move(calls)));
+            parts.emplace_back(graphs_.sequence(std::move(calls)));
         calls.clear();
     };
     const std::vector<Instruction>& instructions = manifest_.program.at(section);
@@ -99,12 +99,12 @@ std::vector<Program::Part> Program::bind_section(const std::string& section, con
         if (const auto* run = std::get_if<Run>(&instruction)) {
             bind_run(*run, sizes, scratch_of(section, index), calls);
         } else if (const auto* copy = std::get_if<Copy>(&instruction)) {
-            calls.push_back(session_.copy(buffer(copy->source), buffer(copy->target)));
+            calls.push_back(memory_.copy(buffer(copy->source), buffer(copy->target)));
         } else {
             end_sequence();
             const auto& noise = std::get<Noise>(instruction);
             bind_run(noise.patchify(), sizes_, scratch_of(section, index), calls);
-            parts.emplace_back(BoundNoise{noise, session_.sequence(std::move(calls))});
+            parts.emplace_back(BoundNoise{noise, graphs_.sequence(std::move(calls))});
             calls.clear();
         }
     }
@@ -130,7 +130,7 @@ void Program::bind_run(const Run& run, const Sizes& sizes, const Scratch& scratc
 
     const Slices slices = slices_of(run, bucket_, local);
     const bool chunked = slices.size() > 1;
-    const bool whole = session_.whole_batches() && !chunked &&
+    const bool whole = graphs_.whole_batches() && !chunked &&
                        std::all_of(bindings.begin(), bindings.end(), [&](const Binding& each) {
                            return covers_batch(each.operand, each.port, local);
                        });
@@ -146,7 +146,7 @@ void Program::bind_run(const Run& run, const Sizes& sizes, const Scratch& scratc
             for (const Binding& each : bindings)
                 tensors.emplace(
                     each.name, slice(each.operand, each.port, sizes, one, image, run.chunk, begin));
-            calls.push_back(session_.bind(run.graph, tensors, scratch));
+            calls.push_back(graphs_.bind(run.graph, tensors, scratch));
         }
     }
 }

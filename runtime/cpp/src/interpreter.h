@@ -1,4 +1,4 @@
-// Runs a manifest's program on a session: the whole of the runtime that is not a backend.
+// Runs a manifest's program on a backend's graphs: the whole of the runtime that is not a backend.
 //
 // A program is bound to one set of sizes at a time. Binding lays the buffers out in the arena,
 // resolves every operand to a contiguous part of it, and turns each instruction into the calls it
@@ -16,8 +16,9 @@
 #include <variant>
 #include <vector>
 
+#include "graphs.h"
 #include "manifest.h"
-#include "session.h"
+#include "memory.h"
 
 namespace pid::core {
 
@@ -36,8 +37,8 @@ using NoiseSource = std::function<void(const BoundNoise&)>;
 class Program {
 public:
     // arena: at least `arena_bytes(bucket, sizes)` bytes. constants: by buffer.
-    Program(const Manifest& manifest, Session& session, const Bucket& bucket, const Sizes& sizes,
-            Allocation arena, const Constants& constants);
+    Program(const Manifest& manifest, Memory& memory, Graphs& graphs, const Bucket& bucket,
+            const Sizes& sizes, Allocation arena, const Constants& constants);
 
     // Bytes of the one allocation of a decode; refuses what no machine has.
     static std::uint64_t arena_bytes(const Bucket& bucket, const Sizes& sizes);
@@ -70,7 +71,8 @@ private:
     Tensor tensor(const std::string& name, std::uint64_t first, Shape shape) const;
 
     const Manifest& manifest_;
-    Session& session_;
+    Memory& memory_;
+    Graphs& graphs_;
     const Bucket& bucket_;
     Sizes sizes_;
     Allocation arena_;

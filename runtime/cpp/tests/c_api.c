@@ -8,6 +8,7 @@ int use_everything_from_c(const char* bundle);
 
 struct counts {
     int warnings;
+    int notes;
     int steps;
     int states;
     pid_decoder* decoder;
@@ -16,6 +17,11 @@ struct counts {
 static void count_warning(const char* message, void* user_data) {
     if (strlen(message) > 10)
         ++((struct counts*)user_data)->warnings;
+}
+
+static void count_note(pid_log_level level, const char* message, void* user_data) {
+    if (strlen(message) > 10)
+        ((struct counts*)user_data)->notes += level == PID_LOG_INFO;
 }
 
 static int count_step(int32_t steps_done, int32_t steps, void* user_data) {
@@ -42,6 +48,7 @@ static int use_decoder(pid_decoder* decoder, struct counts* counts) {
     pid_decoder_info info = {.struct_bytes = sizeof info};
     pid_array* image = NULL;
     pid_tensor pixels;
+    pid_timings timings = {.struct_bytes = sizeof timings};
     int64_t shape[4];
     uint8_t own[64 * 96 * 3];
 
@@ -65,11 +72,14 @@ static int use_decoder(pid_decoder* decoder, struct counts* counts) {
     params.output = PID_UINT8;
     params.progress = count_step;
     params.progress_user_data = counts;
+    params.timed = 1;
     CHECK(pid_decoder_output_shape(decoder, &params, shape) == PID_OK);
     CHECK(shape[0] == 1 && shape[1] == 64 && shape[2] == 96 && shape[3] == 3);
     pid_decoder_cancel(decoder); /* nothing runs: nothing happens */
     CHECK(pid_decoder_decode(decoder, &params, &image) == PID_OK);
     CHECK(counts->steps == 2 && counts->states == 2 && counts->warnings == 0);
+    CHECK(pid_decoder_get_timings(decoder, &timings) == PID_OK);
+    CHECK(timings.open_ms > 0 && timings.total_ms > timings.steps_ms && timings.steps_ms > 0);
     pixels = pid_array_tensor(image);
     CHECK(pixels.dtype == PID_UINT8 && pixels.memory == PID_HOST && pixels.rank == 4);
     CHECK(memcmp(pixels.shape, shape, sizeof shape) == 0);
@@ -88,10 +98,11 @@ static int use_decoder(pid_decoder* decoder, struct counts* counts) {
 }
 
 int use_everything_from_c(const char* bundle) {
-    struct counts counts = {0, 0, 0, NULL};
+    struct counts counts = {0, 0, 0, 0, NULL};
+    pid_bundle* shared = NULL;
     pid_decoder_params params = pid_decoder_default_params();
     int line;
-    CHECK(params.struct_bytes == sizeof params && params.verify != 0);
+    CHECK(params.struct_bytes == sizeof params && params.verify != 0 && params.cuda_graphs != 0);
     CHECK(strlen(pid_runtime_version()) >= 5);
     CHECK(strstr(pid_runtime_backends(), "onnxruntime") != NULL);
     CHECK(strcmp(pid_status_name(PID_ERROR_BUSY), "PID_ERROR_BUSY") == 0);
@@ -102,7 +113,19 @@ int use_everything_from_c(const char* bundle) {
     params.verify = 0;
     params.warning = count_warning;
     params.warning_user_data = &counts;
+    params.log = count_note;
+    params.log_user_data = &counts;
     CHECK(pid_decoder_open(bundle, &params, &counts.decoder) == PID_OK);
+    CHECK(counts.notes == 1); /* what loaded the graphs */
+    line = use_decoder(counts.decoder, &counts);
+    pid_decoder_close(counts.decoder);
+    if (line != 0)
+        return line;
+    CHECK(counts.notes == 2); /* and how large the arena is */
+    CHECK(pid_bundle_open(bundle, &params, &shared) == PID_OK);
+    CHECK(pid_decoder_create(shared, &params, &counts.decoder) == PID_OK);
+    pid_bundle_close(shared);
+    counts.steps = counts.states = counts.warnings = 0;
     line = use_decoder(counts.decoder, &counts);
     pid_decoder_close(counts.decoder);
     return line;

@@ -5,6 +5,10 @@
 #include <optional>
 #include <thread>
 
+#ifdef __linux__
+#include <unistd.h>
+#endif
+
 #include "golden_decode.h"
 
 namespace {
@@ -159,6 +163,58 @@ TEST_F(Decode, IntoMemoryOfTheCaller) {
     EXPECT_EQ(own.front(), 42.0F);
 }
 
+// What decoders share
+
+TEST_F(Decode, DecodersOfABundleReadNothingAgain) {
+    std::optional<Folder> folder(std::in_place);
+    std::optional<pid::Bundle> shared(std::in_place, folder->copy_of("v1").string(), quick());
+    folder.reset();
+    Decoder first(*shared, quick()), second(*shared, quick());
+    shared.reset(); // which decoders survive
+    Case one, other(2, 3, 2);
+    const auto wanted = floats(decoder().decode(one.request));
+    const auto wanted_of_other = floats(decoder().decode(other.request));
+    EXPECT_EQ(floats(first.decode(one.request)), wanted);
+    EXPECT_EQ(floats(second.decode(other.request)), wanted_of_other);
+    EXPECT_EQ(floats(first.decode(other.request)), wanted_of_other);
+    EXPECT_EQ(floats(second.decode(one.request)), wanted);
+}
+
+#ifdef __linux__
+
+// Bytes of memory in which this process has something.
+std::uint64_t resident_bytes() {
+    std::ifstream file("/proc/self/statm");
+    std::uint64_t mapped = 0, resident = 0;
+    file >> mapped >> resident;
+    return resident * static_cast<std::uint64_t>(sysconf(_SC_PAGESIZE));
+}
+
+TEST_F(Decode, DecodersOfABundleShareItsWeights) {
+    const pid::Bundle shared(bundle(), quick());
+    const std::uint64_t before = resident_bytes();
+    std::vector<Decoder> decoders;
+    for (int i = 0; i < 8; ++i)
+        decoders.emplace_back(shared, quick());
+    const std::uint64_t weights =
+        std::filesystem::file_size(data_folder() / "v1" / "weights.safetensors");
+    EXPECT_LT(resident_bytes(), before + weights); // less than one copy of them, not eight
+}
+
+#endif
+
+TEST_F(Decode, CancelsItsOwnDecodeAlone) {
+    const pid::Bundle shared(bundle(), quick());
+    Decoder first(shared, quick()), second(shared, quick());
+    Case one, two;
+    one.request.progress = [&](int, int) {
+        second.cancel(); // which runs nothing
+        EXPECT_EQ(second.decode(two.request).size(3), 96);
+        return true;
+    };
+    EXPECT_EQ(first.decode(one.request).size(3), 96);
+}
+
 // Progress, cancellation
 
 TEST_F(Decode, ReportsEveryStep) {
@@ -256,6 +312,62 @@ TEST_F(Decode, TellsWhatCouldBeBetter) {
     ASSERT_EQ(warnings.size(), 2U);
     EXPECT_NE(warnings[0].find("sigma 0.9 is beyond 0.8"), std::string::npos);
     EXPECT_NE(warnings[1].find("no caption"), std::string::npos);
+}
+
+TEST_F(Decode, LogsWhatItNotes) {
+    std::vector<std::pair<pid_log_level, std::string>> lines;
+    int warnings = 0;
+    pid::DecoderOptions options = quick();
+    options.log = [&](pid_log_level level, const std::string& line) {
+        lines.emplace_back(level, line);
+    };
+    options.warning = [&](const std::string&) { ++warnings; };
+    const pid::Bundle shared(bundle(), options);
+    ASSERT_EQ(lines.size(), 1U);
+    EXPECT_EQ(lines[0].first, PID_LOG_INFO);
+    EXPECT_NE(lines[0].second.find("CPUExecutionProvider, 1 threads"), std::string::npos);
+    Decoder decoder(shared, options);
+    Case one;
+    one.request.sigma = {0.9F};
+    decoder.decode(one.request);
+    ASSERT_EQ(lines.size(), 3U);
+    EXPECT_EQ(lines[1].first, PID_LOG_WARNING);
+    EXPECT_NE(lines[1].second.find("sigma 0.9"), std::string::npos);
+    EXPECT_EQ(lines[2].first, PID_LOG_INFO);
+    EXPECT_NE(lines[2].second.find("for a batch of 1 at 96x64"), std::string::npos);
+    EXPECT_EQ(warnings, 1);
+    options.log = nullptr;
+    Decoder silent(shared, options);
+    silent.decode(one.request);
+    EXPECT_EQ(lines.size(), 3U);
+    EXPECT_EQ(warnings, 2);
+}
+
+TEST_F(Decode, TellsWhereItsTimeWent) {
+    static constexpr int pause_ms = 25;
+    Decoder fresh(bundle(), quick());
+    Case one;
+    one.request.timed = true;
+    one.request.progress = [](int, int) {
+        std::this_thread::sleep_for(std::chrono::milliseconds(pause_ms));
+        return true;
+    };
+    const auto begin = std::chrono::steady_clock::now();
+    fresh.decode(one.request);
+    const std::chrono::duration<double, std::milli> all = std::chrono::steady_clock::now() - begin;
+    const pid_timings first = fresh.timings();
+    EXPECT_GE(first.steps_ms, 4 * pause_ms);
+    EXPECT_LE(first.total_ms, all.count());
+    EXPECT_GE(first.total_ms, 0.5 * all.count());
+    EXPECT_DOUBLE_EQ(first.total_ms,
+                     first.prepare_ms + first.prologue_ms + first.steps_ms + first.image_ms);
+    fresh.decode(one.request);
+    const pid_timings second = fresh.timings();
+    EXPECT_LT(second.prepare_ms, first.prepare_ms); // the shape is there already
+    for (const pid_timings& each : {first, second})
+        for (const double part : {each.open_ms, each.prepare_ms, each.prologue_ms, each.image_ms})
+            EXPECT_GT(part, 0);
+    EXPECT_EQ(second.open_ms, first.open_ms);
 }
 
 } // namespace

@@ -32,6 +32,7 @@ TEST(Names, OfEveryStatus) {
 TEST(Null, IsNothingToDo) {
     pid_array_free(nullptr);
     pid_decoder_close(nullptr);
+    pid_bundle_close(nullptr);
     pid_decoder_cancel(nullptr);
     EXPECT_EQ(pid_array_tensor(nullptr).data, nullptr);
     EXPECT_EQ(pid_decoder_cuda_stream(nullptr), nullptr);
@@ -61,6 +62,13 @@ TEST(Null, IsRefusedWhereSomethingIsNeeded) {
     refused(pid_decoder_decode_into(nullptr, &params, &data, 4));
     refused(pid_decoder_output_shape(nullptr, &params, shape));
     refused(pid_decoder_read_state(nullptr, &array));
+    pid_bundle* bundle = nullptr;
+    pid_timings timings{};
+    refused(pid_bundle_open(nullptr, nullptr, &bundle));
+    refused(pid_bundle_open("bundle", nullptr, nullptr));
+    refused(pid_decoder_create(nullptr, nullptr, &decoder));
+    refused(pid_decoder_get_timings(nullptr, &timings));
+    EXPECT_EQ(bundle, nullptr);
     EXPECT_EQ(decoder, untouched);
     EXPECT_EQ(array, nullptr);
 }
@@ -134,6 +142,8 @@ TEST_F(Errors, OfOpening) {
     EXPECT_SAYS(with([](auto& o) { o.device = "abacus"; }), "CPUExecutionProvider");
     EXPECT_SAYS(with([](auto& o) { o.device = "cuda:first"; }), "expected a device such as");
     EXPECT_SAYS(with([](auto& o) { o.threads = -1; }), "threads");
+    EXPECT_SAYS(with([](auto& o) { o.engine_set = "a"; }),
+                "the tensorrt backend to run engines 'a'");
     EXPECT_SAYS(with([](auto& o) { o.threads = 1 << 20; }), "threads");
     EXPECT_SAYS(with([](auto& o) {
                     o.device = "SomeExecutionProvider";
@@ -273,6 +283,8 @@ TEST_F(Errors, OfStructures) {
     EXPECT_EQ(image, nullptr);
     pid_decoder_info info{};
     refused(pid_decoder_get_info(decoder().get(), &info));
+    pid_timings timings{};
+    refused(pid_decoder_get_timings(decoder().get(), &timings));
 }
 
 TEST_F(Errors, AnOlderProgramHasShorterStructures) {
@@ -302,6 +314,23 @@ TEST_F(Errors, StateBeforeADecode) {
         EXPECT_EQ(error.status(), PID_ERROR_INPUT);
         EXPECT_SAYS(error.what(), "expected a decode before its state is read");
     }
+}
+
+TEST_F(Errors, TimingsOfADecodeThatWasNotTimed) {
+    const auto message = [] {
+        pid_timings timings{};
+        timings.struct_bytes = sizeof timings;
+        return refused(pid_decoder_get_timings(decoder().get(), &timings));
+    };
+    Case one;
+    decoder().decode(one.request);
+    EXPECT_SAYS(message(), "expected a decode that was timed");
+    one.request.timed = true;
+    decoder().decode(one.request);
+    EXPECT_GT(decoder().timings().total_ms, 0);
+    one.request.progress = [](int, int) { return false; };
+    failed(decoder(), one.request, PID_ERROR_CANCELLED);
+    EXPECT_SAYS(message(), "expected a decode that was timed");
 }
 
 TEST_F(Errors, OfMemory) {

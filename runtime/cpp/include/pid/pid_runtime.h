@@ -44,7 +44,8 @@
  *
  * Threads. A decoder serves one thread at a time, any thread: a call while another runs is refused
  * with PID_ERROR_BUSY. Only pid_decoder_cancel() may be called at any moment. Decoders are
- * independent of each other: use one per thread. Error messages are kept per thread.
+ * independent of each other: use one per thread, of one pid_bundle, so that they share the weights.
+ * A bundle serves any number of threads. Error messages are kept per thread.
  *
  * Binary compatibility. Structures begin with their size and only ever grow at the end: fill them
  * with their *_default_params() function, then change members.
@@ -144,15 +145,31 @@ PID_API pid_tensor pid_array_tensor(const pid_array* array);
 /* Give an array back; NULL is nothing to do. Arrays outlive the decoder they came from. */
 PID_API void pid_array_free(pid_array* array);
 
-/* ---- Decoder --------------------------------------------------------------------------------- */
+/* ---- Bundle and decoder ---------------------------------------------------------------------- */
 
-/* A bundle, opened on one backend. */
+/* A bundle, opened on one backend: its graphs with their weights, which its decoders share. */
+typedef struct pid_bundle pid_bundle;
+
+/* What decodes: memory, a place in a bundle's graphs, and on a GPU a stream. */
 typedef struct pid_decoder pid_decoder;
 
 /* Receives warnings about decodes that run but not as well as they could, one line each; UTF-8,
  * borrowed for the call. */
 typedef void (*pid_warning_callback)(const char* message, void* user_data);
 
+typedef int32_t pid_log_level;
+enum {
+    /* What was chosen and taken: an engine set, memory, a slower way where the fast one fails. */
+    PID_LOG_INFO = 0,
+    /* What a pid_warning_callback receives. */
+    PID_LOG_WARNING = 1
+};
+
+/* Receives all that this library has to tell, one line each; UTF-8, borrowed for the call. */
+typedef void (*pid_log_callback)(pid_log_level level, const char* message, void* user_data);
+
+/* How to open a bundle and to run a decoder of it. pid_bundle_open() looks at `backend` to
+ * `verify`, pid_decoder_create() at `cuda_graphs`, and both at the stream and the callbacks. */
 typedef struct pid_decoder_params {
     size_t struct_bytes;
     /* "onnxruntime" (default) or "tensorrt"; see pid_runtime_backends(). Borrowed for the call, as
@@ -167,29 +184,48 @@ typedef struct pid_decoder_params {
     /* tensorrt: which of the bundle's engine sets to use; NULL for the first that fits the GPU and
      * the library. */
     const char* engine_set;
-    /* CPU threads; 0 for one per core this process may run on. */
+    /* CPU threads, which a bundle's decoders share; 0 for one per core this process may run on. */
     int32_t threads;
     /* Not 0 (default): compare the SHA-256 of every file with the manifest, not only its size. */
     int32_t verify;
     /* GPU backends: a cudaStream_t (CUstream) of that GPU's primary context for all work; NULL for
-     * one of the decoder's own. Borrowed until pid_decoder_close(). */
+     * one of our own. Borrowed until pid_decoder_close(). With onnxruntime it is the bundle's,
+     * whose decoders then take turns; with tensorrt the decoder's. */
     void* cuda_stream;
-    /* NULL (default) for none. Called by the thread that decodes. */
+    /* NULL (default) for none. Called by the thread whose call it is about. */
     pid_warning_callback warning;
     void* warning_user_data;
     /* tensorrt: not 0 (default) to record the steps of the second decode in a shape as CUDA graphs
      * and replay them from then on. */
     int32_t cuda_graphs;
+    /* As `warning`, for all there is to tell. */
+    pid_log_callback log;
+    void* log_user_data;
 } pid_decoder_params;
 
 PID_API pid_decoder_params pid_decoder_default_params(void);
 
-/* Open a bundle: check its manifest and files, load its graphs or engines. `bundle_path` is a
- * folder; `params` may be NULL for the defaults. Owned: give *decoder to pid_decoder_close(). */
+/* Open a bundle: check its manifest and files, load its graphs (engines when a decoder first needs
+ * them). `bundle_path` is a folder; `params` may be NULL for the defaults. Owned: give *bundle to
+ * pid_bundle_close(). */
+PID_API pid_status pid_bundle_open(const char* bundle_path, const pid_decoder_params* params,
+                                   pid_bundle** bundle);
+
+/* Give a bundle back; NULL is nothing to do. Its decoders go on: what they share is given back with
+ * the last of them. */
+PID_API void pid_bundle_close(pid_bundle* bundle);
+
+/* Make a decoder of an open bundle, which costs its own memory but no weights. `params` may be NULL
+ * for the defaults. Owned: give *decoder to pid_decoder_close(). */
+PID_API pid_status pid_decoder_create(const pid_bundle* bundle, const pid_decoder_params* params,
+                                      pid_decoder** decoder);
+
+/* Both at once: a decoder of a bundle of its own. */
 PID_API pid_status pid_decoder_open(const char* bundle_path, const pid_decoder_params* params,
                                     pid_decoder** decoder);
 
-/* Give back graphs and memory; NULL is nothing to do. Must not run while another call uses it. */
+/* Give back a decoder and its memory; NULL is nothing to do. Must not run while another call uses
+ * it. */
 PID_API void pid_decoder_close(pid_decoder* decoder);
 
 typedef struct pid_decoder_info {
@@ -281,6 +317,9 @@ typedef struct pid_decode_params {
     /* NULL (default) for none. */
     pid_progress_callback progress;
     void* progress_user_data;
+    /* Not 0: measure the decode for pid_decoder_get_timings(), which on a GPU waits for it between
+     * sections. 0 (default) costs nothing. */
+    int32_t timed;
 } pid_decode_params;
 
 PID_API pid_decode_params pid_decode_default_params(void);
@@ -307,6 +346,28 @@ PID_API pid_status pid_decoder_output_shape(const pid_decoder* decoder,
  * order of patches, pixels and channels; for previews and tests. May be called by a progress
  * callback. Owned: give *state to pid_array_free(). */
 PID_API pid_status pid_decoder_read_state(pid_decoder* decoder, pid_array** state);
+
+/* Where the time of a decode went, in milliseconds of the clock. */
+typedef struct pid_timings {
+    size_t struct_bytes;
+    /* Opening the bundle: reading, hashing and loading it. Not part of a decode. */
+    double open_ms;
+    /* Making ready for the shape: its arena and tables. About 0 when it is that of the decode
+     * before. */
+    double prepare_ms;
+    /* Inputs, and what comes before the first step. */
+    double prologue_ms;
+    /* All steps, progress callbacks included. */
+    double steps_ms;
+    /* The image, and its way to the caller. */
+    double image_ms;
+    /* Of the decode: the four above. */
+    double total_ms;
+} pid_timings;
+
+/* Fill `timings`, whose `struct_bytes` must be set, with those of the last decode. Refused unless
+ * it was `timed` and ran to its end. */
+PID_API pid_status pid_decoder_get_timings(pid_decoder* decoder, pid_timings* timings);
 
 /* Stop the decode that runs on another thread, before its next graph; without one, nothing happens.
  * May be called at any moment between open and close, by any thread or from a signal handler. */

@@ -113,6 +113,7 @@ struct DecoderOptions {
     void* cuda_stream = nullptr;
     std::function<void(const std::string&)> warning;
     bool cuda_graphs = true;
+    std::function<void(pid_log_level, const std::string&)> log;
 };
 
 // See pid_decode_params, member by member.
@@ -131,28 +132,97 @@ struct DecodeRequest {
     // Called with (steps done, steps); return false to stop, which decode() throws as
     // PID_ERROR_CANCELLED. What it throws comes out of decode().
     std::function<bool(int, int)> progress;
+    bool timed = false;
 };
 
-// A bundle, opened on one backend. Serves one thread at a time.
+namespace detail {
+
+// What a pid_decoder_params borrows from options: its callbacks must stay where they are.
+struct Callbacks {
+    std::function<void(const std::string&)> warning;
+    std::function<void(pid_log_level, const std::string&)> log;
+
+    static void warn(const char* message, void* user_data) noexcept {
+        try {
+            static_cast<const Callbacks*>(user_data)->warning(message);
+        } catch (...) { // a line that cannot be delivered must not stop a decode
+        }
+    }
+
+    static void tell(pid_log_level level, const char* message, void* user_data) noexcept {
+        try {
+            static_cast<const Callbacks*>(user_data)->log(level, message);
+        } catch (...) {
+        }
+    }
+};
+
+inline const char* text(const std::string& value) {
+    return value.empty() ? nullptr : value.c_str();
+}
+
+inline pid_decoder_params make_params(const DecoderOptions& options, Callbacks& callbacks) {
+    pid_decoder_params params = pid_decoder_default_params();
+    params.backend = text(options.backend);
+    params.device = text(options.device);
+    params.provider_library = text(options.provider_library);
+    params.engine_set = text(options.engine_set);
+    params.threads = options.threads;
+    params.verify = options.verify ? 1 : 0;
+    params.cuda_stream = options.cuda_stream;
+    params.cuda_graphs = options.cuda_graphs ? 1 : 0;
+    callbacks = {options.warning, options.log};
+    if (callbacks.warning) {
+        params.warning = Callbacks::warn;
+        params.warning_user_data = &callbacks;
+    }
+    if (callbacks.log) {
+        params.log = Callbacks::tell;
+        params.log_user_data = &callbacks;
+    }
+    return params;
+}
+
+} // namespace detail
+
+// A bundle, opened on one backend, for decoders to share. Serves any number of threads, and may go
+// before its decoders.
+class Bundle {
+public:
+    explicit Bundle(const std::string& path, const DecoderOptions& options = {}) {
+        detail::Callbacks callbacks; // told of opening alone
+        const pid_decoder_params params = detail::make_params(options, callbacks);
+        pid_bundle* bundle = nullptr;
+        check(pid_bundle_open(path.c_str(), &params, &bundle));
+        bundle_.reset(bundle);
+    }
+
+    // The handle, borrowed.
+    pid_bundle* get() const noexcept { return bundle_.get(); }
+
+private:
+    struct Close {
+        void operator()(pid_bundle* bundle) const noexcept { pid_bundle_close(bundle); }
+    };
+    std::unique_ptr<pid_bundle, Close> bundle_;
+};
+
+// Decodes with a bundle. Serves one thread at a time.
 class Decoder {
 public:
-    explicit Decoder(const std::string& bundle_path, const DecoderOptions& options = {})
-        : warning_(std::make_unique<Warning>(options.warning)) {
-        pid_decoder_params params = pid_decoder_default_params();
-        params.backend = text(options.backend);
-        params.device = text(options.device);
-        params.provider_library = text(options.provider_library);
-        params.engine_set = text(options.engine_set);
-        params.threads = options.threads;
-        params.verify = options.verify ? 1 : 0;
-        params.cuda_stream = options.cuda_stream;
-        params.cuda_graphs = options.cuda_graphs ? 1 : 0;
-        if (options.warning) {
-            params.warning = warn;
-            params.warning_user_data = warning_.get();
-        }
+    // Of a bundle of its own.
+    explicit Decoder(const std::string& bundle_path, const DecoderOptions& options = {}) {
+        const pid_decoder_params params = detail::make_params(options, *callbacks_);
         pid_decoder* decoder = nullptr;
         check(pid_decoder_open(bundle_path.c_str(), &params, &decoder));
+        decoder_.reset(decoder);
+    }
+
+    // Of a bundle it shares; of the options only those of a decoder count, see pid_decoder_params.
+    explicit Decoder(const Bundle& bundle, const DecoderOptions& options = {}) {
+        const pid_decoder_params params = detail::make_params(options, *callbacks_);
+        pid_decoder* decoder = nullptr;
+        check(pid_decoder_create(bundle.get(), &params, &decoder));
         decoder_.reset(decoder);
     }
 
@@ -189,6 +259,14 @@ public:
         return Array(state);
     }
 
+    // Where the time of the last decode went, which must have been `timed`.
+    pid_timings timings() const {
+        pid_timings timings{};
+        timings.struct_bytes = sizeof timings;
+        check(pid_decoder_get_timings(decoder_.get(), &timings));
+        return timings;
+    }
+
     // Stop a decode that runs on another thread.
     void cancel() noexcept { pid_decoder_cancel(decoder_.get()); }
 
@@ -206,8 +284,6 @@ public:
     pid_decoder* get() const noexcept { return decoder_.get(); }
 
 private:
-    using Warning = std::function<void(const std::string&)>;
-
     struct Close {
         void operator()(pid_decoder* decoder) const noexcept { pid_decoder_close(decoder); }
     };
@@ -216,17 +292,6 @@ private:
         const std::function<bool(int, int)>* function;
         std::exception_ptr thrown;
     };
-
-    static const char* text(const std::string& value) {
-        return value.empty() ? nullptr : value.c_str();
-    }
-
-    static void warn(const char* message, void* user_data) noexcept {
-        try {
-            (*static_cast<const Warning*>(user_data))(message);
-        } catch (...) { // a warning that cannot be delivered must not stop a decode
-        }
-    }
 
     static int step(std::int32_t done, std::int32_t steps, void* user_data) noexcept {
         auto* progress = static_cast<Progress*>(user_data);
@@ -256,6 +321,7 @@ private:
         params.time_count = request.times.size();
         params.output = request.output;
         params.output_memory = request.output_memory;
+        params.timed = request.timed ? 1 : 0;
         Progress progress{&request.progress, nullptr};
         if (request.progress) {
             params.progress = step;
@@ -267,7 +333,8 @@ private:
         check(status);
     }
 
-    std::unique_ptr<Warning> warning_; // has one address for the life of the decoder
+    // At one address for the life of the decoder.
+    std::unique_ptr<detail::Callbacks> callbacks_ = std::make_unique<detail::Callbacks>();
     std::unique_ptr<pid_decoder, Close> decoder_;
 };
 

@@ -1,25 +1,21 @@
-// What a backend offers the interpreter.
+// What a backend offers: a bundle's graphs, loaded once for all decoders and run by each.
 #pragma once
 
 #include <atomic>
 #include <cstddef>
 #include <cstdint>
-#include <functional>
 #include <map>
 #include <memory>
 #include <string>
 #include <vector>
 
+#include "log.h"
 #include "manifest.h"
-#include "pid/pid_runtime.h"
+#include "memory.h"
 #include "sizes.h"
 #include "tensor.h"
 
 namespace pid::core {
-
-class CudaDevice;
-
-using Call = std::function<void()>;
 
 // What a graph's ports are bound to, by name.
 using Bindings = std::map<std::string, Tensor>;
@@ -36,14 +32,13 @@ struct PlannedCall {
     Sizes sizes;
 };
 
-// Memory and graphs of one backend. All graphs share it; so do all calls of a decoder.
-//
-// Memory is the host's, or a GPU's if the backend has one.
-class Session {
+// A bundle's graphs as one decoder runs them, in its memory. Serves one thread at a time.
+class Graphs {
 public:
-    Session(const Session&) = delete;
-    Session& operator=(const Session&) = delete;
-    virtual ~Session() = default;
+    Graphs() = default;
+    Graphs(const Graphs&) = delete;
+    Graphs& operator=(const Graphs&) = delete;
+    virtual ~Graphs() = default;
 
     // Whether graphs take all images of a batch in one call, or one image per call.
     virtual bool whole_batches() const = 0;
@@ -65,36 +60,34 @@ public:
     // between two of them when `cancelled` is set.
     virtual Call sequence(std::vector<Call> calls);
 
-    // Memory, not initialised, aligned to at least 256 bytes. Fails with PID_ERROR_MEMORY.
-    Allocation allocate(std::size_t bytes);
-    // Copy into a tensor from memory of as many bytes.
-    void write(const Tensor& tensor, const void* source, pid_memory memory);
-    // Copy a tensor to memory of as many bytes; done when this returns.
-    void read(const Tensor& tensor, void* target, pid_memory memory);
-    // A call that copies between tensors of the same size.
-    Call copy(const Tensor& source, const Tensor& target);
-    void fill_zero(const Tensor& tensor);
-    // Fill a float32 tensor with `standard_normal(seed, draw, 0, ..)`.
-    void fill_normal(const Tensor& tensor, std::uint64_t seed, std::uint32_t draw);
-    // Wait for all that was started.
-    void synchronize();
-
-    // The GPU whose memory this is; nullptr for the host's.
-    const std::shared_ptr<CudaDevice>& device() const { return device_; }
-
     void throw_if_cancelled() const;
 
     // Set by any thread to stop the sequence that runs.
     std::atomic<bool> cancelled{false};
+};
 
-protected:
-    Session(std::shared_ptr<CudaDevice> device, std::size_t threads);
+// What a decoder runs in its own way; see pid_decoder_params.
+struct RunOptions {
+    // Of the GPU; nullptr for one of the decoder's own.
+    void* cuda_stream = nullptr;
+    bool cuda_graphs = true;
+    Log log;
+};
 
-    std::size_t threads() const { return threads_; }
+// A bundle's graphs, loaded on one backend. Any number of decoders, each in a thread of its own,
+// run them at the same time.
+class LoadedGraphs {
+public:
+    LoadedGraphs() = default;
+    LoadedGraphs(const LoadedGraphs&) = delete;
+    LoadedGraphs& operator=(const LoadedGraphs&) = delete;
+    virtual ~LoadedGraphs() = default;
 
-private:
-    std::shared_ptr<CudaDevice> device_;
-    std::size_t threads_;
+    // The memory of one more decoder.
+    virtual Memory memory(const RunOptions& options) = 0;
+
+    // The graphs for the decoder of this memory. Refers to both.
+    virtual std::unique_ptr<Graphs> graphs(Memory& memory, const RunOptions& options) = 0;
 };
 
 } // namespace pid::core

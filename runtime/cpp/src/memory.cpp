@@ -1,4 +1,4 @@
-#include "session.h"
+#include "memory.h"
 
 #include <cstring>
 #include <new>
@@ -22,25 +22,14 @@ Allocation allocate_on_host(std::size_t bytes) {
 
 } // namespace
 
-Session::Session(std::shared_ptr<CudaDevice> device, std::size_t threads)
+Memory::Memory(std::shared_ptr<CudaDevice> device, std::size_t threads)
     : device_(std::move(device)), threads_(threads) {}
 
-void Session::prepare(const std::vector<PlannedCall>&, std::uint64_t, std::uint64_t) {}
-
-Call Session::sequence(std::vector<Call> calls) {
-    return [this, calls = std::move(calls)] {
-        for (const Call& call : calls) {
-            throw_if_cancelled();
-            call();
-        }
-    };
-}
-
-Allocation Session::allocate(std::size_t bytes) {
+Allocation Memory::allocate(std::size_t bytes) {
     return device_ ? device_->allocate(bytes) : allocate_on_host(bytes);
 }
 
-void Session::write(const Tensor& tensor, const void* source, pid_memory memory) {
+void Memory::write(const Tensor& tensor, const void* source, pid_memory memory) {
     if (!device_)
         std::memcpy(tensor.address, source, tensor.bytes());
     else if (memory == PID_CUDA)
@@ -49,7 +38,7 @@ void Session::write(const Tensor& tensor, const void* source, pid_memory memory)
         device_->copy_to_device(tensor.address, source, tensor.bytes());
 }
 
-void Session::read(const Tensor& tensor, void* target, pid_memory memory) {
+void Memory::read(const Tensor& tensor, void* target, pid_memory memory) {
     if (!device_) {
         std::memcpy(target, tensor.address, tensor.bytes());
     } else if (memory == PID_CUDA) {
@@ -60,7 +49,7 @@ void Session::read(const Tensor& tensor, void* target, pid_memory memory) {
     }
 }
 
-Call Session::copy(const Tensor& source, const Tensor& target) {
+Call Memory::copy(const Tensor& source, const Tensor& target) {
     if (!device_)
         return [source, target] { std::memcpy(target.address, source.address, source.bytes()); };
     return [device = device_, source, target] {
@@ -68,14 +57,14 @@ Call Session::copy(const Tensor& source, const Tensor& target) {
     };
 }
 
-void Session::fill_zero(const Tensor& tensor) {
+void Memory::fill_zero(const Tensor& tensor) {
     if (device_)
         device_->fill_zero(tensor.address, tensor.bytes());
     else
         std::memset(tensor.address, 0, tensor.bytes());
 }
 
-void Session::fill_normal(const Tensor& tensor, std::uint64_t seed, std::uint32_t draw) {
+void Memory::fill_normal(const Tensor& tensor, std::uint64_t seed, std::uint32_t draw) {
     const std::size_t count = count_of(tensor.shape);
     if (!device_) {
         standard_normal(seed, draw, 0, count, reinterpret_cast<float*>(tensor.address), threads_);
@@ -86,15 +75,9 @@ void Session::fill_normal(const Tensor& tensor, std::uint64_t seed, std::uint32_
     device_->copy_to_device(tensor.address, values.data(), tensor.bytes());
 }
 
-void Session::synchronize() {
+void Memory::synchronize() {
     if (device_)
         device_->synchronize();
-}
-
-void Session::throw_if_cancelled() const {
-    if (cancelled)
-        throw Failure(PID_ERROR_CANCELLED, "expected a decode to run to its end, but it was "
-                                           "cancelled");
 }
 
 } // namespace pid::core

@@ -1,0 +1,45 @@
+// The memory a decoder works in: the host's, or a GPU's.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <functional>
+#include <memory>
+
+#include "pid/pid_runtime.h"
+#include "tensor.h"
+
+namespace pid::core {
+
+class CudaDevice;
+
+using Call = std::function<void()>;
+
+class Memory {
+public:
+    // device: whose memory this is, and whose stream work is put on; nullptr for the host.
+    // threads: that make noise.
+    Memory(std::shared_ptr<CudaDevice> device, std::size_t threads);
+
+    // Memory, not initialised, aligned to at least 256 bytes. Fails with PID_ERROR_MEMORY.
+    Allocation allocate(std::size_t bytes);
+    // Copy into a tensor from memory of as many bytes.
+    void write(const Tensor& tensor, const void* source, pid_memory memory);
+    // Copy a tensor to memory of as many bytes; done when this returns.
+    void read(const Tensor& tensor, void* target, pid_memory memory);
+    // A call that copies between tensors of the same size.
+    Call copy(const Tensor& source, const Tensor& target);
+    void fill_zero(const Tensor& tensor);
+    // Fill a float32 tensor with `standard_normal(seed, draw, 0, ..)`.
+    void fill_normal(const Tensor& tensor, std::uint64_t seed, std::uint32_t draw);
+    // Wait for all that was started.
+    void synchronize();
+
+    const std::shared_ptr<CudaDevice>& device() const { return device_; }
+
+private:
+    std::shared_ptr<CudaDevice> device_;
+    std::size_t threads_;
+};
+
+} // namespace pid::core
