@@ -219,11 +219,12 @@ Provider find_provider(const std::string& name, bool has_library) {
            "; GPU providers come with ONNX Runtime's GPU package, or as a provider library");
 }
 
-class OnnxRuntimeGraphs : public LoadedGraphs {
+// A session for every graph.
+class LoadedSessions : public LoadedGraphs {
 public:
-    OnnxRuntimeGraphs(const std::filesystem::path& bundle, const Manifest& manifest,
-                      std::shared_ptr<Ort::Env> environment, const Provider& provider,
-                      std::shared_ptr<CudaDevice> device, int ordinal, std::size_t threads)
+    LoadedSessions(const std::filesystem::path& bundle, const Manifest& manifest,
+                   std::shared_ptr<Ort::Env> environment, const Provider& provider,
+                   std::shared_ptr<CudaDevice> device, int ordinal, std::size_t threads)
         : environment_(std::move(environment)), manifest_(manifest), device_(std::move(device)),
           threads_(threads),
           memory_(device_ ? Ort::MemoryInfo("Cuda", OrtDeviceAllocator, device_->ordinal(),
@@ -305,9 +306,9 @@ private:
 };
 
 // All a decoder has of its own is what its bindings hold.
-class BoundGraphs : public Graphs {
+class OnnxRuntimeGraphs : public Graphs {
 public:
-    explicit BoundGraphs(OnnxRuntimeGraphs& loaded) : loaded_(loaded) {}
+    explicit OnnxRuntimeGraphs(LoadedSessions& loaded) : loaded_(loaded) {}
 
     bool whole_batches() const override { return true; }
 
@@ -320,11 +321,11 @@ public:
     }
 
 private:
-    OnnxRuntimeGraphs& loaded_;
+    LoadedSessions& loaded_;
 };
 
-std::unique_ptr<Graphs> OnnxRuntimeGraphs::graphs(Memory&, const RunOptions&) {
-    return std::make_unique<BoundGraphs>(*this);
+std::unique_ptr<Graphs> LoadedSessions::graphs(Memory&, const RunOptions&) {
+    return std::make_unique<OnnxRuntimeGraphs>(*this);
 }
 
 } // namespace
@@ -345,8 +346,8 @@ std::unique_ptr<LoadedGraphs> load_onnxruntime(const std::filesystem::path& bund
     if (on_cuda(provider.name))
         device = CudaDevice::open(ordinal, options.cuda_stream);
     auto graphs =
-        std::make_unique<OnnxRuntimeGraphs>(bundle, manifest, std::move(environment), provider,
-                                            std::move(device), ordinal, options.threads);
+        std::make_unique<LoadedSessions>(bundle, manifest, std::move(environment), provider,
+                                         std::move(device), ordinal, options.threads);
     note(options.log, "Loaded ", manifest.graphs.size(), " graphs with ONNX Runtime ",
          OrtGetApiBase()->GetVersionString(), ", ", provider.name, ", ", options.threads,
          " threads");

@@ -4,10 +4,10 @@
 #     runtime/cpp/tools/get_dependencies.sh FOLDER PYTHON
 #     cmake -S . -B build/cpp -G Ninja -DCMAKE_PREFIX_PATH="$PWD/FOLDER"
 #
-# nlohmann's JSON library, GoogleTest's sources, CLI11, libpng and zlib as static libraries, and ONNX
-# Runtime's headers come from Debian's packages by way of apt, which checks their signatures; ONNX Runtime's
-# library is that of PYTHON's package, a later release: its C interface only grows. Exits with 3 where
-# there is no apt.
+# nlohmann's JSON library, CLI11, GoogleTest's sources, libpng and zlib as static libraries, and ONNX
+# Runtime's headers come from Debian's packages by way of apt, which checks their signatures; ONNX
+# Runtime's library is that of PYTHON's package, a later release: its C interface only grows. Exits
+# with 3 where there is no apt.
 set -euo pipefail
 
 release=trixie # the first Debian with ONNX Runtime; of what is taken from it, libpng and zlib alone run
@@ -35,7 +35,8 @@ if [[ -z $library ]]; then
     exit 2
 fi
 
-if [[ ! -e $folder/include/onnxruntime || ! -e $folder/include/png.h || ! -e $folder/include/CLI ]]; then
+include=$folder/include
+if [[ ! -e $include/onnxruntime || ! -e $include/png.h || ! -e $include/CLI ]]; then
     if ! command -v apt-get >/dev/null || ! command -v dpkg >/dev/null || [[ ! -e $keyring ]]; then
         echo "get_dependencies.sh: expected apt and Debian's keys, but found none; install nlohmann-json," \
             "GoogleTest's sources, CLI11, libpng and ONNX Runtime's headers, and set CMAKE_PREFIX_PATH" >&2
