@@ -26,7 +26,8 @@ from pid_runtime.bundle.engines import (
     engine_key,
     with_engine_sets,
 )
-from pid_runtime.bundle.manifest import MANIFEST_FILE, Manifest, read_manifest
+from pid_runtime.bundle.folder import read_manifest
+from pid_runtime.bundle.manifest import MANIFEST_FILE, Manifest
 
 GOLDEN = Path(__file__).parent / "golden"
 

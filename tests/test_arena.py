@@ -11,17 +11,8 @@ from pid_export.bundle import BUCKETS, MAX_FREE_STEPS, network_of
 from pid_export.program import ProgramSpec, build_program
 from pid_ref.config import PidConfig
 from pid_ref.registry import CHECKPOINTS, find_checkpoint
-from pid_runtime.bundle.manifest import (
-    SECTIONS,
-    Buffer,
-    Copy,
-    Instruction,
-    Noise,
-    Operand,
-    Run,
-    Sizes,
-    sizes_for,
-)
+from pid_runtime.bundle.manifest import SECTIONS, Buffer, Copy, Instruction, Noise, Operand, Run
+from pid_runtime.bundle.sizes import Sizes, sizes_for
 
 Buffers = dict[str, Buffer]
 Sections = dict[str, tuple[Instruction, ...]]

@@ -20,13 +20,9 @@ from pid_runtime.backends.onnxruntime import (
     OnnxRuntimeSession,
     find_provider,
 )
-from pid_runtime.bundle.manifest import (
-    MANIFEST_FILE,
-    Manifest,
-    file_sha256,
-    read_constants,
-    read_manifest,
-)
+from pid_runtime.bundle.files import file_sha256
+from pid_runtime.bundle.folder import parse_manifest, read_constants, read_manifest
+from pid_runtime.bundle.manifest import MANIFEST_FILE
 from pid_runtime.decoder import Decoder
 from pid_runtime.errors import PidRuntimeError
 
@@ -80,9 +76,9 @@ def test_contrib_files_are_for_the_cpu_and_cuda(edit_bundle: EditBundle) -> None
     fields = json.loads((bundle / MANIFEST_FILE).read_text())
     fields["graphs"]["image.1"]["contrib_file"] = file.name
     fields["files"][file.name] = {"bytes": file.stat().st_size, "sha256": file_sha256(file)}
-    manifest = Manifest.from_json(json.dumps(fields))
+    manifest = parse_manifest(json.dumps(fields))
     assert manifest.graphs["image.1"].contrib_file == file.name
-    assert Manifest.from_json(manifest.to_json()) == manifest
+    assert parse_manifest(manifest.to_json()) == manifest
     assert '"contrib_file": null' not in manifest.to_json()
     OnnxRuntimeSession(bundle, manifest).close()
     file.write_bytes(b"no graph")

@@ -37,7 +37,8 @@ from pid_runtime.bundle.engines import (
     read_engine_sets,
     with_engine_sets,
 )
-from pid_runtime.bundle.manifest import MANIFEST_FILE, Copy, Manifest, read_manifest
+from pid_runtime.bundle.folder import read_manifest
+from pid_runtime.bundle.manifest import MANIFEST_FILE, Copy, Manifest
 from pid_runtime.command import decode_cli
 from pid_runtime.decoder import Decoder
 from pid_runtime.errors import PidRuntimeError

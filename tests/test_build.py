@@ -35,16 +35,10 @@ from pid_engines.gates import (
 )
 from pid_export.arena import Lifetime, lifetimes
 from pid_runtime.bundle.engines import check_engine_set, engine_folder, read_engine_sets
-from pid_runtime.bundle.manifest import (
-    SECTIONS,
-    Copy,
-    Graph,
-    Manifest,
-    Port,
-    file_sha256,
-    read_manifest,
-    sizes_for,
-)
+from pid_runtime.bundle.files import file_sha256
+from pid_runtime.bundle.folder import read_manifest
+from pid_runtime.bundle.manifest import SECTIONS, Copy, Graph, Manifest, Port
+from pid_runtime.bundle.sizes import sizes_for
 from pid_runtime.errors import PidRuntimeError
 
 pytest.importorskip(

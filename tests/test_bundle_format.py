@@ -12,14 +12,9 @@ import pytest
 from pid_ref.registry import SPACES
 from pid_runtime.backends.stages import STAGES, Dimensions
 from pid_runtime.bundle import manifest_check
-from pid_runtime.bundle.manifest import (
-    FORMAT_VERSION,
-    ITEM_BYTES,
-    MANIFEST_FILE,
-    NAME,
-    PRECISIONS,
-    SECTIONS,
-)
+from pid_runtime.bundle.json_reader import NAME
+from pid_runtime.bundle.manifest import FORMAT_VERSION, MANIFEST_FILE, PRECISIONS, SECTIONS
+from pid_runtime.bundle.sizes import ITEM_BYTES
 from pid_runtime.tables import TABLES
 
 ROOT = Path(__file__).parent.parent

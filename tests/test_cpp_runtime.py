@@ -26,8 +26,10 @@ from numpy.typing import NDArray
 from PIL import Image
 from safetensors.numpy import save_file
 
-from pid_runtime.bundle.manifest import MANIFEST_FILE, Manifest, Sizes, read_manifest, sizes_for
+from pid_runtime.bundle.folder import parse_manifest, read_manifest
+from pid_runtime.bundle.manifest import MANIFEST_FILE
 from pid_runtime.bundle.manifest_check import ALIGNMENT, LARGEST_ARENA
+from pid_runtime.bundle.sizes import Sizes, sizes_for
 from pid_runtime.command import decode_cli
 from pid_runtime.decoder import Decoder
 from pid_runtime.errors import PidRuntimeError
@@ -164,7 +166,7 @@ def broken_manifests() -> list[dict[str, str]]:
 
     def add(name: str, text: str, message: str) -> None:
         with pytest.raises(PidRuntimeError):
-            Manifest.from_json(text)
+            parse_manifest(text)
         found.append({"name": name, "text": text, "message": MESSAGES.get(message, message)})
 
     for path, value, message in tests.REFUSED:
@@ -208,7 +210,7 @@ def valid_manifests(bundles: list[Path]) -> list[dict[str, Any]]:
     texts += [(bundle / MANIFEST_FILE).read_text("utf-8") for bundle in bundles]
     found: list[dict[str, Any]] = []
     for text in texts:
-        manifest = Manifest.from_json(text)
+        manifest = parse_manifest(text)
         counts = {"buffers": len(manifest.buffers), "graphs": len(manifest.graphs)}
         counts |= {"step": len(manifest.program["step"]), "times": len(manifest.sampler.times)}
         found.append({"text": text, **counts})
@@ -244,7 +246,7 @@ def mutated_manifests(count: int) -> Iterator[dict[str, Any]]:
                 continue  # an earlier change took that place away, or it is no list
         text = json.dumps(tree)
         try:
-            Manifest.from_json(text)
+            parse_manifest(text)
         except PidRuntimeError:
             yield {"name": name, "text": text, "refused": True}
         else:
@@ -289,7 +291,7 @@ def edited(bundle: Path, copy_to: Path, edit: Callable[[Any], object]) -> Path:
 
 def make_huge(tree: Any) -> None:
     """Let the only bucket hold so much that a batch of 512 has no address."""
-    manifest = Manifest.from_json(json.dumps(tree))
+    manifest = parse_manifest(json.dumps(tree))
     tokens = 1 << 24
     while True:
         sizes = sizes_for(

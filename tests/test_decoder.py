@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from safetensors.numpy import load_file
 
-from pid_runtime.bundle.manifest import read_manifest
+from pid_runtime.bundle.folder import read_manifest
 from pid_runtime.command.images import to_uint8
 from pid_runtime.decoder import HOST_BACKENDS, Decoder
 from pid_runtime.errors import PidRuntimeError

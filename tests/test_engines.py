@@ -17,7 +17,9 @@ from pid_runtime.bundle.engines import (
     read_engine_sets,
     with_engine_sets,
 )
-from pid_runtime.bundle.manifest import MANIFEST_FILE, Manifest, read_manifest, sizes_for
+from pid_runtime.bundle.folder import parse_manifest, read_manifest
+from pid_runtime.bundle.manifest import MANIFEST_FILE, Manifest
+from pid_runtime.bundle.sizes import sizes_for
 from pid_runtime.errors import PidRuntimeError
 from pid_runtime.interpreter import graph_calls
 
@@ -58,7 +60,7 @@ def test_sets_are_read_as_they_were_written(
     bundle = edit_bundle()
     written = add_engines(bundle, NAME)
     text = (bundle / MANIFEST_FILE).read_text()
-    assert read_engine_sets(Manifest.from_json(text)) == {NAME: written}
+    assert read_engine_sets(parse_manifest(text)) == {NAME: written}
     assert json.loads(text)["engines"][NAME]["graphs"]["image.0"][0]["bf16_island"] is False
 
 

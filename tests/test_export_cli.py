@@ -32,7 +32,8 @@ from pid_ref.config import PidConfig
 from pid_ref.registry import CHECKPOINTS, NANO, Checkpoint, find_checkpoint
 from pid_ref.sampler import sample
 from pid_ref.weights import RandomWeights
-from pid_runtime.bundle.manifest import Manifest, read_manifest
+from pid_runtime.bundle.folder import read_manifest
+from pid_runtime.bundle.manifest import Manifest
 from pid_runtime.decoder import Decoder
 
 RunCommand = Callable[..., tuple[int, str, str]]

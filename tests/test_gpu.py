@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from pid_engines.cli import main
 from pid_runtime.backends.tensorrt import TensorRtSession
 from pid_runtime.bundle.engines import read_engine_sets
-from pid_runtime.bundle.manifest import read_manifest
+from pid_runtime.bundle.folder import read_manifest
 from pid_runtime.decoder import Decoder
 from pid_runtime.errors import PidRuntimeError
 from pid_runtime.noise import standard_normal

@@ -124,6 +124,49 @@ def test_packages_import_one_way(package: str) -> None:
         assert others <= ALLOWED[package], f"{file} imports {others}"
 
 
+ROOMS = ("backends", "bundle", "command", "nano")
+"""Packages of the runtime; its other modules are rooms of their own."""
+
+
+def room_of(module: str) -> str:
+    """The room of a module of the runtime: bundle for pid_runtime.bundle.manifest."""
+    return module.split(".")[1] if "." in module else module
+
+
+def own_imports(file: Path) -> set[str]:
+    """Modules of the runtime that a file imports, anywhere in it."""
+    known = {module_name(other) for other in modules("pid_runtime")}
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.ImportFrom):
+            names = {f"{node.module}.{alias.name}" for alias in node.names}
+            found |= (names & known) or ({str(node.module)} & known)
+    return found - {module_name(file)}
+
+
+def circle(arrows: dict[str, set[str]]) -> list[str]:
+    """What imports itself by way of others; empty if nothing does."""
+    left = dict(arrows)
+    while free := [name for name, targets in left.items() if not targets & left.keys()]:
+        for name in free:
+            del left[name]
+    return sorted(left)
+
+
+def test_nothing_in_the_runtime_imports_in_a_circle() -> None:
+    arrows = {module_name(file): own_imports(file) for file in modules("pid_runtime")}
+    assert circle(arrows) == []
+    between: dict[str, set[str]] = {}
+    for module, targets in arrows.items():
+        between.setdefault(room_of(module), set()).update(map(room_of, targets))
+    assert set(ROOMS) < between.keys()
+    assert circle({room: targets - {room} for room, targets in between.items()}) == []
+
+
+def test_a_circle_is_found() -> None:
+    assert circle({"a": {"b"}, "b": {"c"}, "c": {"b"}, "d": {"e"}, "e": set()}) == ["a", "b", "c"]
+
+
 def test_packages_that_must_exist_do() -> None:
     for package in ("pid_ref", "pid_runtime", "pid_export", "pid_bench"):
         assert modules(package)

@@ -21,18 +21,16 @@ from pid_ref.config import PidConfig
 from pid_ref.sampler import timesteps
 from pid_runtime.backends.session import Call, in_order
 from pid_runtime.bundle import manifest as module
-from pid_runtime.bundle.manifest import (
-    ITEM_BYTES,
-    MANIFEST_FILE,
-    WEIGHTS_FILE,
-    Bucket,
-    File,
-    Graph,
-    Manifest,
-    file_sha256,
+from pid_runtime.bundle.files import file_sha256
+from pid_runtime.bundle.folder import (
+    MANIFEST_MAX_BYTES,
+    parse_manifest,
     read_constants,
     read_manifest,
 )
+from pid_runtime.bundle.manifest import MANIFEST_FILE, WEIGHTS_FILE, Bucket, File, Graph, Manifest
+from pid_runtime.bundle.manifest_check import check_manifest
+from pid_runtime.bundle.sizes import ITEM_BYTES
 from pid_runtime.decoder import Decoder
 from pid_runtime.errors import PidRuntimeError
 from pid_runtime.interpreter import even_slices
@@ -82,7 +80,7 @@ def small_manifest(arbitrary_timesteps: bool = False) -> Manifest:
         buckets=_buckets(CONFIG, program, options, sampler.max_steps),
         program=program.sections,
     )
-    manifest.check()
+    check_manifest(manifest)
     return manifest
 
 
@@ -149,7 +147,7 @@ DELETED = object()
 @pytest.mark.parametrize("arbitrary", [False, True])
 def test_round_trip(arbitrary: bool) -> None:
     manifest = MANIFESTS[arbitrary]
-    assert Manifest.from_json(manifest.to_json()) == manifest
+    assert parse_manifest(manifest.to_json()) == manifest
 
 
 def test_reads_a_bundle(bundle: Path) -> None:
@@ -161,7 +159,7 @@ def test_reads_a_bundle(bundle: Path) -> None:
 
 def test_golden_bundle_reads_and_round_trips(golden_bundle: Path) -> None:
     manifest = read_manifest(golden_bundle)
-    assert Manifest.from_json(manifest.to_json()) == manifest
+    assert parse_manifest(manifest.to_json()) == manifest
     assert read_constants(golden_bundle, manifest)
 
 
@@ -173,17 +171,17 @@ def test_unknown_members_of_a_newer_minor_version_are_left_out() -> None:
         part |= later
     for part in (tree["buffers"]["state"], tree["graphs"]["latent"], tree["program"]["step"][0]):
         part |= later
-    assert Manifest.from_json(json.dumps(tree)) == MANIFESTS[False]
+    assert parse_manifest(json.dumps(tree)) == MANIFESTS[False]
 
 
 def test_an_older_minor_version_is_accepted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "FORMAT_VERSION", (1, 3))
-    assert Manifest.from_json(json.dumps(TREES[False])) == MANIFESTS[False]
+    assert parse_manifest(json.dumps(TREES[False])) == MANIFESTS[False]
 
 
 @pytest.mark.parametrize("version", [[2, 0], [0, 9], [1], [1, 0, 0], "1.0", None, [True, 0], []])
 def test_other_versions_are_refused(version: Any) -> None:
-    refuse(lambda: Manifest.from_json(changed("format_version", version)), "version")
+    refuse(lambda: parse_manifest(changed("format_version", version)), "version")
 
 
 @pytest.mark.parametrize(
@@ -201,7 +199,7 @@ def test_other_versions_are_refused(version: Any) -> None:
     ],
 )
 def test_no_manifest(text: str) -> None:
-    refuse(lambda: Manifest.from_json(text))
+    refuse(lambda: parse_manifest(text))
 
 
 # Files
@@ -219,7 +217,7 @@ def test_manifest_that_is_no_text(bundle: Path) -> None:
 
 def test_manifest_of_absurd_size(bundle: Path) -> None:
     with (bundle / MANIFEST_FILE).open("r+b") as file:
-        file.truncate(module.MANIFEST_MAX_BYTES + 1)
+        file.truncate(MANIFEST_MAX_BYTES + 1)
     refuse(lambda: read_manifest(bundle), "at most")
 
 
@@ -408,7 +406,7 @@ REFUSED = [
 
 @pytest.mark.parametrize(("path", "value", "message"), REFUSED)
 def test_broken_manifests_are_refused(path: str, value: Any, message: str) -> None:
-    refuse(lambda: Manifest.from_json(changed(path, value)), message)
+    refuse(lambda: parse_manifest(changed(path, value)), message)
 
 
 @pytest.mark.parametrize(
@@ -423,9 +421,9 @@ def test_broken_manifests_are_refused(path: str, value: Any, message: str) -> No
 def test_broken_manifests_of_any_times(path: str, value: Any, message: str) -> None:
     text = changed(path, value, arbitrary=True)
     if message:
-        refuse(lambda: Manifest.from_json(text), message)
+        refuse(lambda: parse_manifest(text), message)
     else:
-        Manifest.from_json(text)
+        parse_manifest(text)
 
 
 def test_shapes_are_measured_at_every_aspect_ratio() -> None:
@@ -433,14 +431,14 @@ def test_shapes_are_measured_at_every_aspect_ratio() -> None:
     for size in ("Hs", "Ws", "h", "w", "H", "W"):
         # One of the two is 1 in a column of tokens, so this only shows in the other direction.
         tree["buffers"]["s"]["shape"] = ["B", size, CONFIG.hidden_size]
-        refuse(lambda: Manifest.from_json(json.dumps(tree)))
+        refuse(lambda: parse_manifest(json.dumps(tree)))
 
 
 def test_chunked_axis_comes_first() -> None:
     tree = copy.deepcopy(TREES[False])
     shape = tree["graphs"]["image.0"]["inputs"]["x"]["shape"]
     shape[1:] = reversed(shape[1:])
-    refuse(lambda: Manifest.from_json(json.dumps(tree)), "to have L first")
+    refuse(lambda: parse_manifest(json.dumps(tree)), "to have L first")
 
 
 # Buckets and slices
@@ -625,18 +623,18 @@ def follow(node: Any, place: Place) -> Any:
 @given(text=mutated())
 def test_mutated_manifests_are_refused_or_stay_in_their_arena(text: str) -> None:
     try:
-        manifest = Manifest.from_json(text)
+        manifest = parse_manifest(text)
     except PidRuntimeError:
-        refuse(lambda: Manifest.from_json(text))
+        refuse(lambda: parse_manifest(text))
         return
-    assert Manifest.from_json(manifest.to_json()) == manifest
+    assert parse_manifest(manifest.to_json()) == manifest
     decode_everywhere(manifest)
 
 
 @settings(max_examples=100, deadline=None)
 @given(text=st.text(max_size=40) | VALUES.map(json.dumps))
 def test_any_text_is_read_or_refused(text: str) -> None:
-    refuse(lambda: Manifest.from_json(text))
+    refuse(lambda: parse_manifest(text))
 
 
 def test_steps_of_the_small_manifest() -> None:

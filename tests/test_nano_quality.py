@@ -28,7 +28,7 @@ from pid_ref.network import PidNet
 from pid_ref.registry import NANO
 from pid_ref.sampler import sample
 from pid_runtime.backends import stages
-from pid_runtime.bundle.manifest import file_sha256
+from pid_runtime.bundle.files import file_sha256
 from pid_runtime.command.images import to_uint8
 from pid_runtime.decoder import Decoder
 from pid_runtime.noise import image_noise

@@ -19,7 +19,9 @@ from pid_ref import hub
 from pid_ref.checkpoint import read_checkpoint, state_shapes
 from pid_ref.registry import NANO, NANO_STD, SPACES, Checkpoint
 from pid_ref.weights import RandomWeights
-from pid_runtime.bundle.manifest import MANIFEST_FILE, Manifest, read_manifest
+from pid_runtime.bundle.folder import parse_manifest, read_manifest
+from pid_runtime.bundle.manifest import BLOCK_DCT, MANIFEST_FILE
+from pid_runtime.bundle.manifest_check import CODEC_CHANNELS
 from pid_runtime.command import decode_cli
 from pid_runtime.command.images import to_uint8
 from pid_runtime.decoder import Decoder
@@ -76,6 +78,7 @@ def test_the_space_is_what_the_codec_makes() -> None:
     assert space is NANO.space and space.std is NANO_STD
     assert (space.channels, space.down) == (len(block_dct.BASIS), block_dct.BLOCK)
     assert len(NANO_STD) == space.channels and min(NANO_STD) > 0
+    assert CODEC_CHANNELS[BLOCK_DCT] == space.channels
     assert [each.name for each in SPACES.values() if each.std is not None] == ["nano"]
 
 
@@ -151,30 +154,30 @@ def edited(bundle: Path, **members: Any) -> str:
 )
 def test_codecs_that_make_no_sense(bundle: Path, value: Any, message: str) -> None:
     with pytest.raises(PidRuntimeError) as caught:
-        Manifest.from_json(edited(bundle, codec=value))
+        parse_manifest(edited(bundle, codec=value))
     assert message in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_a_codec_of_other_channels(golden_bundle: Path) -> None:
     raw = json.loads((golden_bundle / MANIFEST_FILE).read_text())
     raw["codec"] = {"kind": "block_dct", "std": [1.0] * 16}
-    assert Manifest.from_json(json.dumps(raw)).codec is not None
+    assert parse_manifest(json.dumps(raw)).codec is not None
     raw["network"]["latent_channels"] = 4
     with pytest.raises(PidRuntimeError, match="expected 16 latent channels for block_dct"):
-        Manifest.from_json(json.dumps(raw))
+        parse_manifest(json.dumps(raw))
 
 
 def test_codecs_of_the_future_and_none(bundle: Path) -> None:
     image = np.zeros((1, 3, 8, 8), np.float32)
-    later = Manifest.from_json(edited(bundle, codec={"kind": "wavelet", "levels": 3}))
+    later = parse_manifest(edited(bundle, codec={"kind": "wavelet", "levels": 3}))
     for call in (codec.encode, codec.native_decode):
         with pytest.raises(PidRuntimeError, match="but got one with an unknown one, 'wavelet'"):
             call(later, image)
-    none = Manifest.from_json(edited(bundle, codec=None))
+    none = parse_manifest(edited(bundle, codec=None))
     assert none.codec is None and "codec" not in json.loads(none.to_json())
     with pytest.raises(PidRuntimeError, match=r"expected a bundle with a codec, .* one without"):
         codec.encode(none, image)
-    assert Manifest.from_json(later.to_json()) == later
+    assert parse_manifest(later.to_json()) == later
 
 
 # Decoder

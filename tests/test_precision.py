@@ -18,7 +18,8 @@ from pid_export.golden import Golden, read_golden
 from pid_export.verify import load_network
 from pid_ref.network import unpatchify
 from pid_ref.sampler import sample
-from pid_runtime.bundle.manifest import Manifest, read_manifest
+from pid_runtime.bundle.folder import read_manifest
+from pid_runtime.bundle.manifest import Manifest
 from pid_runtime.decoder import Decoder
 
 GOLDEN = Path(__file__).parent / "golden"

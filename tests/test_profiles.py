@@ -20,8 +20,9 @@ from pid_engines.profiles import (
     plan_engines,
     shape_ranges,
 )
-from pid_runtime.bundle.manifest import Copy, Manifest, Noise, read_manifest, sizes_of_request
-from pid_runtime.bundle.manifest_check import patchify_run
+from pid_runtime.bundle.folder import read_manifest
+from pid_runtime.bundle.manifest import Copy, Manifest, Noise
+from pid_runtime.bundle.sizes import sizes_of_request
 from pid_runtime.interpreter import Program
 
 Shapes = dict[str, tuple[int, ...]]
@@ -154,7 +155,7 @@ def calls(manifest: Manifest, h: int, w: int, text: int) -> list[tuple[str, Shap
     program = Program(replace(manifest, buffers=buffers), recorder, bucket, sizes, None, {})
     for each in manifest.instructions():
         if not isinstance(each, Copy):
-            run = patchify_run(each) if isinstance(each, Noise) else each
+            run = each.patchify() if isinstance(each, Noise) else each
             list(program.bind_run(run, sizes))
     return recorder.calls
 

@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 
 from pid_ref.network import patchify, pixel_positions, rope_angles_1d, rope_angles_2d
-from pid_runtime.bundle.manifest import Sizes
+from pid_runtime.bundle.sizes import Sizes
 from pid_runtime.errors import PidRuntimeError
 from pid_runtime.tables import TABLES, compute_table
 

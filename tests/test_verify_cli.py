@@ -23,7 +23,7 @@ from pid_ref.config import PidConfig
 from pid_ref.sampler import timesteps
 from pid_ref.weights import RandomWeights
 from pid_runtime.backends.torch import TorchSession
-from pid_runtime.bundle.manifest import read_manifest
+from pid_runtime.bundle.folder import read_manifest
 
 RunCommand = Callable[..., tuple[int, str, str]]
 Refusal = Callable[..., str]

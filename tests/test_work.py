@@ -24,7 +24,7 @@ from pid_ref.errors import PidInputError
 from pid_ref.network import PatchBlock, PixelBlock
 from pid_ref.registry import find_checkpoint
 from pid_runtime.backends.stages import Attention, build_stage
-from pid_runtime.bundle.manifest import Sizes
+from pid_runtime.bundle.sizes import Sizes
 
 META = torch.device("meta")
 

@@ -24,7 +24,7 @@ from pid_ref.checkpoint import read_checkpoint
 from pid_ref.network import PidNet
 from pid_ref.registry import NANO, NANO_CONFIG, NANO_STD
 from pid_ref.sampler import sample
-from pid_runtime.bundle.manifest import file_sha256
+from pid_runtime.bundle.files import file_sha256
 from pid_runtime.command.images import save_image, side_by_side, to_uint8
 from pid_runtime.nano.block_dct import decode, encode
 from pid_runtime.nano.codec import from_uint8

@@ -307,7 +307,7 @@ def _built(bundle: Path) -> tuple[str, ...]:
     """Backends that a bundle has engines for."""
     from pid_bench.cases import BACKENDS
     from pid_runtime.bundle.engines import read_engine_sets
-    from pid_runtime.bundle.manifest import read_manifest
+    from pid_runtime.bundle.folder import read_manifest
 
     flavors = {each.flavor for each in read_engine_sets(read_manifest(bundle, False)).values()}
     return tuple(name for name, each in BACKENDS.items() if each.flavor in flavors)

@@ -28,7 +28,8 @@ from pid_ref.weights import RandomWeights
 from pid_runtime.backends.session import Call, Session
 from pid_runtime.backends.stages import DTYPES
 from pid_runtime.bundle.engines import read_engine_sets
-from pid_runtime.bundle.manifest import PRECISIONS, read_constants, read_manifest
+from pid_runtime.bundle.folder import read_constants, read_manifest
+from pid_runtime.bundle.manifest import PRECISIONS
 from pid_runtime.decoder import Decoder, open_session
 from pid_runtime.noise import image_noise
 

@@ -14,7 +14,8 @@ from pid_export.program import build_program
 from pid_ref.config import PidConfig
 from pid_runtime.backends.stages import DTYPES
 from pid_runtime.bundle.engines import read_engine_sets
-from pid_runtime.bundle.manifest import PRECISIONS, Run, read_manifest
+from pid_runtime.bundle.folder import read_manifest
+from pid_runtime.bundle.manifest import PRECISIONS, Run
 
 SECTIONS = ("prologue", "step", "image")
 """Stages of a program."""

@@ -31,7 +31,7 @@ from pid_export.errors import ExportInputError
 from pid_ref.checkpoint import state_shapes
 from pid_ref.config import PidConfig
 from pid_ref.weights import RandomWeights
-from pid_runtime.bundle.manifest import read_manifest
+from pid_runtime.bundle.folder import read_manifest
 from pid_runtime.command import console
 from pid_runtime.decoder import Decoder
 from pid_runtime.errors import PidRuntimeError

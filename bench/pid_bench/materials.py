@@ -15,7 +15,8 @@ from pid_export.bundle import ExportOptions, config_of, export_bundle
 from pid_ref.checkpoint import read_checkpoint, state_shapes
 from pid_ref.weights import RandomWeights
 from pid_runtime.bundle.engines import read_engine_sets
-from pid_runtime.bundle.manifest import Manifest, read_manifest
+from pid_runtime.bundle.folder import read_manifest
+from pid_runtime.bundle.manifest import Manifest
 
 _log = logging.getLogger(__name__)
 

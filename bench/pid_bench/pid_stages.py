@@ -13,7 +13,8 @@ from pid_ref.config import PidConfig
 from pid_ref.errors import PidInputError
 from pid_ref.network import PidNet
 from pid_runtime.backends.stages import DTYPES, build_stage
-from pid_runtime.bundle.manifest import ITEM_BYTES, Run, sizes_of_request
+from pid_runtime.bundle.manifest import Run
+from pid_runtime.bundle.sizes import ITEM_BYTES, sizes_of_request
 
 CAPTION_TOKENS = 300
 """Text tokens of a caption embedding as the release makes them."""

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from pid_bench.errors import BenchInputError
-from pid_runtime.bundle.manifest import read_member
+from pid_runtime.bundle.json_reader import read_member
 from pid_runtime.errors import PidRuntimeError
 
 FORMAT = "pid-bench-report"

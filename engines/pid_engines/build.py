@@ -44,16 +44,11 @@ from pid_runtime.bundle.engines import (
     read_engine_sets,
     with_engine_sets,
 )
-from pid_runtime.bundle.manifest import (
-    MANIFEST_FILE,
-    Copy,
-    Manifest,
-    Run,
-    file_sha256,
-    read_manifest,
-    read_member,
-    sizes_for,
-)
+from pid_runtime.bundle.files import file_sha256
+from pid_runtime.bundle.folder import read_manifest
+from pid_runtime.bundle.json_reader import read_member
+from pid_runtime.bundle.manifest import MANIFEST_FILE, Copy, Manifest, Run
+from pid_runtime.bundle.sizes import sizes_for
 from pid_runtime.errors import PidRuntimeError
 
 _log = logging.getLogger(__name__)

@@ -7,7 +7,8 @@ from itertools import chain
 
 import onnx
 
-from pid_runtime.bundle.manifest import Graph, Shape
+from pid_runtime.bundle.manifest import Graph
+from pid_runtime.bundle.sizes import Shape
 
 LARGEST_FP16_KEYS = 65_504
 """Most keys of an attention in float16: a sum of as many ones is the largest float16 number."""

@@ -5,8 +5,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from pid_engines.errors import BuildInputError
-from pid_runtime.bundle.manifest import Bucket, Graph, Manifest, Noise, Run, Shape, sizes_for
-from pid_runtime.bundle.manifest_check import patchify_run
+from pid_runtime.bundle.manifest import Bucket, Graph, Manifest, Noise, Run
+from pid_runtime.bundle.sizes import Shape, sizes_for
 
 Range = tuple[int, int, int]
 """Smallest, best and largest size."""
@@ -107,7 +107,7 @@ def _profiles(manifest: Manifest, graph: str, bucket: Bucket) -> list[Profile]:
     described = manifest.graphs[graph]
     symbols = _input_symbols(described)
     runs = [
-        patchify_run(each) if isinstance(each, Noise) else each
+        each.patchify() if isinstance(each, Noise) else each
         for each in manifest.instructions()
         if isinstance(each, Run | Noise)
     ]

@@ -23,7 +23,8 @@ from pid_engines.errors import BuildError
 from pid_engines.flavors import FLAVORS, Flavor, load_library
 from pid_engines.gates import port_difference
 from pid_engines.profiles import shape_ranges
-from pid_runtime.bundle.manifest import Graph, read_member
+from pid_runtime.bundle.json_reader import read_member
+from pid_runtime.bundle.manifest import Graph
 
 Report = Callable[[Mapping[str, Any]], None]
 

@@ -3,7 +3,8 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from pid_runtime.bundle.manifest import SECTIONS, Buffer, Copy, Instruction, Noise, Sizes
+from pid_runtime.bundle.manifest import SECTIONS, Buffer, Copy, Instruction, Noise
+from pid_runtime.bundle.sizes import Sizes
 
 ALIGNMENT = 256
 """Every buffer starts at a multiple of this many bytes, as CUDA allocations do."""

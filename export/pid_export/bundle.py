@@ -24,10 +24,10 @@ from pid_ref.config import PidConfig
 from pid_ref.registry import Checkpoint
 from pid_ref.sampler import timesteps
 from pid_runtime.backends.stages import Dimensions, build_stage
+from pid_runtime.bundle.json_reader import NAME
 from pid_runtime.bundle.manifest import (
     BLOCK_DCT,
     MANIFEST_FILE,
-    NAME,
     PRECISIONS,
     WEIGHTS_FILE,
     Bucket,
@@ -36,8 +36,9 @@ from pid_runtime.bundle.manifest import (
     Graph,
     Manifest,
     Sampler,
-    sizes_for,
 )
+from pid_runtime.bundle.manifest_check import check_manifest
+from pid_runtime.bundle.sizes import sizes_for
 
 BUCKETS = {"2k": 18_816, "3k": 36_864, "4k": 65_536}
 """Budgets of tokens of 16x16 pixels: 2688x1792, 3072x3072 and 4096x4096, or as much in another
@@ -175,7 +176,7 @@ def export_bundle(
             program=program.sections,
             codec=_codec(checkpoint),
         )
-        manifest.check()
+        check_manifest(manifest)
         (folder / MANIFEST_FILE).write_text(manifest.to_json() + "\n", "utf-8")
     return manifest
 

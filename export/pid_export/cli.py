@@ -161,7 +161,7 @@ def _weights(
     from pid_ref.checkpoint import read_checkpoint, state_shapes
     from pid_ref.hub import download
     from pid_ref.weights import RandomWeights
-    from pid_runtime.bundle.manifest import file_sha256
+    from pid_runtime.bundle.files import file_sha256
 
     if args.random_weights is not None:
         if args.checkpoint is not None:

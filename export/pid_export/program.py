@@ -18,8 +18,8 @@ from pid_runtime.bundle.manifest import (
     Operand,
     Port,
     Run,
-    Shape,
 )
+from pid_runtime.bundle.sizes import Shape
 
 FLOAT = "float32"
 THETA = 10000.0

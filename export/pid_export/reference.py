@@ -14,7 +14,7 @@ from torch.utils.hooks import RemovableHandle
 
 from pid_export.fold import fold_tables
 from pid_ref.network import PidNet, patchify
-from pid_runtime.bundle.manifest import Sizes
+from pid_runtime.bundle.sizes import Sizes
 
 Values = dict[str, Tensor]
 

@@ -26,15 +26,10 @@ from pid_ref.registry import CHECKPOINT_FILE, CHECKPOINTS
 from pid_ref.sampler import sample, timesteps
 from pid_ref.weights import RandomWeights
 from pid_runtime.backends.session import Session
-from pid_runtime.bundle.manifest import (
-    Manifest,
-    Noise,
-    Run,
-    Sizes,
-    file_sha256,
-    read_constants,
-    sizes_of_request,
-)
+from pid_runtime.bundle.files import file_sha256
+from pid_runtime.bundle.folder import read_constants
+from pid_runtime.bundle.manifest import Manifest, Noise, Run
+from pid_runtime.bundle.sizes import Sizes, sizes_of_request
 from pid_runtime.decoder import Decoder
 from pid_runtime.interpreter import Program, graph_calls
 from pid_runtime.request import update_factors

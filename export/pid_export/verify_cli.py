@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from pid_export.errors import ExportInputError
 from pid_ref.errors import PidInputError
-from pid_runtime.bundle.manifest import Manifest, read_constants, read_manifest
+from pid_runtime.bundle.folder import read_constants, read_manifest
+from pid_runtime.bundle.manifest import Manifest
 from pid_runtime.command import console
 from pid_runtime.decoder import BACKENDS, Decoder, open_session
 from pid_runtime.errors import PidRuntimeError

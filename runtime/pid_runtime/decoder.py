@@ -9,7 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pid_runtime.backends.session import Block, Session
-from pid_runtime.bundle.manifest import Manifest, Noise, Sizes, read_constants, read_manifest
+from pid_runtime.bundle.folder import read_constants, read_manifest
+from pid_runtime.bundle.manifest import Manifest, Noise
+from pid_runtime.bundle.sizes import Sizes
 from pid_runtime.errors import PidRuntimeError
 from pid_runtime.interpreter import Program, graph_calls
 from pid_runtime.nano import codec

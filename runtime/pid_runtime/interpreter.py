@@ -13,18 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pid_runtime.backends.session import Block, Call, Session, Tensor
-from pid_runtime.bundle.manifest import (
-    ITEM_BYTES,
-    Bucket,
-    Copy,
-    Manifest,
-    Noise,
-    Operand,
-    Port,
-    Run,
-    Sizes,
-)
-from pid_runtime.bundle.manifest_check import patchify_run
+from pid_runtime.bundle.manifest import Bucket, Copy, Manifest, Noise, Operand, Port, Run
+from pid_runtime.bundle.sizes import ITEM_BYTES, Sizes
 from pid_runtime.tables import compute_table
 
 NoiseSource = Callable[[Session, "Program", Noise, int], None]
@@ -102,7 +92,7 @@ class Program:
         key = id(instruction)
         if key not in self._patchify:
             scratch = self._scratch[key]
-            calls = list(self._bind_run(patchify_run(instruction), self.sizes, scratch))
+            calls = list(self._bind_run(instruction.patchify(), self.sizes, scratch))
             self._patchify[key] = self.session.sequence("noise", calls)
         self._patchify[key]()
 
@@ -218,7 +208,7 @@ def graph_calls(
     for instruction in manifest.instructions():
         if isinstance(instruction, Copy):
             continue
-        run = patchify_run(instruction) if isinstance(instruction, Noise) else instruction
+        run = instruction.patchify() if isinstance(instruction, Noise) else instruction
         local = sizes.extended(run.dims, B=1)
         for length in sorted({end - begin for begin, end in slices_of(run, bucket, local)}):
             yield (

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pid_runtime.bundle.manifest import Sizes
+from pid_runtime.bundle.sizes import Sizes
 from pid_runtime.errors import PidRuntimeError
 
 Table = NDArray[np.float32]

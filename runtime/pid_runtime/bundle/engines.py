@@ -13,14 +13,9 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from pid_runtime.bundle.manifest import (
-    NAME,
-    Bucket,
-    Graph,
-    Manifest,
-    file_sha256,
-    read_member,
-)
+from pid_runtime.bundle.files import file_sha256
+from pid_runtime.bundle.json_reader import NAME, read_member
+from pid_runtime.bundle.manifest import Bucket, Graph, Manifest
 from pid_runtime.bundle.manifest_check import check_bucket
 from pid_runtime.errors import PidRuntimeError
 

@@ -10,11 +10,10 @@ from collections.abc import Iterable, Mapping
 from itertools import pairwise
 from typing import Any, TypeVar
 
+from pid_runtime.bundle.json_reader import NAME
 from pid_runtime.bundle.manifest import (
     BLOCK_DCT,
-    ITEM_BYTES,
     MANIFEST_FILE,
-    NAME,
     PRECISIONS,
     SECTIONS,
     WEIGHTS_FILE,
@@ -29,12 +28,9 @@ from pid_runtime.bundle.manifest import (
     Port,
     Run,
     Sampler,
-    Shape,
-    Sizes,
-    sizes_for,
 )
+from pid_runtime.bundle.sizes import ITEM_BYTES, Shape, Sizes, sizes_for
 from pid_runtime.errors import PidRuntimeError
-from pid_runtime.nano.block_dct import BASIS
 
 ALIGNMENT = 256
 """Every buffer starts at a multiple of this many bytes."""
@@ -62,6 +58,9 @@ TABLE_OPTIONS = {
     "rope_1d_sin": ("head_dim", "theta"),
     "pixel_axis": ("axis", "size", "patch_size", "theta"),
 }
+
+CODEC_CHANNELS = {BLOCK_DCT: 16}
+"""Channels of the latents of every kind of codec this version knows."""
 
 Part = TypeVar("Part")
 
@@ -120,12 +119,12 @@ def _check_network(manifest: Manifest) -> None:
 def _check_codec(manifest: Manifest) -> None:
     """A codec of a kind this version does not know is left alone: decoding does not need it."""
     codec = manifest.codec
-    if codec is None or codec.kind != BLOCK_DCT:
+    if codec is None or codec.kind not in CODEC_CHANNELS:
         return
-    channels = manifest.network["latent_channels"]
-    _require(channels == len(BASIS), f"{len(BASIS)} latent channels for {BLOCK_DCT}", channels)
-    good = len(codec.std) == len(BASIS) and all(1e-6 <= value <= 1e9 for value in codec.std)
-    _require(good, f"{len(BASIS)} usable std of the codec", codec.std)
+    count, channels = CODEC_CHANNELS[codec.kind], manifest.network["latent_channels"]
+    _require(channels == count, f"{count} latent channels for {codec.kind}", channels)
+    good = len(codec.std) == count and all(1e-6 <= value <= 1e9 for value in codec.std)
+    _require(good, f"{count} usable std of the codec", codec.std)
 
 
 def _check_sampler(sampler: Sampler) -> None:
@@ -242,7 +241,7 @@ def _check_instruction(manifest: Manifest, section: str, instruction: Instructio
         state = manifest.buffers["state"]
         alike = (target.dtype, target.shape) == (state.dtype, state.shape)
         _require(alike, "noise of the state's shape", instruction.target)
-    run = patchify_run(instruction) if isinstance(instruction, Noise) else instruction
+    run = instruction.patchify() if isinstance(instruction, Noise) else instruction
     graph = _named(manifest.graphs, run.graph, "graph")
     reserved = {"B", *INDEX_SYMBOLS}
     _require(run.chunk not in reserved, f"graph {run.graph!r} cut along a size", run.chunk)
@@ -275,12 +274,6 @@ def _check_start(what: str, operand: Operand, buffer: Buffer) -> None:
     for at in start:
         known = isinstance(at, int) or at in SIZE_SYMBOLS - {"B"} | INDEX_SYMBOLS
         _require(known, f"{what} to start at a known index", at)
-
-
-def patchify_run(noise: Noise) -> Run:
-    """The run a noise instruction stands for when noise is given as an image."""
-    inputs, outputs = {"image": Operand(noise.image)}, {"tokens": Operand(noise.target)}
-    return Run(noise.graph, inputs, outputs)
 
 
 def check_bucket(manifest: Manifest, name: str, bucket: Bucket, scratch_bytes: int = 0) -> None:
@@ -326,7 +319,7 @@ def check_bucket(manifest: Manifest, name: str, bucket: Bucket, scratch_bytes: i
 
 def _check_extent(manifest: Manifest, instruction: Run | Noise, sizes: Sizes) -> None:
     """Every operand lies in its buffer."""
-    run = patchify_run(instruction) if isinstance(instruction, Noise) else instruction
+    run = instruction.patchify() if isinstance(instruction, Noise) else instruction
     graph: Graph = manifest.graphs[run.graph]
     local = sizes.extended(run.dims)
     ports: dict[str, Port] = {**graph.inputs, **graph.outputs}

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pid_runtime.bundle.manifest import read_manifest
+from pid_runtime.bundle.folder import read_manifest
 from pid_runtime.command import console
 from pid_runtime.command.advice import advice
 from pid_runtime.command.decode_jobs import (
