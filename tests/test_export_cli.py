@@ -19,7 +19,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from pid_export import cli, verify_cli
+from pid_export import bundle, cli, verify_cli
 from pid_export.bundle import config_of, dimensions_of, network_of, parse_buckets, weight_slots
 from pid_export.cli import main
 from pid_export.errors import ExportInputError
@@ -671,7 +671,7 @@ def test_somebody_else_was_faster(export: Export, monkeypatch: pytest.MonkeyPatc
         export.bundle.mkdir()
         (export.bundle / "theirs").write_text("precious")
 
-    monkeypatch.setattr(Manifest, "check", check)
+    monkeypatch.setattr(bundle, "check_manifest", check)
     text = export.refusal_of(main, *export.random, "-o", export.bundle)
     assert "exists already" in text
     assert tree(export.bundle) == {"theirs": b"precious"}
@@ -728,7 +728,7 @@ def test_an_error_in_the_exporter_is_a_traceback_and_leaves_nothing(
     def check(manifest: Manifest) -> None:
         raise AssertionError("a bug")
 
-    monkeypatch.setattr(Manifest, "check", check)
+    monkeypatch.setattr(bundle, "check_manifest", check)
     with pytest.raises(AssertionError, match="a bug"):
         main([str(a) for a in (*export.random, "-o", export.bundle)])
     assert list(export.folder.iterdir()) == [export.folder / "config.json"]

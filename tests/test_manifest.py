@@ -20,7 +20,7 @@ from pid_export.program import build_program
 from pid_ref.config import PidConfig
 from pid_ref.sampler import timesteps
 from pid_runtime.backends.session import Call, in_order
-from pid_runtime.bundle import manifest as module
+from pid_runtime.bundle import folder
 from pid_runtime.bundle.files import file_sha256
 from pid_runtime.bundle.folder import (
     MANIFEST_MAX_BYTES,
@@ -175,7 +175,7 @@ def test_unknown_members_of_a_newer_minor_version_are_left_out() -> None:
 
 
 def test_an_older_minor_version_is_accepted(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "FORMAT_VERSION", (1, 3))
+    monkeypatch.setattr(folder, "FORMAT_VERSION", (1, 3))
     assert parse_manifest(json.dumps(TREES[False])) == MANIFESTS[False]
 
 

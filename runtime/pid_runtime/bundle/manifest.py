@@ -246,11 +246,12 @@ _MEMBERS: dict[str, tuple[type[Any], dict[str, str]]] = {
 def _read_instruction(raw: Any, where: str) -> Instruction:
     if not isinstance(raw, dict):
         raise unexpected("an instruction", raw, where)
-    found = [member for member in _MEMBERS if member in raw]
+    members: dict[str, Any] = raw
+    found = [member for member in _MEMBERS if member in members]
     if len(found) != 1:
-        raise PidRuntimeError(f"expected run, copy or noise in {where}, but got {list(raw)}")
+        raise PidRuntimeError(f"expected run, copy or noise in {where}, but got {list(members)}")
     kind, names = _MEMBERS[found[0]]
-    renamed: dict[str, Any] = {names.get(key, key): value for key, value in raw.items()}
+    renamed = {names.get(key, key): value for key, value in members.items()}
     return read_object(kind, renamed, where, SPECIAL)
 
 
