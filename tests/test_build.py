@@ -22,6 +22,7 @@ from filelock import FileLock
 from pid_engines import build, flavors
 from pid_engines.attention import attention_graph
 from pid_engines.build import BuildOptions, Task, build_engines, plan_tasks
+from pid_engines.child import Child
 from pid_engines.cli import main
 from pid_engines.errors import BuildError, BuildInputError
 from pid_engines.flavors import FLAVORS, find_flavor, parse_targets
@@ -33,6 +34,7 @@ from pid_engines.gates import (
     port_difference,
     read_report,
 )
+from pid_engines.worker import BuildResult
 from pid_export.arena import Lifetime, lifetimes
 from pid_runtime.bundle.engines import check_engine_set, engine_folder, read_engine_sets
 from pid_runtime.bundle.files import file_sha256
@@ -245,7 +247,7 @@ def test_several_targets_and_a_graph_without_sizes(free_bundle: Path, tmp_path: 
 
 def build_alone(
     bundle: Path, manifest: Manifest, options: BuildOptions, task: Task, folder: Path
-) -> tuple[Report, build.Result]:
+) -> tuple[Report, BuildResult]:
     """Build one engine into a folder."""
     logs = engine_folder(bundle, options.set_name) / "logs"
     existed = (bundle / "engines").exists()
@@ -304,11 +306,11 @@ def engine_log(
 ) -> str:
     """What the builder says while it builds an engine."""
     request = build.request_of(bundle, manifest, options, task, folder)
-    path = folder / "request.json"
-    path.write_text(json.dumps(asdict(request)))
-    command = [sys.executable, "-m", "pid_engines.worker", str(path)]
-    run = subprocess.run(command, capture_output=True, text=True, check=True)
-    return run.stderr
+    log = folder / "log"
+    with Child([sys.executable, "-m", "pid_engines.worker"], log=log) as child:
+        child.ask(asdict(request))
+        child.end()
+    return log.read_text()
 
 
 def test_an_island_needs_bfloat16(bf16_bundle: Path, options: BuildOptions) -> None:

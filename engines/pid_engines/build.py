@@ -1,17 +1,13 @@
 """Builds the engines of a bundle and writes down what was built in its manifest."""
 
 import contextlib
-import json
 import logging
 import os
 import resource
 import shutil
-import signal
-import subprocess
 import sys
 import tempfile
-import threading
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -21,6 +17,7 @@ import onnx
 from filelock import FileLock, Timeout
 
 from pid_engines.attention import attention_graph
+from pid_engines.child import ChildError, Children, PartDone
 from pid_engines.errors import BuildError, BuildInputError
 from pid_engines.flavors import FIRST_WITH_BF16, Flavor, architecture
 from pid_engines.gates import (
@@ -32,7 +29,7 @@ from pid_engines.gates import (
     read_report,
 )
 from pid_engines.profiles import EnginePlan, plan_engines
-from pid_engines.worker import Request, Result
+from pid_engines.worker import BuildRequest, BuildResult
 from pid_export.arena import plan_arena
 from pid_runtime.bundle.engines import (
     ENGINE_FOLDER,
@@ -67,8 +64,6 @@ bundles have, keep a large GPU busy."""
 
 ATTENTION_GRAPH = 1
 """Goes into every engine's key: another number when `attention_graph` writes another graph."""
-
-Progress = Callable[[float], None]
 
 
 @dataclass(frozen=True)
@@ -143,7 +138,7 @@ class Build:
 
 
 def build_engines(
-    bundle: Path, options: BuildOptions, progress: Progress = lambda fraction: None
+    bundle: Path, options: BuildOptions, progress: PartDone = lambda fraction: None
 ) -> Build:
     """Build the engines of a bundle that it does not have yet, and record them in its manifest.
 
@@ -289,20 +284,22 @@ def _build_all(
     options: BuildOptions,
     tasks: Sequence[Task],
     staging: Path,
-    progress: Progress,
-) -> dict[str, tuple[Report, Result]]:
+    progress: PartDone,
+) -> dict[str, tuple[Report, BuildResult]]:
     """Build engines into `staging`; reports of the builder and results by the engine's file."""
     logs = engine_folder(bundle, options.set_name) / LOG_FOLDER
-    children = _Children()
+    children = Children()
 
-    def build(task: Task) -> tuple[Report, Result]:
+    def build(task: Task) -> tuple[Report, BuildResult]:
         request = request_of(bundle, manifest, options, task, staging)
         log = logs / f"{task.plan.name}.log"
         share = 1 / len(tasks)
-        result = children.run(request, task.plan.name, log, lambda part: progress(part * share))
+        result = _build_one(
+            children, request, task.plan.name, log, lambda part: progress(part * share)
+        )
         return _checked_report(task, log, options), result
 
-    results: dict[str, tuple[Report, Result]] = {}
+    results: dict[str, tuple[Report, BuildResult]] = {}
     with ThreadPoolExecutor(1 if options.flavor.timing_cache else options.jobs) as pool:
         futures = {pool.submit(build, task): task.file for task in tasks}
         try:
@@ -318,7 +315,7 @@ def _build_all(
 
 def request_of(
     bundle: Path, manifest: Manifest, options: BuildOptions, task: Task, staging: Path
-) -> Request:
+) -> BuildRequest:
     """What a worker is to do for a task; the file it is to build from is written if need be."""
     graph = manifest.graphs[task.plan.graph]
     source = bundle / graph.file
@@ -326,7 +323,7 @@ def request_of(
         source = staging / f"{task.plan.name}.onnx"
         source.write_bytes(task.content)
     cache = engine_folder(bundle, options.set_name) / TIMING_CACHE_FILE
-    return Request(
+    return BuildRequest(
         flavor=options.flavor.name,
         targets=options.targets,
         flags=options.flags,
@@ -355,73 +352,36 @@ def _checked_report(task: Task, log: Path, options: BuildOptions) -> Report:
     return report
 
 
-class _Children:
-    """The processes that build engines."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._running: set[subprocess.Popen[str]] = set()
-        self._killed = False
-
-    def run(self, request: Request, name: str, log: Path, progress: Progress) -> Result:
-        """Build an engine. Raises `BuildError` when that fails."""
-        path = Path(f"{request.engine}.json")
-        path.write_text(json.dumps(asdict(request)), "utf-8")
-        command = [sys.executable, "-m", "pid_engines.worker", str(path)]
-        with log.open("wb") as stderr:
-            with self._lock:
-                if self._killed:
-                    raise BuildError(f"engine {name}: not built")
-                process = subprocess.Popen(
-                    command, stdout=subprocess.PIPE, stderr=stderr, text=True, encoding="utf-8"
-                )
-                self._running.add(process)
-            try:
-                last = _follow(process, progress)
-            finally:
-                process.kill()
-                process.wait()
-                with self._lock:
-                    self._running.discard(process)
-        if process.returncode == 0 and "result" in last:
-            return read_member(Result, last["result"], "result")
-        reason = last.get("error") or _cause(process.returncode)
-        raise BuildError(f"cannot build engine {name}: {reason}; see {log}")
-
-    def kill(self) -> None:
-        """End all processes, and let none begin."""
-        with self._lock:
-            self._killed = True
-            for process in self._running:
-                process.kill()
-
-
-def _follow(process: subprocess.Popen[str], progress: Progress) -> dict[str, Any]:
-    """Hand on a build's progress; what it said last when it has ended."""
-    message: dict[str, Any] = {}
+def _build_one(
+    children: Children, request: BuildRequest, name: str, log: Path, progress: PartDone
+) -> BuildResult:
+    """Build an engine in a process of its own. Raises `BuildError` when that fails."""
     done = 0.0
-    assert process.stdout is not None
-    with process.stdout as lines:
-        for line in lines:
-            message = json.loads(line)
-            if message.get("progress", 0.0) > done:
-                progress(message["progress"] - done)
-                done = message["progress"]
-    process.wait()
-    progress(1 - done)
-    return message
+
+    def advance(part: float) -> None:
+        nonlocal done
+        if part > done:
+            progress(part - done)
+            done = part
+
+    try:
+        with children.start([sys.executable, "-m", "pid_engines.worker"], log=log) as child:
+            result = read_member(BuildResult, child.ask(asdict(request), advance), "result")
+            child.end()
+    except ChildError as error:
+        reason = str(error)
+        if error.killed:
+            reason = (
+                "it was killed, as happens when the machine has too little memory (try --jobs 1)"
+            )
+        elif not error.said:
+            reason = f"the builder {error}"
+        raise BuildError(f"cannot build engine {name}: {reason}; see {log}") from None
+    advance(1.0)
+    return result
 
 
-def _cause(code: int) -> str:
-    """Why a process ended that did not say so itself."""
-    if code == -signal.SIGKILL:
-        return "it was killed, as happens when the machine has too little memory (try --jobs 1)"
-    if code < 0:
-        return f"the builder crashed ({signal.Signals(-code).name})"
-    return f"the builder ended with code {code}"
-
-
-def _engine(manifest: Manifest, task: Task, report: Report, result: Result) -> Engine:
+def _engine(manifest: Manifest, task: Task, report: Report, result: BuildResult) -> Engine:
     graph = manifest.graphs[task.plan.graph]
     return Engine(
         file=task.file,

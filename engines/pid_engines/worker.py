@@ -1,24 +1,22 @@
 """Builds one engine in a process of its own, so that a crash of the builder is only its own.
 
-    python -m pid_engines.worker REQUEST.json
+    python -m pid_engines.worker
 
-Parser and builder write what they have to say to stderr. On stdout are lines of JSON for the
-process that started this one: {"progress": 0.5} as often as there is some, and then either
-{"result": {...}}, see `Result`, or {"error": "one line"}.
+A `pid_engines.child`: it is asked for a `BuildRequest`, and answers with a `BuildResult`. Parser
+and builder write what they have to say to stderr.
 """
 
 import hashlib
-import json
 import os
 import resource
-import signal
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from pid_engines.child import PartDone, serve
 from pid_engines.errors import BuildError
 from pid_engines.flavors import FLAVORS, Flavor, load_library
 from pid_engines.gates import port_difference
@@ -26,11 +24,9 @@ from pid_engines.profiles import shape_ranges
 from pid_runtime.bundle.json_reader import read_member
 from pid_runtime.bundle.manifest import Graph
 
-Report = Callable[[Mapping[str, Any]], None]
-
 
 @dataclass(frozen=True)
-class Request:
+class BuildRequest:
     """What to build."""
 
     flavor: str
@@ -50,7 +46,7 @@ class Request:
 
 
 @dataclass(frozen=True)
-class Result:
+class BuildResult:
     """What was built."""
 
     bytes: int
@@ -60,29 +56,19 @@ class Result:
     """Most host memory of this process."""
 
 
-def main(arguments: Sequence[str]) -> int:
-    """Build what the request file says; returns the exit code."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C: the parent decides, and kills us
-    channel = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)  # what a library prints must not come between our lines
+def main() -> int:
+    """Build what is asked for; returns the exit code."""
+    return serve(_answer)
 
-    def report(message: Mapping[str, Any]) -> None:
-        channel.write(json.dumps(message) + "\n")
-        channel.flush()
 
-    request: Request = read_member(
-        Request, json.loads(Path(arguments[0]).read_text("utf-8")), "request"
-    )
+def _answer(asked: dict[str, Any], progress: PartDone) -> dict[str, Any]:
     try:
-        result = build(request, report)
+        return asdict(build(read_member(BuildRequest, asked, "request"), progress))
     except BuildError as error:
-        report({"error": str(error)})
-        return 1
-    report({"result": asdict(result)})
-    return 0
+        return {"error": str(error)}
 
 
-def build(request: Request, report: Report) -> Result:
+def build(request: BuildRequest, progress: PartDone) -> BuildResult:
     """Build an engine. Raises `BuildError` when the library does not."""
     begin = time.monotonic()
     flavor = FLAVORS[request.flavor]
@@ -98,7 +84,7 @@ def build(request: Request, report: Report) -> Result:
     _configure(trt, flavor, config, request)
     for profile in request.profiles:
         _add_profile(builder, config, request.graph, profile)
-    config.progress_monitor = _monitor(trt, report)
+    config.progress_monitor = _monitor(trt, progress)
     plan = builder.build_serialized_network(network, config)
     if plan is None:
         raise BuildError(errors[-1] if errors else "the builder gave no engine and no reason")
@@ -106,7 +92,7 @@ def build(request: Request, report: Report) -> Result:
         _write_whole(Path(request.timing_cache), config.get_timing_cache().serialize())
     digest = _write_whole(Path(request.engine), plan)
     peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return Result(plan.nbytes, digest, round(time.monotonic() - begin, 3), peak)
+    return BuildResult(plan.nbytes, digest, round(time.monotonic() - begin, 3), peak)
 
 
 def _network_flags(trt: Any) -> int:
@@ -115,7 +101,7 @@ def _network_flags(trt: Any) -> int:
     return 0 if flag is None else 1 << int(flag)
 
 
-def _parse(trt: Any, builder: Any, network: Any, request: Request) -> None:
+def _parse(trt: Any, builder: Any, network: Any, request: BuildRequest) -> None:
     parser = trt.OnnxParser(network, builder.logger)
     if not parser.parse_from_file(request.onnx):
         found = [parser.get_error(index) for index in range(parser.num_errors)]
@@ -126,7 +112,7 @@ def _parse(trt: Any, builder: Any, network: Any, request: Request) -> None:
         raise BuildError(f"cannot parse {request.onnx}: {said}")
 
 
-def _configure(trt: Any, flavor: Flavor, config: Any, request: Request) -> None:
+def _configure(trt: Any, flavor: Flavor, config: Any, request: BuildRequest) -> None:
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # the log then lists the kernels
     config.builder_optimization_level = request.flags["opt_level"]
     if request.flags["workspace_bytes"]:
@@ -192,8 +178,8 @@ def _logger(trt: Any, errors: list[str]) -> Any:
     return Logger()
 
 
-def _monitor(trt: Any, report: Report) -> Any:
-    """A progress monitor that reports the outermost phase as a fraction."""
+def _monitor(trt: Any, progress: PartDone) -> Any:
+    """A progress monitor that says how much of the outermost phase is done."""
 
     class Monitor(trt.IProgressMonitor):  # pyright: ignore[reportUntypedBaseClass]
         def __init__(self) -> None:
@@ -210,7 +196,7 @@ def _monitor(trt: Any, report: Report) -> Any:
         def step_complete(self, name: str, step: int) -> bool:
             if name in self.steps:
                 try:
-                    report({"progress": (step + 1) / max(1, self.steps[name])})
+                    progress((step + 1) / max(1, self.steps[name]))
                 except OSError:  # whoever wanted the engine is gone
                     return False
             return True
@@ -229,4 +215,4 @@ def _write_whole(path: Path, content: Any) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())
