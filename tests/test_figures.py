@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from figures import END, main, pages, with_figures
 
 from pid_bench.errors import BenchInputError
-from pid_bench.figures import END, main, pages, with_figures
 
 ROOT = Path(__file__).parent.parent
 NETWORKS = {"2kto4k-v1": "v1", "2kto4k": "v1.5"}
@@ -67,7 +67,7 @@ def test_marked_tables_are_those_of_the_measurements() -> None:
     assert {"README.md", "memory.md"} <= marked
     for page in pages(ROOT):
         text = page.read_text("utf-8")
-        assert with_figures(text, ROOT) == text, f"{page}: run python -m pid_bench.figures"
+        assert with_figures(text, ROOT) == text, f"{page}: run python tools/figures.py"
 
 
 def test_an_altered_figure_is_found_and_mended(tmp_path: Path, run_command: Any) -> None:

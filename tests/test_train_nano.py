@@ -1,28 +1,21 @@
 """The training of `nano`: where it starts, and that it can be stopped and goes on."""
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import train_nano
 from safetensors.torch import load_file
 
 from pid_ref.checkpoint import state_shapes
 from pid_ref.registry import NANO_CONFIG
 
-TOOLS = Path(__file__).parent.parent / "tools"
-
 
 @pytest.fixture(scope="module")
 def tool() -> Any:
-    sys.path.insert(0, str(TOOLS))
-    try:
-        import train_nano  # pyright: ignore[reportMissingImports]
-    finally:
-        sys.path.remove(str(TOOLS))
     train_nano.FIT_CROPS = 20
     return train_nano
 

@@ -6,6 +6,7 @@ python tools/plot_nano_log.py bench/results/nano-training.jsonl docs/nano-traini
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -28,11 +29,11 @@ def main() -> int:
     return 0
 
 
-def draw(entries: list[dict[str, object]]) -> str:
+def draw(entries: list[dict[str, Any]]) -> str:
     """PSNR of the crops over the iterations."""
     lines: dict[str, list[tuple[float, float]]] = {}
     for name in SERIES:
-        points = [(e["iteration"], e["psnr"][name]) for e in entries if name in e["psnr"]]  # type: ignore[index]
+        points = [(e["iteration"], e["psnr"][name]) for e in entries if name in e["psnr"]]
         values = np.convolve([y for _, y in points], np.ones(WINDOW) / WINDOW, "valid")
         at = [x for x, _ in points][WINDOW // 2 : WINDOW // 2 + len(values)]
         lines[name] = list(zip(at, values.tolist(), strict=True))

@@ -118,7 +118,7 @@ def new_network(seed: int, pictures: list[Pixels]) -> PidNet:
     - Everything else starts at zero but for what feeds it.
     """
     torch.manual_seed(seed)
-    net = PidNet(NANO_CONFIG)
+    net = _untyped(PidNet(NANO_CONFIG))
     size, d, gain, constant = NANO_CONFIG.hidden_size, NANO_CONFIG.pixel_hidden_size, 256.0, 16384.0
     rms = constant / math.sqrt(d)
     taps, offset, patches = (torch.from_numpy(each) for each in fit(pictures, size - 1))
@@ -171,20 +171,26 @@ def new_network(seed: int, pictures: list[Pixels]) -> PidNet:
     return net
 
 
+def _untyped(net: PidNet) -> Any:
+    """The network: torch's lists of modules do not say which modules they hold."""
+    return net
+
+
 @torch.no_grad()
 def tell_time(net: PidNet) -> None:
     """Let the patch half be at every time what it is at t = 1, but for the number 1 / t - 1.
 
     Training knows t = 1 only, and what it makes of other times is not meant.
     """
-    embedder, modulation = net.t_embedder, net.pixel_blocks[0].adaLN_modulation[0]
+    parts = _untyped(net)
+    embedder, modulation = parts.t_embedder, parts.pixel_blocks[0].adaLN_modulation[0]
     constant = embedder(torch.tensor([1000.0]))[0]
     constant[-1] = 0
     embedder.mlp[2].weight.zero_()
     embedder.mlp[2].weight[-1] = time_features(net)
     embedder.mlp[2].bias.copy_(constant)
-    net.s_embedder.proj.bias[-1] = 0
-    for block in net.patch_blocks:
+    parts.s_embedder.proj.bias[-1] = 0
+    for block in parts.patch_blocks:
         block.adaLN_modulation_img[0].weight[:, -1] = 0
         block.adaLN_modulation_txt[0].weight[:, -1] = 0
     modulation.weight.view(NANO_CONFIG.patch_pixels, 6, -1, NANO_CONFIG.hidden_size)[
@@ -194,9 +200,9 @@ def tell_time(net: PidNet) -> None:
 
 def token_layers(net: PidNet) -> list[nn.Linear]:
     """The layers whose outputs are added up to a token's condition."""
-    branch = net.lq_proj
-    layers = [branch.pit_head, *branch.output_heads]
-    for block in net.patch_blocks:
+    parts = _untyped(net)
+    layers: list[nn.Linear] = [parts.lq_proj.pit_head, *parts.lq_proj.output_heads]
+    for block in parts.patch_blocks:
         layers += [block.attn.proj_x, block.mlp_x.w2]
     return layers
 
@@ -219,7 +225,7 @@ def picture_of(net: PidNet, latent: Tensor, sigma: Tensor) -> Tensor:
     nothing = latent.new_zeros(1).expand(batch, 3, height, width)
     caption = latent.new_zeros(batch, *EMPTY_CAPTION)
     s = net.condition(nothing, torch.full_like(sigma, 1000.0), caption, latent, sigma)
-    modulation = net.pixel_blocks[0].adaLN_modulation[0]
+    modulation = _untyped(net).pixel_blocks[0].adaLN_modulation[0]
     pixels, size = NANO_CONFIG.patch_pixels, NANO_CONFIG.hidden_size
     weight = modulation.weight.view(pixels, 6, -1, size)[:, 3, 3:6]
     bias = modulation.bias.view(pixels, 6, -1)[:, 3, 3:6]

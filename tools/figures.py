@@ -1,7 +1,7 @@
 """Keeps the figures in README.md and docs/ those of `bench/results/`.
 
-    python -m pid_bench.figures            # writes the tables between their markers
-    python -m pid_bench.figures --check    # exit code 1 when one differs
+    python tools/figures.py            # writes the tables between their markers
+    python tools/figures.py --check    # exit code 1 when one differs
 
 A table stands between two lines, and nothing else writes there:
 
@@ -42,9 +42,9 @@ _MARKED = re.compile(
 def main(argv: Sequence[str] | None = None) -> int:
     """Write the tables, or with --check say whether they are written; returns the exit code."""
     parser = console.ArgumentParser(
-        "pid_bench.figures",
+        "figures.py",
         "Write the tables of README.md and docs/ from the measurements in bench/results/.",
-        "example: python -m pid_bench.figures --check",
+        "example: python tools/figures.py --check",
     )
     parser.add_argument("--check", action="store_true", help="change nothing; 1 if one differs")
     parser.add_argument("--root", type=Path, default=Path(), help="the repository (default: here)")

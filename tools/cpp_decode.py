@@ -1,7 +1,7 @@
 """Times the two runtimes against each other: opening a bundle, and decoding, in C++ and in Python.
 
-    python -m pid_bench.cpp_decode                     # full width, 2 patch blocks, 256x256
-    python -m pid_bench.cpp_decode --bundle flux-2k --size 1024x1024 --json
+    python tools/cpp_decode.py                     # full width, 2 patch blocks, 256x256
+    python tools/cpp_decode.py --bundle flux-2k --size 1024x1024 --json
 
 Both use ONNX Runtime with the same number of threads. They take turns, one decode each, so that
 what else the machine does hurts both; their images are compared before anything is timed. Needs
@@ -45,9 +45,9 @@ PROGRAM = "build/cpp/release/runtime/cpp/tests/pid_decoder_process"
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the benchmark and print its table; exit code 1 when the images differ."""
     parser = console.ArgumentParser(
-        "pid_bench.cpp_decode",
+        "cpp_decode.py",
         "Time opening a bundle and decoding with it, in C++ and in Python.",
-        examples="python -m pid_bench.cpp_decode --blocks 4 --size 256x256 --repeats 11",
+        examples="python tools/cpp_decode.py --blocks 4 --size 256x256 --repeats 11",
     )
     parser.add_argument("--bundle", type=Path, help="a bundle (default: one of random weights)")
     parser.add_argument("--blocks", type=int, default=2, help="patch blocks of it (2 of 14)")
@@ -144,7 +144,7 @@ def _compare(bundle: Path, process: _Process, work: Path, args: argparse.Namespa
             for name, pair in reversed(cases.items())  # as opening replaces the C++ decoder
         ]
     result: dict[str, Any] = {
-        "command": "python -m pid_bench.cpp_decode " + " ".join(sys.argv[1:]),
+        "command": "python tools/cpp_decode.py " + " ".join(sys.argv[1:]),
         "case": f"{manifest.model.get('name', bundle.name)}, {args.size}, {manifest.precision}, "
         f"{manifest.sampler.steps or 4} steps, {args.threads} threads",
         "hardware": cpu_name(),
