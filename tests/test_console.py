@@ -29,7 +29,7 @@ def parser() -> console.ArgumentParser:
 
 
 def run(body: Callable[[Namespace], int | None], *arguments: str) -> int:
-    return console.run(parser(), body, (PidRuntimeError,), arguments)
+    return console.run(parser(), body, arguments)
 
 
 def raising(error: BaseException) -> Callable[[Namespace], int]:
@@ -195,7 +195,7 @@ def test_a_reader_that_left_is_no_error() -> None:
     os.close(reader)
     code = """
         body = lambda _: console.emit({}, "text\\n" * 100_000, as_json=False)
-        sys.exit(console.run(console.ArgumentParser("pid-try", ""), body, (), []))
+        sys.exit(console.run(console.ArgumentParser("pid-try", ""), body, []))
     """
     assert child(code, stdout=writer, stderr=error_writer) == 141
     os.close(writer)

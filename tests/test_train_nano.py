@@ -84,4 +84,4 @@ def test_crops_follow_from_seed_and_index(tool: Any, pictures: Any, tmp_path: Pa
     few, more = (np.load(file) for file in files)
     assert few.shape == (3, 3, 64, 64) and few.dtype == np.uint8
     assert np.array_equal(few, more[:3]) and len({crop.tobytes() for crop in more}) == 5
-    assert not list(tmp_path.glob("*.part"))
+    assert sorted(tmp_path.iterdir()) == sorted(files)

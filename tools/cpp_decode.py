@@ -27,7 +27,6 @@ from numpy.typing import NDArray
 
 from pid_bench.hardware import cpu_name
 from pid_export.bundle import ExportOptions, export_bundle
-from pid_export.errors import ExportInputError
 from pid_ref.checkpoint import state_shapes
 from pid_ref.config import PidConfig
 from pid_ref.weights import RandomWeights
@@ -55,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--repeats", type=int, default=11, help="timed rounds (11)")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--program", type=Path, default=Path(PROGRAM), help=f"({PROGRAM})")
-    return console.run(parser, _benchmark, (PidRuntimeError, ExportInputError), argv)
+    return console.run(parser, _benchmark, argv)
 
 
 class _Process:

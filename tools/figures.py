@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--check", action="store_true", help="change nothing; 1 if one differs")
     parser.add_argument("--root", type=Path, default=Path(), help="the repository (default: here)")
-    return console.run(parser, _run, (BenchInputError,), argv)
+    return console.run(parser, _run, argv)
 
 
 def _run(args: argparse.Namespace) -> int:

@@ -16,6 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from pid_ref.registry import NANO_CONFIG, NANO_STD
+from pid_runtime.bundle.files import whole_file
 from pid_runtime.nano.block_dct import encode
 
 LATENT_PIXELS = NANO_CONFIG.size_multiple
@@ -81,15 +82,17 @@ def crops_file(folder: Path, pictures: list[Pixels], seed: int, side: int, count
     path = folder / f"crops-{side}-{count}-{seed}.npy"
     if path.exists():
         return path
-    aside, pixels = path.with_suffix(".part"), side * LATENT_PIXELS
+    pixels = side * LATENT_PIXELS
     shape = (count, 3, pixels, pixels)
-    crops = np.lib.format.open_memmap(aside, "w+", np.uint8, shape)
     make = partial(_crop, seed, pixels)
-    with ProcessPoolExecutor(os.cpu_count(), initializer=_begin, initargs=(pictures,)) as workers:
+    with (
+        whole_file(path) as aside,
+        ProcessPoolExecutor(os.cpu_count(), initializer=_begin, initargs=(pictures,)) as workers,
+    ):
+        crops = np.lib.format.open_memmap(aside, "w+", np.uint8, shape)
         for index, image in enumerate(workers.map(make, range(count), chunksize=100)):
             crops[index] = image
-    crops.flush()
-    aside.replace(path)
+        crops.flush()
     return path
 
 

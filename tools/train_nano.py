@@ -37,6 +37,7 @@ from torch import Tensor, nn
 from pid_ref.network import PidNet, patchify, unpatchify
 from pid_ref.registry import NANO_CONFIG, NANO_STD
 from pid_ref.sampler import timesteps
+from pid_runtime.bundle.files import whole_file
 from pid_runtime.nano.codec import from_uint8
 
 EMPTY_CAPTION = (NANO_CONFIG.text_max_length, NANO_CONFIG.text_dim)
@@ -386,9 +387,8 @@ def train(pictures: list[Pixels], folder: Path, iterations: int, seed: int, seco
 
 
 def _save(path: Path, content: Mapping[str, Any]) -> None:
-    aside = path.with_suffix(".part")
-    torch.save(dict(content), aside)
-    aside.replace(path)
+    with whole_file(path) as aside:
+        torch.save(dict(content), aside)
 
 
 def export(state: Mapping[str, Tensor], path: Path) -> None:

@@ -11,11 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pid_bench.errors import BenchInputError
-from pid_engines.errors import BuildError, BuildInputError
-from pid_export.errors import ExportInputError
 from pid_ref.errors import PidInputError
 from pid_runtime.command import console
-from pid_runtime.errors import PidRuntimeError
 
 if TYPE_CHECKING:
     from pid_bench.cases import Case, Network, Selection
@@ -23,15 +20,6 @@ if TYPE_CHECKING:
     from pid_bench.report import Report, Row
 
 _log = logging.getLogger(__name__)
-
-ERRORS = (
-    BenchInputError,
-    BuildError,
-    BuildInputError,
-    ExportInputError,
-    PidInputError,
-    PidRuntimeError,
-)
 
 SAMPLES_FOLDER = "images"
 """In a report's folder: some pixels of every PiD image, which later runs compare theirs with."""
@@ -57,10 +45,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run `pid-bench`; returns its exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     if arguments[:1] == ["compare"]:
-        return console.run(_compare_parser(), _compare, ERRORS, arguments[1:])
+        return console.run(_compare_parser(), _compare, arguments[1:])
     if arguments[:1] == ["merge"]:
-        return console.run(_merge_parser(), _merge, ERRORS, arguments[1:])
-    return console.run(_parser(), _bench, ERRORS, arguments)
+        return console.run(_merge_parser(), _merge, arguments[1:])
+    return console.run(_parser(), _bench, arguments, also=(PidInputError,))
 
 
 def _parser() -> console.ArgumentParser:

@@ -5,15 +5,14 @@ interrupted leaves a report that can be read and added to.
 """
 
 import json
-import os
 import statistics
-import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from pid_bench.errors import BenchInputError
+from pid_runtime.bundle.files import write_whole
 from pid_runtime.bundle.json_reader import read_member
 from pid_runtime.errors import PidRuntimeError
 
@@ -260,19 +259,11 @@ def write_file(path: Path, text: str) -> None:
     """Replace a file at once. Raises `BenchInputError` where nothing can be written."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, partial = tempfile.mkstemp(".partial", f".{path.name}.", path.parent)
+        write_whole(path, text)
     except OSError as error:
         raise BenchInputError(
             f"expected to write {path}, but got: {error.strerror}; choose another place with -o"
         ) from None
-    try:
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            file.write(text)
-        Path(partial).chmod(0o644)
-        Path(partial).replace(path)
-    except BaseException:
-        Path(partial).unlink(missing_ok=True)
-        raise
 
 
 def derived(report: Report) -> Report:

@@ -13,7 +13,6 @@ from pid_engines.errors import BuildError, BuildInputError
 from pid_engines.flavors import find_flavor, parse_targets
 from pid_runtime.bundle.engines import Engine
 from pid_runtime.command import console
-from pid_runtime.errors import PidRuntimeError
 
 _EXAMPLES = """\
 examples:
@@ -30,8 +29,7 @@ MOST_JOBS = 4
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `pid-build`; returns its exit code."""
-    errors = (BuildInputError, BuildError, PidRuntimeError)
-    return console.run(_parser(), _build, errors, argv)
+    return console.run(_parser(), _build, argv, also=(BuildError,))
 
 
 def _parser() -> console.ArgumentParser:

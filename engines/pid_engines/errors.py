@@ -1,7 +1,9 @@
 """What the engine builder raises when its input or a build, not its code, is at fault."""
 
+from pid_runtime.errors import InputError
 
-class BuildInputError(ValueError):
+
+class BuildInputError(InputError):
     """Bad input to a build: one line saying what was expected, what came, and how to fix it."""
 
 

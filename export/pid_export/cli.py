@@ -14,7 +14,6 @@ from pid_ref.config import PidConfig
 from pid_ref.errors import PidInputError
 from pid_ref.registry import CHECKPOINT_FILE, Checkpoint, find_checkpoint
 from pid_runtime.command import console
-from pid_runtime.errors import PidRuntimeError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -34,8 +33,7 @@ examples:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `pid-export`; returns its exit code."""
-    errors = (ExportInputError, PidInputError, PidRuntimeError)
-    return console.run(_parser(), _export, errors, argv)
+    return console.run(_parser(), _export, argv, also=(PidInputError,))
 
 
 def _parser() -> console.ArgumentParser:

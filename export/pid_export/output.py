@@ -5,10 +5,10 @@ import shutil
 import tempfile
 from collections.abc import Generator
 from contextlib import contextmanager
-from glob import escape
 from pathlib import Path
 
 from pid_export.errors import ExportInputError
+from pid_runtime.bundle.files import left_behind
 
 
 def check_new(output: Path) -> None:
@@ -33,9 +33,8 @@ def new_folder(output: Path) -> Generator[Path, None, None]:
     check_new(output)
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
-        for left in output.parent.glob(f".{escape(output.name)}.*.partial"):
-            if not _alive(left):
-                shutil.rmtree(left, ignore_errors=True)
+        for left in left_behind(output):
+            shutil.rmtree(left, ignore_errors=True)
         prefix = f".{output.name}.{os.getpid()}."
         folder = Path(tempfile.mkdtemp(".partial", prefix, output.parent))
     except OSError as error:
@@ -66,17 +65,3 @@ def _unwritable(output: Path, error: OSError) -> ExportInputError:
     return ExportInputError(
         f"expected to write {output}, but got: {error.strerror}; choose another place with -o"
     )
-
-
-def _alive(partial: Path) -> bool:
-    """Whether the export that writes this partial folder still runs."""
-    pid = partial.name.split(".")[-3]
-    if not pid.isdecimal():
-        return False
-    try:
-        os.kill(int(pid), 0)
-    except ProcessLookupError:
-        return False
-    except (PermissionError, OverflowError):  # another user's, or no number of a process
-        return True
-    return True

@@ -13,7 +13,6 @@ from pid_runtime.bundle.folder import read_constants, read_manifest
 from pid_runtime.bundle.manifest import Manifest
 from pid_runtime.command import console
 from pid_runtime.decoder import BACKENDS, Decoder, open_session
-from pid_runtime.errors import PidRuntimeError
 
 if TYPE_CHECKING:
     from pid_export.verify import Comparison
@@ -28,8 +27,7 @@ examples:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `pid-verify`; returns its exit code: 0 when all passed, 1 when not, 2 for bad input."""
-    errors = (ExportInputError, PidInputError, PidRuntimeError)
-    return console.run(_parser(), _verify, errors, argv)
+    return console.run(_parser(), _verify, argv, also=(PidInputError,))
 
 
 def _parser() -> console.ArgumentParser:

@@ -17,9 +17,7 @@ between two draws of noise as a graph, per step, and later ones replay it.
 import contextlib
 import importlib
 import logging
-import os
 import re
-import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -39,6 +37,7 @@ from pid_runtime.bundle.engines import (
     engine_folder,
     read_engine_sets,
 )
+from pid_runtime.bundle.files import write_whole
 from pid_runtime.bundle.manifest import Bucket, Manifest
 from pid_runtime.errors import PidRuntimeError
 
@@ -390,14 +389,10 @@ class TensorRtSession:
         if blob == self._cached:
             return
         path = self._cache_file()
-        aside = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}")
         try:
-            aside.write_bytes(blob)
-            aside.replace(path)
+            write_whole(path, blob)
         except OSError as error:
             _log.info("Compiled kernels are not kept in %s: %s", path, error.strerror)
-        finally:
-            aside.unlink(missing_ok=True)
 
     def _rebuild(self) -> str:
         return self._set.build_command(self._folder.parent.parent)

@@ -3,7 +3,7 @@
 A command is a parser and a function, and its entry point is one line:
 
     def main(argv: Sequence[str] | None = None) -> int:
-        return console.run(_parser(), _decode, (PidRuntimeError,), argv)
+        return console.run(_parser(), _decode, argv)
 
 Results go to stdout by `emit`, everything else to stderr. Exit codes: what the function returns
 (0 for None), 2 for bad input, 130 when interrupted; a bug keeps its traceback.
@@ -25,7 +25,7 @@ from argparse import Namespace
 from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import Any, NoReturn
 
-from pid_runtime.errors import PidRuntimeError
+from pid_runtime.errors import InputError, PidRuntimeError
 
 BAD_INPUT, BROKEN_PIPE, INTERRUPTED = 2, 141, 130
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
@@ -61,14 +61,15 @@ class ArgumentParser(argparse.ArgumentParser):
 def run(
     parser: argparse.ArgumentParser,
     body: Callable[[Namespace], int | None],
-    user_errors: tuple[type[Exception], ...],
     argv: Sequence[str] | None = None,
+    *,
+    also: tuple[type[Exception], ...] = (),
 ) -> int:
     """Parse `argv` (the process's arguments when None), call `body`, return the exit code.
 
-    What `body` returns is the code (None is 0). `user_errors` are bad input: their message is
-    printed after the program's name, without a traceback, and so is a full disk. Raises
-    `SystemExit` as argparse does for wrong arguments and for `--help`.
+    What `body` returns is the code (None is 0). `InputError`, and what is in `also`, are bad input:
+    their message is printed after the program's name, without a traceback, and so is a full disk.
+    Raises `SystemExit` as argparse does for wrong arguments and for `--help`.
     """
     _interrupted.clear()
     try:
@@ -88,7 +89,7 @@ def run(
         if _is_no_space(error):
             where = getattr(error, "filename", None) or "the output's disk"
             return _fail(parser.prog, f"no space left on {where}; free some and run it again")
-        if isinstance(error, user_errors):
+        if isinstance(error, (InputError, *also)):
             return _fail(parser.prog, str(error))
         raise
 
@@ -125,6 +126,18 @@ def progress(
             bar.advance(task, amount)
 
         yield advance
+
+
+def aligned(rows: Sequence[Sequence[str]], left: Sequence[int] = (0,)) -> str:
+    """Rows of as many cells as text: the columns numbered in `left` to the left, others right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join(
+        "  ".join(
+            cell.ljust(width) if index in left else cell.rjust(width)
+            for index, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    )
 
 
 def emit(result: Mapping[str, Any], text: str, *, as_json: bool) -> None:

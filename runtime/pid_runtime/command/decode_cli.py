@@ -58,7 +58,7 @@ photos:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code (see `console.run`)."""
-    return console.run(_parser(), _decode, (PidRuntimeError, OSError), argv)
+    return console.run(_parser(), _decode, argv, also=(OSError,))
 
 
 def _parser() -> argparse.ArgumentParser:

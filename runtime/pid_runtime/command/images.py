@@ -1,6 +1,5 @@
 """Decoded images as 8-bit pixels, files and contact sheets."""
 
-import contextlib
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
+from pid_runtime.bundle.files import whole_file
 from pid_runtime.errors import PidRuntimeError
 
 
@@ -95,14 +95,8 @@ def save_image(path: str | os.PathLike[str], pixels: NDArray[np.uint8]) -> None:
     _check_pixels(pixels)
     check_image_size(path, *pixels.shape[:2])
     kind = _FORMATS[target.suffix.lower()]
-    aside = target.with_name(f".{target.name}.{os.getpid()}.part")
-    try:
-        with aside.open("wb") as file:
-            Image.fromarray(pixels).save(file, kind.name, **kind.options)
-        os.replace(aside, target)
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            aside.unlink()
+    with whole_file(target) as aside, aside.open("wb") as file:
+        Image.fromarray(pixels).save(file, kind.name, **kind.options)
 
 
 def side_by_side(images: Sequence[tuple[str, NDArray[np.uint8]]]) -> NDArray[np.uint8]:
