@@ -10,9 +10,9 @@
 
 #include <CLI/CLI.hpp>
 
+#include "bundle/json_reader.h"
 #include "console.h"
 #include "errors.h"
-#include "json_reader.h"
 
 namespace pid::cli {
 namespace {

@@ -7,8 +7,8 @@
 #include <vector>
 
 #include "arguments.h"
+#include "bundle/manifest.h"
 #include "latent_files.h"
-#include "manifest.h"
 
 namespace pid::cli {
 

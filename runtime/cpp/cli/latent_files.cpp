@@ -4,8 +4,8 @@
 #include <cmath>
 #include <set>
 
+#include "bundle/safetensors.h"
 #include "errors.h"
-#include "safetensors.h"
 
 namespace pid::cli {
 namespace {

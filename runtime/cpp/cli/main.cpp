@@ -10,6 +10,7 @@
 
 #include "advice.h"
 #include "arguments.h"
+#include "bundle/folder.h"
 #include "console.h"
 #include "decode_jobs.h"
 #include "decoder.h"

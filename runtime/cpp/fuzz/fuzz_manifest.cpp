@@ -3,9 +3,9 @@
 #include <cstdlib>
 #include <string_view>
 
+#include "bundle/manifest.h"
 #include "errors.h"
 #include "interpreter.h"
-#include "manifest.h"
 
 namespace {
 

@@ -3,8 +3,8 @@
 #include <cstdlib>
 #include <string>
 
+#include "bundle/safetensors.h"
 #include "errors.h"
-#include "safetensors.h"
 
 namespace {
 

@@ -5,7 +5,7 @@
 #include <string>
 #include <vector>
 
-#include "json_reader.h"
+#include "bundle/json_reader.h"
 
 namespace pid::core {
 

@@ -11,11 +11,11 @@
 #include <thread>
 #include <utility>
 
-#include "backends.h"
-#include "cuda_driver.h"
+#include "backends/backends.h"
+#include "backends/device.h"
+#include "bundle/json_reader.h"
 #include "decoder.h"
 #include "errors.h"
-#include "json_reader.h"
 #include "parallel.h"
 #include "pid/pid_runtime.h"
 #include "request.h"

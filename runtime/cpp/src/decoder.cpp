@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "advice.h"
+#include "bundle/folder.h"
 #include "errors.h"
 
 namespace pid::core {

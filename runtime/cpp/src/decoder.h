@@ -8,12 +8,12 @@
 #include <memory>
 #include <optional>
 
-#include "backends.h"
-#include "graphs.h"
+#include "backends/backends.h"
+#include "backends/graphs.h"
+#include "backends/memory.h"
+#include "bundle/manifest.h"
 #include "interpreter.h"
 #include "log.h"
-#include "manifest.h"
-#include "memory.h"
 #include "request.h"
 
 namespace pid::core {

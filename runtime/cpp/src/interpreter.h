@@ -16,9 +16,9 @@
 #include <variant>
 #include <vector>
 
-#include "graphs.h"
-#include "manifest.h"
-#include "memory.h"
+#include "backends/graphs.h"
+#include "backends/memory.h"
+#include "bundle/manifest.h"
 
 namespace pid::core {
 

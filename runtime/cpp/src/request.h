@@ -6,9 +6,9 @@
 #include <string>
 #include <vector>
 
-#include "manifest.h"
+#include "bundle/manifest.h"
+#include "bundle/sizes.h"
 #include "pid/pid_runtime.h"
-#include "sizes.h"
 
 namespace pid::core {
 

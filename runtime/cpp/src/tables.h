@@ -4,8 +4,8 @@
 
 #include <vector>
 
-#include "json_reader.h"
-#include "sizes.h"
+#include "bundle/json_reader.h"
+#include "bundle/sizes.h"
 
 namespace pid::core {
 

@@ -1,9 +1,10 @@
 // Manifests: what is read, and what is refused before anything is allocated. The cases are those of
 // the Python runtime's tests, which tests/test_cpp_runtime.py writes down.
-#include "manifest.h"
+#include "bundle/manifest.h"
 
 #include <regex>
 
+#include "bundle/folder.h"
 #include "refusal.h"
 
 namespace {

@@ -1,5 +1,5 @@
 // Safetensors files, whole and broken.
-#include "safetensors.h"
+#include "bundle/safetensors.h"
 
 #include <cstring>
 

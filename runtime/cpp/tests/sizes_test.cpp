@@ -1,5 +1,5 @@
 // Sizes of a decode, and slices of a chunked one.
-#include "sizes.h"
+#include "bundle/sizes.h"
 
 #include "interpreter.h"
 #include "test_support.h"

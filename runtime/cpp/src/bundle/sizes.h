@@ -1,15 +1,24 @@
-// Shapes with symbols, and what the symbols stand for; "sizes" of docs/bundle-format.md.
+// Shapes, with symbols or without, and what the symbols stand for; "sizes" of
+// docs/bundle-format.md.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 #include <map>
 #include <string>
 #include <variant>
 #include <vector>
 
-#include "tensor.h"
+#include "bundle/dtypes.h"
 
 namespace pid::core {
+
+using Shape = std::vector<std::int64_t>;
+
+// Number of values of an array; all sizes are positive and the product is known to fit.
+std::size_t count_of(const Shape& shape);
+// Such as "[1, 16, 4, 4]".
+std::string text_of_shape(const Shape& shape);
 
 // A number, or a symbol such as "L".
 using Size = std::variant<std::uint64_t, std::string>;

@@ -7,7 +7,7 @@
 #include <string>
 #include <vector>
 
-#include "tensor.h"
+#include "bundle/sizes.h"
 
 namespace pid::core {
 

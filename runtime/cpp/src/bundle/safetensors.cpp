@@ -1,4 +1,4 @@
-#include "safetensors.h"
+#include "bundle/safetensors.h"
 
 #include <algorithm>
 #include <array>
@@ -6,9 +6,9 @@
 #include <system_error>
 #include <utility>
 
+#include "bundle/dtypes.h"
+#include "bundle/json_reader.h"
 #include "errors.h"
-#include "json_reader.h"
-#include "sizes.h"
 
 namespace pid::core {
 namespace {

@@ -1,12 +1,13 @@
 // "Checks" of docs/bundle-format.md. A manifest that passes can be run at any shape its buckets
 // hold: no name leads nowhere, no value is missing, and nothing reads or writes outside the arena.
+#include "bundle/manifest_check.h"
+
 #include <algorithm>
 #include <array>
 #include <set>
 
+#include "bundle/files.h"
 #include "errors.h"
-#include "manifest.h"
-#include "sha256.h"
 
 namespace pid::core {
 namespace {

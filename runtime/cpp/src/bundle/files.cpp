@@ -1,4 +1,4 @@
-#include "sha256.h"
+#include "bundle/files.h"
 
 #include <algorithm>
 #include <cerrno>

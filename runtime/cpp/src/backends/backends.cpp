@@ -1,4 +1,4 @@
-#include "backends.h"
+#include "backends/backends.h"
 
 #include <algorithm>
 

@@ -1,5 +1,5 @@
 // SHA-256 against vectors of NIST (FIPS 180-4 examples and CAVP).
-#include "sha256.h"
+#include "bundle/files.h"
 
 #include <utility>
 

@@ -19,11 +19,11 @@
 
 #include <NvInferRuntime.h>
 
-#include "backends.h"
-#include "cuda_driver.h"
-#include "engines.h"
+#include "backends/backends.h"
+#include "backends/device.h"
+#include "backends/graphs.h"
+#include "bundle/engines.h"
 #include "errors.h"
-#include "graphs.h"
 #include "log.h"
 
 namespace pid::core {

@@ -8,8 +8,8 @@
 #include <string>
 #include <vector>
 
-#include "manifest.h"
-#include "sizes.h"
+#include "bundle/manifest.h"
+#include "bundle/sizes.h"
 
 namespace pid::core {
 

@@ -1,10 +1,10 @@
-#include "memory.h"
+#include "backends/memory.h"
 
 #include <cstring>
 #include <new>
 #include <utility>
 
-#include "cuda_driver.h"
+#include "backends/device.h"
 #include "errors.h"
 #include "noise.h"
 

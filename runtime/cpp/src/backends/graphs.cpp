@@ -1,4 +1,4 @@
-#include "graphs.h"
+#include "backends/graphs.h"
 
 #include <utility>
 

@@ -7,7 +7,7 @@
 #include <memory>
 #include <string>
 
-#include "tensor.h"
+#include "backends/tensor.h"
 
 namespace pid::core {
 

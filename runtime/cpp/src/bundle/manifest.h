@@ -3,7 +3,6 @@
 
 #include <array>
 #include <cstdint>
-#include <filesystem>
 #include <map>
 #include <string>
 #include <string_view>
@@ -11,9 +10,9 @@
 #include <variant>
 #include <vector>
 
-#include "json_reader.h"
-#include "sizes.h"
-#include "tensor.h"
+#include "bundle/dtypes.h"
+#include "bundle/json_reader.h"
+#include "bundle/sizes.h"
 
 namespace pid::core {
 
@@ -142,26 +141,7 @@ struct Manifest {
     std::string model_text(const char* name) const;
 };
 
-// What a manifest must keep to before anything is allocated. Refuses one that contradicts itself
-// or promises the impossible.
-void check_manifest(const Manifest& manifest);
-
 // A bucket of the manifest or of an engine set, but for what the latter adds. Not checked yet.
 Bucket read_bucket(const Json& value, const std::string& where);
-
-// Refuse a bucket whose plan does not hold the manifest's buffers.
-// scratch_bytes: what the arena has room for besides.
-void check_bucket(const Manifest& manifest, const std::string& name, const Bucket& bucket,
-                  std::uint64_t scratch_bytes = 0);
-
-// Read a bundle's manifest and check its files.
-// verify: hash every file, on up to `threads` threads; otherwise only their sizes are compared.
-// Refuses a missing, altered or newer bundle.
-Manifest read_manifest(const std::filesystem::path& bundle, bool verify, std::size_t threads);
-
-// Values of the buffers of kind "constant", by buffer. Refuses weights that lack one or hold it in
-// another shape.
-std::map<std::string, std::vector<float>> read_constants(const std::filesystem::path& bundle,
-                                                         const Manifest& manifest);
 
 } // namespace pid::core

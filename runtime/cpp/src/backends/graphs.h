@@ -9,11 +9,11 @@
 #include <string>
 #include <vector>
 
+#include "backends/memory.h"
+#include "backends/tensor.h"
+#include "bundle/manifest.h"
+#include "bundle/sizes.h"
 #include "log.h"
-#include "manifest.h"
-#include "memory.h"
-#include "sizes.h"
-#include "tensor.h"
 
 namespace pid::core {
 

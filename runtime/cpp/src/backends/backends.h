@@ -5,9 +5,9 @@
 #include <memory>
 #include <string>
 
-#include "graphs.h"
+#include "backends/graphs.h"
+#include "bundle/manifest.h"
 #include "log.h"
-#include "manifest.h"
 
 namespace pid::core {
 

@@ -1,4 +1,4 @@
-// SHA-256 (FIPS 180-4).
+// SHA-256 (FIPS 180-4), of files above all.
 #pragma once
 
 #include <array>

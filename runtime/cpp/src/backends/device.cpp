@@ -1,4 +1,4 @@
-#include "cuda_driver.h"
+#include "backends/device.h"
 
 #include <cstdint>
 

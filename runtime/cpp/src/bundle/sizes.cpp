@@ -1,8 +1,22 @@
-#include "sizes.h"
+#include "bundle/sizes.h"
 
 #include <algorithm>
 
 namespace pid::core {
+
+std::size_t count_of(const Shape& shape) {
+    std::size_t count = 1;
+    for (const std::int64_t size : shape)
+        count *= static_cast<std::size_t>(size);
+    return count;
+}
+
+std::string text_of_shape(const Shape& shape) {
+    std::string text = "[";
+    for (const std::int64_t size : shape)
+        text += (text.size() > 1 ? ", " : "") + std::to_string(size);
+    return text + "]";
+}
 
 std::string text_of(const SymbolicShape& shape) {
     std::string text = "[";

@@ -1,4 +1,4 @@
-#include "tensor.h"
+#include "bundle/dtypes.h"
 
 #include <array>
 #include <cmath>
@@ -34,20 +34,6 @@ bool dtype_named(std::string_view name, DType& dtype) {
         }
     }
     return false;
-}
-
-std::size_t count_of(const Shape& shape) {
-    std::size_t count = 1;
-    for (const std::int64_t size : shape)
-        count *= static_cast<std::size_t>(size);
-    return count;
-}
-
-std::string text_of_shape(const Shape& shape) {
-    std::string text = "[";
-    for (const std::int64_t size : shape)
-        text += (text.size() > 1 ? ", " : "") + std::to_string(size);
-    return text + "]";
 }
 
 float float_of_half(std::uint16_t half) {

@@ -16,10 +16,10 @@
 #define ORT_API_MANUAL_INIT
 #include <onnxruntime_cxx_api.h>
 
-#include "backends.h"
-#include "cuda_driver.h"
+#include "backends/backends.h"
+#include "backends/device.h"
+#include "backends/graphs.h"
 #include "errors.h"
-#include "graphs.h"
 #include "log.h"
 #include "parallel.h"
 

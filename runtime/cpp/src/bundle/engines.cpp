@@ -1,12 +1,13 @@
-#include "engines.h"
+#include "bundle/engines.h"
 
 #include <algorithm>
 #include <set>
 #include <system_error>
 #include <utility>
 
+#include "bundle/files.h"
+#include "bundle/manifest_check.h"
 #include "errors.h"
-#include "sha256.h"
 
 namespace pid::core {
 namespace {

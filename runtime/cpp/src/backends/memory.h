@@ -6,8 +6,8 @@
 #include <functional>
 #include <memory>
 
+#include "backends/tensor.h"
 #include "pid/pid_runtime.h"
-#include "tensor.h"
 
 namespace pid::core {
 
