@@ -15,7 +15,7 @@ namespace pid::test {
 
 using Path = std::filesystem::path;
 
-// Where tests/test_cpp_runtime.py put manifests, tables and bundles; "" when it does not run this.
+// Where tests/cpp/test_runtime.py put manifests, tables and bundles; "" when it does not run this.
 Path data_folder();
 
 nlohmann::json read_json(const Path& path);

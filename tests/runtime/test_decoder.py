@@ -17,8 +17,8 @@ from pid_runtime.command.images import to_uint8
 from pid_runtime.decoder import HOST_BACKENDS, Decoder
 from pid_runtime.errors import PidRuntimeError
 from pid_runtime.noise import image_noise
+from places import GOLDEN
 
-GOLDEN = Path(__file__).parent / "golden"
 CHANNELS, TEXT, DIM = 16, 12, 32
 CLOSE = 1e-4
 """Largest difference between two ways to one image, over states that reach 6: 4e-5 was seen."""

@@ -32,10 +32,10 @@ from pid_runtime.bundle.files import file_sha256
 from pid_runtime.command.images import to_uint8
 from pid_runtime.decoder import Decoder
 from pid_runtime.noise import image_noise
+from places import ROOT
 
 Pixels = NDArray[np.uint8]
 
-ROOT = Path(__file__).parent.parent
 
 SIDE = 256
 """Of the pieces most tests decode, in pixels."""
@@ -241,7 +241,8 @@ BREAKS: dict[str, tuple[type[torch.nn.Module], str, str]] = {
 """Stages of the program, each with something of its `forward` replaced.
 
 Not here: the rotary embedding and the gate of a pixel block's attention. These weights lean on them
-too little for a picture to show it (0.01 dB); random weights show them in tests/test_golden.py.
+too little for a picture to show it (0.01 dB); random weights show them, in
+tests/export/test_golden.py.
 """
 
 

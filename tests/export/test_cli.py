@@ -35,6 +35,7 @@ from pid_ref.weights import RandomWeights
 from pid_runtime.bundle.folder import read_manifest
 from pid_runtime.bundle.manifest import Manifest
 from pid_runtime.decoder import Decoder
+from places import GOLDEN
 
 RunCommand = Callable[..., tuple[int, str, str]]
 Refusal = Callable[..., str]
@@ -736,7 +737,7 @@ def test_an_error_in_the_exporter_is_a_traceback_and_leaves_nothing(
 
 def test_dimensions_are_those_of_the_golden_file(tmp_path: Path) -> None:
     """They are the same so that stages need not be traced twice: a trace takes a second."""
-    golden = Path(__file__).parent / "golden" / "flux_2k_real_heads.safetensors"
+    golden = GOLDEN / "flux_2k_real_heads.safetensors"
     with safe_open(golden, "np") as file:
         config = PidConfig.from_upstream(json.loads(file.metadata()["config"]))
     assert asdict(config) == asdict(FLUX.config)

@@ -16,8 +16,8 @@ from pid_runtime.bundle.json_reader import NAME
 from pid_runtime.bundle.manifest import FORMAT_VERSION, MANIFEST_FILE, PRECISIONS, SECTIONS
 from pid_runtime.bundle.sizes import ITEM_BYTES
 from pid_runtime.tables import TABLES
+from places import ROOT
 
-ROOT = Path(__file__).parent.parent
 TEXT = (ROOT / "docs" / "bundle-format.md").read_text("utf-8")
 SCHEMA: dict[str, Any] = json.loads((ROOT / "docs" / "bundle.schema.json").read_text("utf-8"))
 VECTORS, EXAMPLE = (json.loads(block) for block in re.findall(r"```json\n(.*?)```", TEXT, re.S))

@@ -4,7 +4,6 @@ import json
 import math
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 from safetensors import safe_open
@@ -22,8 +21,9 @@ from pid_ref.registry import (
     find_space,
     size_warnings,
 )
+from places import GOLDEN
 
-GOLDEN = json.loads((Path(__file__).parent / "golden" / "state_dicts.json").read_text())
+STATE_DICTS = json.loads((GOLDEN / "state_dicts.json").read_text())
 AUX = "lq_proj.lq_aux_rgb_head."
 RELEASED = {name: each for name, each in CHECKPOINTS.items() if each is not NANO}
 """NVIDIA's checkpoints, which the published table is of."""
@@ -40,7 +40,7 @@ def golden_name(checkpoint: Checkpoint) -> str:
 
 @pytest.mark.parametrize("checkpoint", RELEASED.values(), ids=lambda c: c.name)
 def test_full_size_networks_have_the_published_tensors(checkpoint: Checkpoint) -> None:
-    golden = GOLDEN[golden_name(checkpoint)]
+    golden = STATE_DICTS[golden_name(checkpoint)]
     everything = {name: tuple(shape) for name, shape in golden["state_dict"].items()}
     aux = {name: shape for name, shape in everything.items() if name.startswith(AUX)}
     assert bool(aux) == (checkpoint.version == "v1.5")
@@ -63,7 +63,7 @@ def test_full_size_networks_have_the_published_tensors(checkpoint: Checkpoint) -
 )
 def test_networks_have_the_published_behaviour(file: str, space: str, variant: str) -> None:
     """Fields that no shape shows, against the small published networks of the same kind."""
-    path = Path(__file__).parent / "golden" / f"{file}.safetensors"
+    path = GOLDEN / f"{file}.safetensors"
     with safe_open(str(path), framework="np") as golden:
         published = PidConfig.from_upstream(json.loads(golden.metadata()["config"]))
     config = find_checkpoint(space, variant).config
@@ -77,7 +77,7 @@ def test_networks_have_the_published_behaviour(file: str, space: str, variant: s
 
 
 def test_every_published_state_dict_is_used() -> None:
-    assert {golden_name(checkpoint) for checkpoint in RELEASED.values()} == set(GOLDEN)
+    assert {golden_name(checkpoint) for checkpoint in RELEASED.values()} == set(STATE_DICTS)
 
 
 @pytest.mark.parametrize(

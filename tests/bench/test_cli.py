@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 
+from fakes.engines import add_engines
 from pid_bench import cases, runner
 from pid_bench.cases import Case, buckets_for, parse_sizes
 from pid_bench.cli import main
@@ -26,6 +27,7 @@ from pid_bench.report import Row, read_report
 from pid_bench.runner import Job, WorkerError, start_worker
 from pid_bench.worker import failure, sampled
 from pid_ref.config import PidConfig
+from places import ROOT
 
 QUICK = ("--device", "cpu", "--threads", "1", "--cascades", "none", "--repeats", "2")
 
@@ -203,9 +205,7 @@ def test_dry_run_counts_the_released_network(run_command: Any) -> None:
     assert rows["eager", 2048]["parameters"] == pytest.approx(1362e6, rel=1e-3)
 
 
-def test_dry_run_shows_the_record_of_the_build(
-    edit_bundle: Any, add_engines: Any, run_command: Any
-) -> None:
+def test_dry_run_shows_the_record_of_the_build(edit_bundle: Any, run_command: Any) -> None:
     bundle = edit_bundle()
     add_engines(bundle, "rtx-1", peak_device_bytes=123 * 10**7)
     arguments = ("--dry-run", "--cascades", "none", "--bundle", bundle, "--size", "64x64")
@@ -340,5 +340,5 @@ def test_pixels_are_sampled_over_the_whole_image() -> None:
 
 
 def test_every_backend_is_documented() -> None:
-    page = (Path(__file__).parents[1] / "docs/benchmarks.md").read_text("utf-8")
+    page = (ROOT / "docs/benchmarks.md").read_text("utf-8")
     assert set(cases.BACKENDS) <= set(re.findall(r"`([a-z-]+)`", page))

@@ -10,8 +10,8 @@ import pytest
 from figures import END, main, pages, with_figures
 
 from pid_bench.errors import BenchInputError
+from places import ROOT
 
-ROOT = Path(__file__).parent.parent
 NETWORKS = {"2kto4k-v1": "v1", "2kto4k": "v1.5"}
 
 

@@ -23,8 +23,9 @@ from pid_export.golden import (
 )
 from pid_export.verify_cli import main
 from pid_runtime.decoder import HOST_BACKENDS, Decoder
+from places import GOLDEN
 
-FILES = sorted((Path(__file__).parent / "golden").glob("*.safetensors"))
+FILES = sorted((GOLDEN).glob("*.safetensors"))
 SMALLEST = next(file for file in FILES if file.stem == "flux_2k_steps1")
 
 Arrays = dict[str, NDArray[np.float32]]

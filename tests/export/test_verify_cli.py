@@ -24,6 +24,7 @@ from pid_ref.sampler import timesteps
 from pid_ref.weights import RandomWeights
 from pid_runtime.backends.torch import TorchSession
 from pid_runtime.bundle.folder import read_manifest
+from places import GOLDEN
 
 RunCommand = Callable[..., tuple[int, str, str]]
 Refusal = Callable[..., str]
@@ -464,7 +465,7 @@ def test_schedules_are_those_of_the_student(
 
 def test_one_thing_at_a_time(golden_bundle: Path, refusal: Refusal) -> None:
     assert "BUNDLE or --golden FILE, but got neither" in refusal(main)
-    golden = Path(__file__).parent / "golden" / "flux_2k.safetensors"
+    golden = GOLDEN / "flux_2k.safetensors"
     assert "but got both" in refusal(main, golden_bundle, "--golden", golden)
 
 

@@ -14,9 +14,10 @@ from numpy.typing import NDArray
 
 from pid_runtime.backends import device as cuda_device
 from pid_runtime.noise import standard_normal
+from places import GOLDEN
 
 KERNEL = Path(cuda_device.__file__).with_name("noise_kernel.cu")
-VECTORS = json.loads((Path(__file__).parent / "golden" / "philox.json").read_text())
+VECTORS = json.loads((GOLDEN / "philox.json").read_text())
 
 DRIVER = r"""
 // Runs the kernel on the host. Standard input: one request per line; output: one line each.

@@ -21,8 +21,8 @@ from pid_ref.sampler import sample
 from pid_runtime.bundle.folder import read_manifest
 from pid_runtime.bundle.manifest import Manifest
 from pid_runtime.decoder import Decoder
+from places import GOLDEN
 
-GOLDEN = Path(__file__).parent / "golden"
 FILES = (
     "flux_v1pt5",
     *(pytest.param(name, marks=pytest.mark.slow) for name in ("flux_2k_real_heads", "flux2_2k")),

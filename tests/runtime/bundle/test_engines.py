@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
+from fakes.engines import add_engines
 from pid_runtime.bundle.engines import (
-    EngineSet,
     check_engine_set,
     choose_engine_set,
     engine_folder,
@@ -24,12 +24,11 @@ from pid_runtime.errors import PidRuntimeError
 from pid_runtime.interpreter import graph_calls
 
 EditBundle = Callable[..., Path]
-AddEngines = Callable[..., EngineSet]
 NAME = "rtx-1.7.1.116-sm86-sm89"
 
 
 @pytest.fixture
-def bundle(edit_bundle: EditBundle, add_engines: AddEngines) -> Path:
+def bundle(edit_bundle: EditBundle) -> Path:
     folder = edit_bundle()
     add_engines(folder, NAME)
     return folder
@@ -54,9 +53,7 @@ def first(engines: dict[str, Any], graph: str = "attention") -> dict[str, Any]:
 # the section
 
 
-def test_sets_are_read_as_they_were_written(
-    edit_bundle: EditBundle, add_engines: AddEngines
-) -> None:
+def test_sets_are_read_as_they_were_written(edit_bundle: EditBundle) -> None:
     bundle = edit_bundle()
     written = add_engines(bundle, NAME)
     text = (bundle / MANIFEST_FILE).read_text()
@@ -64,7 +61,7 @@ def test_sets_are_read_as_they_were_written(
     assert json.loads(text)["engines"][NAME]["graphs"]["image.0"][0]["bf16_island"] is False
 
 
-def test_a_set_joins_those_that_are_there(bundle: Path, add_engines: AddEngines) -> None:
+def test_a_set_joins_those_that_are_there(bundle: Path) -> None:
     add_engines(bundle, "other", flavor="enterprise", version="11.4.0.106")
     sets = read_engine_sets(read_manifest(bundle, verify=False))
     assert list(sets) == [NAME, "other"]

@@ -2,7 +2,6 @@
 
 import json
 import math
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,8 +11,9 @@ from hypothesis import strategies as st
 
 from pid_runtime import noise
 from pid_runtime.errors import PidRuntimeError
+from places import GOLDEN
 
-GOLDEN = json.loads((Path(__file__).parent / "golden" / "philox.json").read_text())
+VECTORS = json.loads((GOLDEN / "philox.json").read_text())
 TOLERANCE = 1e-6
 WORD = 2**32
 
@@ -44,14 +44,14 @@ def words_of(entries: list[str]) -> list[int]:
     return [int(word, 16) for word in entries]
 
 
-@pytest.mark.parametrize("entry", GOLDEN["known_answers"])
+@pytest.mark.parametrize("entry", VECTORS["known_answers"])
 def test_published_known_answers(entry: dict[str, list[str]]) -> None:
     counter = np.array([words_of(entry["counter"])], np.uint32)
     k0, k1 = words_of(entry["key"])
     assert noise.philox(counter, (k0, k1))[0].tolist() == words_of(entry["words"])
 
 
-@pytest.mark.parametrize("entry", GOLDEN["blocks"])
+@pytest.mark.parametrize("entry", VECTORS["blocks"])
 def test_words_of_a_block(entry: dict[str, Any]) -> None:
     seed, block, draw = int(entry["seed"], 16), int(entry["block"], 16), entry["draw"]
     counter = (block % WORD, block // WORD, draw, 0)
@@ -61,7 +61,7 @@ def test_words_of_a_block(entry: dict[str, Any]) -> None:
     assert noise.philox(np.array([counter], np.uint32), key)[0].tolist() == words
 
 
-@pytest.mark.parametrize("entry", GOLDEN["normals"])
+@pytest.mark.parametrize("entry", VECTORS["normals"])
 def test_normals(entry: dict[str, Any]) -> None:
     seed, start, draw = int(entry["seed"], 16), int(entry["start"], 16), entry["draw"]
     values = entry["values"]

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+from places import ROOT
 
 ABSENT = ("torch", "onnx", "onnxscript", "onnx_ir", "huggingface_hub", "pid_ref", "pid_export")
 """What the runtime does without."""

@@ -36,8 +36,8 @@ from pid_runtime.errors import PidRuntimeError
 from pid_runtime.noise import image_noise
 from pid_runtime.request import Rule
 from pid_runtime.tables import compute_table
+from places import ROOT
 
-ROOT = Path(__file__).parent.parent
 BUILD = ROOT / "build" / "cpp"
 TOLERANCE = 1e-5
 
@@ -135,8 +135,8 @@ def executable(folder: Path, name: str) -> Path:
 
 @functools.cache
 def manifest_tests() -> Any:
-    """The module tests/test_manifest.py: its manifests, and how it breaks them."""
-    path = Path(__file__).with_name("test_manifest.py")
+    """The module tests/runtime/bundle/test_manifest.py: its manifests, and how it breaks them."""
+    path = ROOT / "tests" / "runtime" / "bundle" / "test_manifest.py"
     spec = importlib.util.spec_from_file_location("manifest_tests", path)
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)

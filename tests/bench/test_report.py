@@ -25,9 +25,9 @@ from pid_bench.report import (
 )
 from pid_bench.reported import reported_rows
 from pid_bench.runner import check_images
+from places import ROOT
 
 HERE = Environment("a CPU, 2 of 2 cores", "Linux", "", {"torch": "2"}, "abc", {"fp32": 0.1}, 20.0)
-ROOT = Path(__file__).parents[1]
 
 
 def row(pipeline: str = "pid", backend: str = "eager", **changes: Any) -> Row:
