@@ -1,105 +1,133 @@
-"""Charts as inline SVG: stacked bars, and lines over logarithmic axes. They need nothing else."""
+"""Charts as SVG: stacked bars, and lines over logarithmic axes; the same data, the same file."""
 
-import math
-from collections.abc import Iterable, Mapping, Sequence
-from html import escape
+import importlib
+import io
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
-COLOURS = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377", "#bbbbbb", "#555555")
+from pid_bench.errors import BenchInputError
+
+COLOURS = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377", "#bbbbbb")
 """Told apart by colour-blind readers too (Paul Tol's bright scheme)."""
 
-WIDTH, LABELS, ROW = 900, 290, 24
-"""Of a chart, of the space left of its axis, and the height of a bar with its gap, in pixels."""
+HATCHES = ("", "///", "...", "xxx")
+"""Over the colours, when there are more parts than those."""
 
-PLOT_HEIGHT, MARGIN = 320, 48
+WIDTH, ROW = 9.0, 0.26
+"""Of a chart, and the height of a bar or of a line of a legend with its gap, in inches."""
+
+INK = "#222222"
+"""Of text and axes; in a page, that of the page."""
+
+_STYLE = {
+    "svg.fonttype": "none",  # text stays text
+    "svg.hashsalt": "pid",  # names inside of the file do not change from run to run
+    "hatch.linewidth": 0.6,
+    "font.family": "sans-serif",
+    "font.size": 9.0,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.axisbelow": True,
+    "grid.color": "#888888",
+    "grid.alpha": 0.3,
+    **dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor"), INK),
+    **dict.fromkeys(("xtick.color", "ytick.color"), INK),
+}
+
+OTHER = "other"
+"""The part that comes last, wherever it is named."""
 
 Bar = tuple[str, Mapping[str, float]]
 """A label and its parts."""
 
+Points = Sequence[tuple[float, float]]
 
-def stacked_bars(bars: Sequence[Bar], unit: str) -> str:
-    """Horizontal bars, each of named parts one after the other."""
+
+def stacked_bars(bars: Sequence[Bar], axis: str, shown: Callable[[float], str]) -> str:
+    """Horizontal bars, each of named parts one after the other; in total what `shown` says of it.
+
+    axis: what the values are, with their unit.
+    """
     names = list(dict.fromkeys(name for _, parts in bars for name in parts))
-    colours = {name: COLOURS[index % len(COLOURS)] for index, name in enumerate(names)}
+    names.sort(key=lambda name: name == OTHER)
     longest = max(sum(parts.values()) for _, parts in bars)
-    scale = (WIDTH - LABELS - 110) / longest if longest else 0.0
-    lines = _legend(colours)
-    top = ROW * len(lines) + 10
-    for index, (label, parts) in enumerate(bars):
-        y, x = top + index * ROW, float(LABELS)
-        lines.append(_text(LABELS - 8, y + 15, label, "end"))
-        for name, value in parts.items():
-            width = value * scale
-            title = f"<title>{escape(name)}: {value:.4g} {escape(unit)}</title>"
-            lines.append(
-                f'<rect x="{x:.1f}" y="{y}" width="{width:.1f}" height="{ROW - 5}" '
-                f'fill="{colours[name]}">{title}</rect>'
+
+    def draw(axes: Any) -> None:
+        begins = [0.0] * len(bars)
+        for index, name in enumerate(names):
+            values = [parts.get(name, 0.0) for _, parts in bars]
+            colour, hatch = COLOURS[index % len(COLOURS)], HATCHES[index // len(COLOURS) % 4]
+            style = {"color": colour, "hatch": hatch, "edgecolor": "white", "linewidth": 0.0}
+            axes.barh(range(len(bars)), values, 0.78, left=begins, label=name, **style)
+            begins = [begin + value for begin, value in zip(begins, values, strict=True)]
+        for index, total in enumerate(begins):
+            axes.annotate(
+                shown(total), (total, index), (4, 0), textcoords="offset points", va="center"
             )
-            x += width
-        lines.append(_text(x + 6, y + 15, f"{sum(parts.values()):.4g} {unit}"))
-    return _svg(lines, top + ROW * len(bars) + 8)
+        axes.set_yticks(range(len(bars)), [label for label, _ in bars])
+        axes.tick_params(axis="y", length=0)
+        axes.set_ylim(len(bars) - 0.5, -0.5)
+        axes.set_xlim(0, 1.12 * longest or 1)
+        axes.set_xlabel(axis)
+        axes.grid(axis="x")
+        _legend(axes)
+
+    return in_page(draw, ROW * (len(bars) + 2.6) + ROW * 0.8 * len(names) / 4 + 0.2)
 
 
-def log_lines(
-    series: Mapping[str, Sequence[tuple[float, float]]], x_label: str, y_label: str
-) -> str:
+def log_lines(series: Mapping[str, Points], x_label: str, y_label: str) -> str:
     """Points joined by lines; both axes are logarithmic, and all values above 0."""
-    colours = {name: COLOURS[index % len(COLOURS)] for index, name in enumerate(series)}
-    xs = [x for points in series.values() for x, _ in points]
-    ys = [y for points in series.values() for _, y in points]
-    left, right, bottom = 90, WIDTH - 30, PLOT_HEIGHT
-    lines = _legend(colours)
-    top = ROW * len(lines) + 10
-    to_x, x_marks = _axis(xs, left, right)
-    to_y, y_marks = _axis(ys, top + bottom, top)
-    for value in y_marks:
-        lines.append(_line(left, to_y(value), right, to_y(value)))
-        lines.append(_text(left - 6, to_y(value) + 4, f"{value:g}", "end"))
-    for value in x_marks:
-        lines.append(_line(to_x(value), top, to_x(value), top + bottom))
-        lines.append(_text(to_x(value), top + bottom + 18, f"{value:g}", "middle"))
-    for name, points in series.items():
-        at = [(to_x(x), to_y(y)) for x, y in sorted(points)]
-        path = " ".join(f"{x:.1f},{y:.1f}" for x, y in at)
-        lines.append(
-            f'<polyline points="{path}" fill="none" stroke="{colours[name]}" stroke-width="2"/>'
-        )
-        lines += [
-            f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3.5" fill="{colours[name]}">'
-            f"<title>{escape(name)}: {value:.4g}</title></circle>"
-            for (x, y), (_, value) in zip(at, sorted(points), strict=True)
-        ]
-    lines.append(_text((left + right) / 2, top + bottom + MARGIN - 8, x_label, "middle"))
-    lines.append(_text(4, top - 4, y_label))
-    return _svg(lines, top + bottom + MARGIN)
+
+    def draw(axes: Any) -> None:
+        for index, (name, points) in enumerate(series.items()):
+            dashes = ("-", "--", ":", "-.")[index // len(COLOURS) % 4]
+            style = {"color": COLOURS[index % len(COLOURS)], "linestyle": dashes}
+            axes.loglog(*zip(*sorted(points), strict=True), marker="o", label=name, **style)
+        axes.set_xlabel(x_label)
+        axes.set_ylabel(y_label)
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.get_major_locator().set_params(subs=(1, 2, 5))
+            axis.set_major_formatter("{x:,.10g}")
+            axis.set_minor_formatter("")
+        axes.minorticks_off()
+        axes.grid()
+        _legend(axes)
+
+    return in_page(draw, 3.6 + ROW * 0.8 * len(series) / 4)
 
 
-def _axis(values: Iterable[float], begin: float, end: float):
-    logs = [math.log10(value) for value in values]
-    low, high = math.floor(min(logs)), max(math.ceil(max(logs)), math.floor(min(logs)) + 1)
-    marks = [10.0**power for power in range(low, high + 1)]
+def to_svg(draw: Callable[[Any], None], height: float, background: str = "white") -> str:
+    """A chart as an SVG file. draw: gets a matplotlib `Axes`; height: in inches.
 
-    def place(value: float) -> float:
-        return begin + (math.log10(value) - low) / (high - low) * (end - begin)
-
-    return place, marks
-
-
-def _legend(colours: Mapping[str, str]) -> list[str]:
-    return [
-        f'<g><rect x="8" y="{8 + ROW * index}" width="14" height="14" fill="{colour}"/>'
-        f"{_text(28, 20 + ROW * index, name)}</g>"
-        for index, (name, colour) in enumerate(colours.items())
-    ]
-
-
-def _text(x: float, y: float, text: str, anchor: str = "start") -> str:
-    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(text)}</text>'
-
-
-def _line(x1: float, y1: float, x2: float, y2: float) -> str:
-    return f'<line x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}" class="grid"/>'
+    Raises `BenchInputError` where matplotlib is not installed.
+    """
+    try:
+        matplotlib: Any = importlib.import_module("matplotlib")
+    except ImportError as error:
+        raise BenchInputError(
+            f"expected matplotlib, which draws the charts, but got: {error}; "
+            "pip install 'pid-trt[bench]'"
+        ) from None
+    figures: Any = importlib.import_module("matplotlib.figure")
+    file = io.StringIO()
+    with matplotlib.rc_context(_STYLE):
+        figure = figures.Figure((WIDTH, height), layout="constrained")
+        draw(figure.add_subplot())
+        nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+        figure.savefig(file, format="svg", facecolor=background, metadata=nothing)
+    return file.getvalue()
 
 
-def _svg(lines: Iterable[str], height: float) -> str:
-    body = "\n".join(lines)
-    return f'<svg viewBox="0 0 {WIDTH} {height:.0f}" role="img">\n{body}\n</svg>'
+def in_page(draw: Callable[[Any], None], height: float) -> str:
+    """A chart as an element of an HTML page, in whose colour it writes; see `to_svg`."""
+    svg = to_svg(draw, height, "none")
+    svg = re.sub(
+        r' xmlns(:xlink)?="[^"]*"| (width|height)="[0-9.]+pt"', "", svg[svg.index("<svg") :]
+    )
+    return re.sub(r'<g id="[^"]*">', "<g>", svg).replace(INK, "currentColor")
+
+
+def _legend(axes: Any) -> None:
+    """What the colours mean, above the plot."""
+    axes.figure.legend(loc="outside upper left", ncols=4, frameon=False)

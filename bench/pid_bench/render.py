@@ -4,9 +4,9 @@ from collections.abc import Iterable
 from html import escape
 from pathlib import Path
 
-from pid_bench.charts import Bar, log_lines, stacked_bars
+from pid_bench.charts import OTHER, Bar, log_lines, stacked_bars
 from pid_bench.report import REPORT_FILE, Report, Row, write_file, write_report
-from pid_bench.tables import Table, label, pixels, tables, to_markdown
+from pid_bench.tables import Table, label, milliseconds, pixels, tables, to_markdown
 
 _ABOUT = (
     "Every decode starts from the same latent and ends in pixels; encoding the caption is not part "
@@ -21,11 +21,10 @@ table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size
 td, th { border-bottom: 1px solid #ddd; padding: .2em .7em; text-align: left; white-space: nowrap }
 td.number, th.number { text-align: right }
 .scroll { overflow-x: auto }
-svg { width: 100%; max-width: 60em; font: 12px system-ui, sans-serif; fill: #222 }
-svg .grid { stroke: #ddd }
+svg { width: 100%; max-width: 60em; color: #222 }
 @media (prefers-color-scheme: dark) {
-  body { color: #ddd; background: #1b1b1b } svg { fill: #ddd }
-  td, th { border-color: #444 } svg .grid { stroke: #444 } }
+  body { color: #ddd; background: #1b1b1b } svg { color: #ddd }
+  td, th { border-color: #444 } }
 """
 
 
@@ -74,20 +73,32 @@ def charts(report: Report) -> list[tuple[str, str]]:
             if (row.environment, row.output_size, row.precision, row.device) == group
         ]
         name = f"{pixels(size)}, {precision}, {device} ({environment})"
-        found.append((f"Latency by stage: {name}", stacked_bars(_latencies(rows), "ms")))
-        found.append((f"Memory: {name}", stacked_bars(_peaks(rows), "GB")))
+        found.append(
+            (f"Latency by stage: {name}", stacked_bars(_latencies(rows), "median, ms", _ms))
+        )
+        found.append((f"Memory: {name}", stacked_bars(_peaks(rows), "peak, GB", _gb)))
     engines = _engine_bars(report.rows)
     if engines:
-        found.append(("Device memory of engines by bucket", stacked_bars(engines, "GB")))
+        found.append(
+            ("Device memory of engines by bucket", stacked_bars(engines, "device memory, GB", _gb))
+        )
     work = _against_resolution(report.rows, "tflop")
     if work:
-        chart = log_lines(work, "output megapixels", "TFLOP of a decode")
+        chart = log_lines(work, "output, megapixels", "work of a decode, TFLOP")
         found.append(("Cost against resolution: work, counted", chart))
     times = _against_resolution(done, "median_ms")
     if any(len(points) > 1 for points in times.values()):
-        chart = log_lines(times, "output megapixels", "median ms")
+        chart = log_lines(times, "output, megapixels", "median, ms")
         found.append(("Cost against resolution: time, measured", chart))
     return found
+
+
+def _ms(value: float) -> str:
+    return f"{milliseconds(value)} ms"
+
+
+def _gb(value: float) -> str:
+    return f"{value:.2f} GB"
 
 
 def _latencies(rows: Iterable[Row]) -> list[Bar]:
@@ -97,7 +108,7 @@ def _latencies(rows: Iterable[Row]) -> list[Bar]:
         assert row.median_ms is not None
         parts = {stage.name: stage.median_ms for stage in row.stages if stage.median_ms}
         rest = row.median_ms - sum(parts.values())
-        bars.append((_named(row), {**parts, "other": max(0.0, rest)}))
+        bars.append((_named(row), {**parts, OTHER: max(0.0, rest)}))
     return bars
 
 

@@ -1,0 +1,59 @@
+"""Charts of reports."""
+
+import re
+import subprocess
+import sys
+
+import pytest
+
+from pid_bench.charts import COLOURS, log_lines, stacked_bars
+from pid_bench.errors import BenchInputError
+
+BARS = [("pid, eager", {"step": 80.0, "other": 20.0}), ("pid, torch", {"prologue": 5.0})]
+
+
+def bars() -> str:
+    return stacked_bars(BARS, "median, ms", lambda total: f"{total:.0f} ms")
+
+
+def texts(svg: str) -> list[str]:
+    return re.findall(r"<text[^>]*>([^<]*)</text>", svg)
+
+
+def test_bars_say_what_they_are() -> None:
+    found = texts(bars())
+    assert {"pid, eager", "pid, torch", "100 ms", "5 ms", "median, ms"} <= set(found)
+    assert [text for text in found if text in ("step", "prologue", "other")] == [
+        *("step", "prologue", "other")  # what is left comes last
+    ]
+
+
+def test_many_parts_look_different() -> None:
+    parts = {f"stage {index}": 1.0 for index in range(13)}
+    svg = stacked_bars([("all", parts)], "ms", str)
+    patterns = set(re.findall(r'<pattern id="([^"]*)"', svg))
+    plain = {colour for colour in COLOURS if f"fill: {colour}" in svg}
+    assert len(patterns) + len(plain) >= len(parts)
+
+
+def test_lines_have_labelled_axes() -> None:
+    svg = log_lines({"pid": [(4.2, 100.0), (1.0, 20.0)]}, "output, megapixels", "median, ms")
+    assert {"pid", "output, megapixels", "median, ms", "50", "2"} <= set(texts(svg))
+
+
+def test_the_same_data_give_the_same_file_in_another_process() -> None:
+    code = "import sys; from test_bench_charts import bars; sys.stdout.write(bars())"
+    command = [sys.executable, "-c", f"import sys; sys.path[:0] = {sys.path}; {code}"]
+    other = subprocess.run(command, capture_output=True, text=True, check=True, cwd=sys.path[0])
+    assert other.stdout == bars()
+
+
+def test_without_matplotlib(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(BenchInputError, match=r"pip install 'pid-trt\[bench\]'$"):
+        bars()
+
+
+def test_matplotlib_is_loaded_for_a_chart_only() -> None:
+    code = "import sys, pid_bench.render; sys.exit('matplotlib' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
