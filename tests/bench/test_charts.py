@@ -42,9 +42,8 @@ def test_lines_have_labelled_axes() -> None:
 
 
 def test_the_same_data_give_the_same_file_in_another_process() -> None:
-    code = "import sys; from test_bench_charts import bars; sys.stdout.write(bars())"
-    command = [sys.executable, "-c", f"import sys; sys.path[:0] = {sys.path}; {code}"]
-    other = subprocess.run(command, capture_output=True, text=True, check=True, cwd=sys.path[0])
+    code = f"import runpy, sys; sys.stdout.write(runpy.run_path({__file__!r})['bars']())"
+    other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert other.stdout == bars()
 
 
