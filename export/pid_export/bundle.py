@@ -250,7 +250,7 @@ def _write_weights(
             for name in ("modulation", "time_embedding"):
                 writer.write(f"table.{name}", tables[name])
         for name, spec in program.graphs.items():
-            folded = fold_graph(name, spec, source, config)
+            folded = fold_graph(spec, source, config)
             own = [key for key in slots if key.startswith(f"{name}.")]
             if {f"{name}.{key}" for key in folded} != set(own):
                 raise AssertionError(f"graph {name}: folded weights are not its stage's parameters")

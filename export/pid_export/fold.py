@@ -27,25 +27,26 @@ Source = Mapping[str, Tensor]
 Weights = dict[str, Tensor]
 
 
-def fold_graph(name: str, spec: GraphSpec, source: Source, config: PidConfig) -> Weights:
+def fold_graph(spec: GraphSpec, source: Source, config: PidConfig) -> Weights:
     """The weights of one graph, named and shaped as its stage's state dict, float32."""
     folder = _Folder(source, config)
-    if spec.stage == "latent":
-        return folder.latent()
-    if spec.stage == "caption":
-        return folder.caption()
-    if spec.stage == "timestep":
-        return folder.timestep()
-    stream, _, index = name.partition(".")
-    if stream in ("text", "image"):
-        return folder.tokens(int(index), "y" if stream == "text" else "x", spec.options)
-    if spec.stage == "pixel_first":
-        return folder.pixel_first()
-    if spec.stage == "pixels":
-        return folder.pixels(int(index))
-    if spec.stage == "update":
-        return folder.update()
-    return {}
+    match spec.stage:
+        case "latent":
+            return folder.latent()
+        case "caption":
+            return folder.caption()
+        case "timestep":
+            return folder.timestep()
+        case "tokens":
+            return folder.tokens(spec.block, spec.stream, spec.options)
+        case "pixel_first":
+            return folder.pixel_first()
+        case "pixels":
+            return folder.pixels(spec.block)
+        case "update":
+            return folder.update()
+        case _:
+            return {}
 
 
 def fold_tables(source: Source, config: PidConfig, times: Sequence[float]) -> Weights:

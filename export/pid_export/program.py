@@ -5,8 +5,8 @@ chunked over L, alternate with attentions, and each buffer is written by one sta
 later ones. Names say where a value belongs: `x.3` is the image tokens that enter patch block 3.
 """
 
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 from pid_ref.config import PidConfig
 from pid_runtime.bundle.manifest import (
@@ -27,6 +27,15 @@ ROPE_EXTENT = 16.0
 MODULATION = 6
 """Rows of one block's modulation: shift, scale, gate of the attention, then of the MLP."""
 
+Stream = Literal["x", "y"]
+"""The image's tokens or the text's."""
+
+View = tuple[str | Operand, Shape]
+"""What a port is bound to: a buffer's name or a part of one, and the shape the graph sees it in."""
+
+Views = dict[str, View]
+"""By the name of the port."""
+
 
 @dataclass(frozen=True)
 class GraphSpec:
@@ -36,6 +45,11 @@ class GraphSpec:
     options: dict[str, Any]
     inputs: dict[str, Port]
     outputs: dict[str, Port]
+    # Whose weights it gets, which makes no difference to what is traced.
+    block: int = field(default=0, compare=False)
+    """Index of the patch or pixel block, for a stage that comes with every block."""
+    stream: Stream = field(default="x", compare=False)
+    """Whose tokens, for a stage that comes once for each."""
 
 
 @dataclass(frozen=True)
@@ -67,26 +81,24 @@ class _Builder:
         graph: str,
         stage: str,
         options: dict[str, Any],
-        inputs: dict[str, tuple[str | Operand, Shape]],
-        outputs: dict[str, tuple[str | Operand, Shape]],
+        inputs: Views,
+        outputs: Views,
         chunk: str | None = None,
         dims: dict[str, str] | None = None,
+        block: int = 0,
+        stream: Stream = "x",
     ) -> Run:
-        """An instruction, and the graph it runs, from (operand, shape as the graph sees it)."""
+        """An instruction, and the graph it runs."""
 
-        def operands(ports: dict[str, tuple[str | Operand, Shape]]) -> dict[str, Operand]:
-            return {n: Operand(o) if isinstance(o, str) else o for n, (o, _) in ports.items()}
+        def operands(views: Views) -> dict[str, Operand]:
+            return {n: Operand(o) if isinstance(o, str) else o for n, (o, _) in views.items()}
 
         ins, outs = operands(inputs), operands(outputs)
 
-        def ports(
-            of: dict[str, tuple[str | Operand, Shape]], named: dict[str, Operand]
-        ) -> dict[str, Port]:
-            return {
-                n: Port(self.buffers[named[n].buffer].dtype, shape) for n, (_, shape) in of.items()
-            }
+        def ports(views: Views, named: dict[str, Operand]) -> dict[str, Port]:
+            return {n: Port(self.buffers[named[n].buffer].dtype, s) for n, (_, s) in views.items()}
 
-        spec = GraphSpec(stage, options, ports(inputs, ins), ports(outputs, outs))
+        spec = GraphSpec(stage, options, ports(inputs, ins), ports(outputs, outs), block, stream)
         if self.graphs.setdefault(graph, spec) != spec:
             raise AssertionError(f"graph {graph} is run with different ports")
         return Run(graph, ins, outs, chunk, dims or {})
@@ -98,7 +110,7 @@ def build_program(config: PidConfig, precision: str, known_times: int | None) ->
     known_times: rows of the folded modulation table, or None to compute it from any timestep.
     """
     b = _Builder(config, precision)
-    d, state = config.hidden_size, 3 * config.patch_pixels
+    d, p, state = config.hidden_size, config.patch_size, 3 * config.patch_pixels
     _declare_inputs(b, known_times)
     b.buffer("state", FLOAT, "B", "L", state)
     b.buffer("latent_tokens", b.compute, "B", "L", config.latent_hidden)
@@ -140,21 +152,11 @@ def build_program(config: PidConfig, precision: str, known_times: int | None) ->
         "prologue": tuple(prologue),
         "timestep": tuple(timestep),
         "step": (*_patch_blocks(b), *_pixel_blocks(b)),
-        "image": (
-            _fold(
-                b, "unpatchify", "image", ("B", 3, "Hs", config.patch_size, "Ws", config.patch_size)
-            ),
-        ),
+        "image": (_unpatchify(b, "unpatchify", "image", ("B", 3, "Hs", p, "Ws", p)),),
         "image_bytes": (
-            _fold(
-                b,
-                "unpatchify_bytes",
-                "image_bytes",
-                ("B", "Hs", config.patch_size, "Ws", config.patch_size, 3),
-            ),
+            _unpatchify(b, "unpatchify_bytes", "image_bytes", ("B", "Hs", p, "Ws", p, 3)),
         ),
     }
-    p = config.patch_size
     b.run(
         "patchify",
         "patchify",
@@ -233,7 +235,7 @@ def _declare_inputs(b: _Builder, known_times: int | None) -> None:
         )
 
 
-def _fold(b: _Builder, stage: str, output: str, shape: Shape) -> Run:
+def _unpatchify(b: _Builder, stage: str, output: str, shape: Shape) -> Run:
     p = b.config.patch_size
     tokens = ("state", ("B", "Hs", "Ws", p, p, 3))
     return b.run(stage, stage, {}, {"tokens": tokens}, {"image": (output, shape)})
@@ -258,7 +260,7 @@ def _attend(
     )
 
 
-def _rows(stream: int, first: int, count: int, size: int) -> tuple[Operand, Shape]:
+def _rows(stream: int, first: int, count: int, size: int) -> View:
     """Rows of the modulation table at the current timestep."""
     return Operand("modulation", ("row", stream, first, 0)), (count, size)
 
@@ -274,19 +276,19 @@ def _patch_blocks(b: _Builder) -> list[Instruction]:
         q_rows, skip = ("L", Operand(f"q.{i}")) if last else ("S", Operand(f"q.{i}", (0, "T", 0)))
         for name, rows in (("q", q_rows), ("k", "S"), ("v", "S"), ("attended", q_rows)):
             b.buffer(f"{name}.{i}", b.compute, "B", rows, d)
-        text_out: dict[str, tuple[str | Operand, Shape]] = {}
+        text_out: Views = {}
         if not first and not last:
             text_out["next_x"] = (b.buffer(f"y.{i}", b.compute, "B", "T", d), ("B", "T", d))
         for name in ("k", "v") if last else ("q", "k", "v"):
             text_out[name] = (f"{name}.{i}", ("B", "T", d))
         modulation = MODULATION * i - (0 if first else 4), 2 if first else MODULATION
-        text_in: dict[str, tuple[str | Operand, Shape]] = {
+        text_in: Views = {
             "x": (f"y.{max(i - 1, 0)}", ("B", "T", d)),
             "modulation": _rows(1, *modulation, d),
             "rope_cos": ("text_rope_cos", ("T", c.head_dim // 2)),
             "rope_sin": ("text_rope_sin", ("T", c.head_dim // 2)),
         }
-        image_in: dict[str, tuple[str | Operand, Shape]] = {
+        image_in: Views = {
             "x": ("state", ("B", "L", 3 * c.patch_pixels))
             if first
             else (f"x.{i - 1}", ("B", "L", d)),
@@ -300,7 +302,7 @@ def _patch_blocks(b: _Builder) -> list[Instruction]:
         inject = i % c.latent_interval == 0
         if inject:
             image_in |= _latent_inputs(c)
-        image_out: dict[str, tuple[str | Operand, Shape]] = {
+        image_out: Views = {
             "next_x": (b.buffer(f"x.{i}", b.compute, "B", "L", d), ("B", "L", d)),
             "q": (skip, ("B", "L", d)),
             "k": (Operand(f"k.{i}", (0, "T", 0)), ("B", "L", d)),
@@ -308,8 +310,16 @@ def _patch_blocks(b: _Builder) -> list[Instruction]:
         }
         image_options = {"first": first, "embed": first, "inject": inject}
         program += [
-            b.run(f"text.{i}", "tokens", {"first": first, "last": last}, text_in, text_out),
-            b.run(f"image.{i}", "tokens", image_options, image_in, image_out, chunk="L"),
+            b.run(
+                f"text.{i}",
+                "tokens",
+                {"first": first, "last": last},
+                text_in,
+                text_out,
+                block=i,
+                stream="y",
+            ),
+            b.run(f"image.{i}", "tokens", image_options, image_in, image_out, chunk="L", block=i),
             _attend(
                 b,
                 "attention",
@@ -323,7 +333,7 @@ def _patch_blocks(b: _Builder) -> list[Instruction]:
     return program
 
 
-def _latent_inputs(c: PidConfig) -> dict[str, tuple[str | Operand, Shape]]:
+def _latent_inputs(c: PidConfig) -> Views:
     return {
         "latent_tokens": ("latent_tokens", ("B", "L", c.latent_hidden)),
         "sigma": ("sigma", ("B",)),
@@ -335,19 +345,19 @@ def _pixel_blocks(b: _Builder) -> list[Instruction]:
     c = b.config
     d, a, depth = c.hidden_size, c.pixel_attn_size, c.pixel_depth
     flat, state = c.patch_pixels * c.pixel_hidden_size, 3 * c.patch_pixels
-    positions: dict[str, tuple[str | Operand, Shape]] = {
+    positions: Views = {
         f"pixel_{axis}": (f"pixel_{axis}", ("L", c.patch_size, c.pixel_hidden_size // 2))
         for axis in ("columns", "rows")
     }
-    rope: dict[str, tuple[str | Operand, Shape]] = {
+    rope: Views = {
         f"rope_{part}": (f"pixel_rope_{part}", ("L", c.pixel_head_dim // 2))
         for part in ("cos", "sin")
     }
-    noisy: tuple[str | Operand, Shape] = ("state", ("B", "L", state))
-    condition: tuple[str | Operand, Shape] = (b.buffer("s", b.compute, "B", "L", d), ("B", "L", d))
+    noisy: View = ("state", ("B", "L", state))
+    condition: View = (b.buffer("s", b.compute, "B", "L", d), ("B", "L", d))
     previous = c.patch_depth - 1
 
-    def projections(i: int) -> dict[str, tuple[str | Operand, Shape]]:
+    def projections(i: int) -> Views:
         for name in ("q", "k", "v", "attended"):
             b.buffer(f"pixel_{name}.{i}", b.compute, "B", "L", a)
         return {name: (f"pixel_{name}.{i}", ("B", "L", a)) for name in ("q", "k", "v")}
@@ -377,7 +387,7 @@ def _pixel_blocks(b: _Builder) -> list[Instruction]:
         attend(0),
     ]
     for i in range(1, depth + 1):
-        common: dict[str, tuple[str | Operand, Shape]] = {
+        common: Views = {
             "s": condition,
             "attended": (f"pixel_attended.{i - 1}", ("B", "L", a)),
         }
@@ -397,6 +407,7 @@ def _pixel_blocks(b: _Builder) -> list[Instruction]:
                     {**common, **rope, **pixels},
                     {"pixels": (kept, ("B", "L", flat)), **projections(i)},
                     chunk="L",
+                    block=i,
                 ),
                 attend(i),
             ]

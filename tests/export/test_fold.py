@@ -84,7 +84,7 @@ def test_every_weight_that_matters_is_folded_and_no_other(
     program = build_program(config, "fp32", None if arbitrary else len(TIMES))
     checkpoint = Watched(config)
     for name, shapes in shapes_of(config, program).items():
-        folded = fold_graph(name, program.graphs[name], checkpoint, config)
+        folded = fold_graph(program.graphs[name], checkpoint, config)
         assert {key: weight.shape for key, weight in folded.items()} == shapes, name
         assert all(bool(weight.isfinite().all()) for weight in folded.values())
     conditioning = {k for k in checkpoint if "t_embedder" in k or ".adaLN_modulation_" in k}
@@ -100,7 +100,7 @@ def test_the_table_is_what_the_timestep_network_computes() -> None:
     checkpoint = Watched(V1)
     program = build_program(V1, "fp32", None)
     stage = build_stage("timestep", {}, dimensions_of(network_of(V1)), "fp32")
-    stage.load_state_dict(fold_graph("timestep", program.graphs["timestep"], checkpoint, V1))
+    stage.load_state_dict(fold_graph(program.graphs["timestep"], checkpoint, V1))
     table = fold_tables(checkpoint, V1, TIMES)
     assert table["modulation"].shape == (len(TIMES), 2, 6 * V1.patch_depth, V1.hidden_size)
     with torch.no_grad():
