@@ -136,6 +136,20 @@ class PidConfig:
         return self.latent_down * self.scale
 
     @property
+    def tokens_per_latent(self) -> int:
+        """Patch tokens per latent pixel, along each axis."""
+        return self.size_multiple // self.patch_size
+
+    def latent_size(self, height: int, width: int) -> tuple[int, int] | None:
+        """Height and width of the latent of an image of `height` x `width` pixels.
+
+        None unless both are positive multiples of `size_multiple`.
+        """
+        h, w = height // self.size_multiple, width // self.size_multiple
+        fits = min(h, w) > 0 and (h * self.size_multiple, w * self.size_multiple) == (height, width)
+        return (h, w) if fits else None
+
+    @property
     def version(self) -> Literal["v1", "v1.5"]:
         """Generation of the network, told by the gate in front of the pixel blocks."""
         return "v1.5" if self.pixel_gate else "v1"

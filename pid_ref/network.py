@@ -408,12 +408,12 @@ class PidNet(nn.Module):
                 f"expected an image of shape (B, 3, H, W), but got {tuple(x.shape)}"
             )
         batch, _, height, width = x.shape
-        h, w = height // c.size_multiple, width // c.size_multiple
-        if min(h, w) < 1 or (h * c.size_multiple, w * c.size_multiple) != (height, width):
+        size = c.latent_size(height, width)
+        if size is None:
             raise PidInputError(
                 f"expected H and W to be multiples of {c.size_multiple}, but got {height}x{width}"
             )
-        wanted = (batch, c.latent_channels, h, w)
+        wanted = (batch, c.latent_channels, *size)
         if tuple(latent.shape) != wanted:
             raise PidInputError(
                 f"expected a latent of shape {wanted} for a {height}x{width} image, "

@@ -54,8 +54,6 @@ STEP_COUNTS = (1, 2, 4)
 MAX_FREE_STEPS = 100
 """Most steps of a decode at arbitrary times."""
 
-Progress = Callable[[float], None]
-
 
 @dataclass(frozen=True)
 class ExportOptions:
@@ -121,7 +119,7 @@ def export_bundle(
     *,
     checkpoint: Checkpoint | None = None,
     weights: Mapping[str, Any],
-    progress: Progress = lambda fraction: None,
+    progress: Callable[[float], None] = lambda fraction: None,
 ) -> Manifest:
     """Write a bundle to the new folder `output`, whole or not at all.
 
@@ -167,7 +165,7 @@ def export_bundle(
             model=_model(config, checkpoint, weights),
             precision=options.precision,
             network=network,
-            tokens_per_latent=config.latent_down * config.scale // config.patch_size,
+            tokens_per_latent=config.tokens_per_latent,
             sampler=_sampler(options, times),
             files=files,
             graphs=graphs,
@@ -236,7 +234,7 @@ def _write_weights(
     source: Mapping[str, Tensor],
     options: ExportOptions,
     times: Sequence[float],
-    progress: Progress,
+    progress: Callable[[float], None],
 ) -> tuple[dict[str, Placed], File, dict[str, tuple[int, str]]]:
     """Write the weights of all graphs; where they lie, and each graph's bytes and hash."""
     slots = weight_slots(config, program, options.precision)
@@ -268,9 +266,8 @@ def _buckets(
 ) -> dict[str, Bucket]:
     buckets: dict[str, Bucket] = {}
     network = network_of(config)
-    per_latent = config.latent_down * config.scale // config.patch_size
     for name, tokens in options.buckets:
-        sizes = sizes_for(network, per_latent, rows, tokens)
+        sizes = sizes_for(network, config.tokens_per_latent, rows, tokens)
         plan = plan_arena(program.buffers, program.sections, sizes)
         chunk = min(tokens, options.chunk_tokens)
         buckets[name] = Bucket(tokens, chunk, plan.arena_bytes, plan.offsets)

@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 
 from pid_export.bundle import ExportOptions, export_bundle
 from pid_export.errors import ExportInputError
-from pid_export.verify import Case, load_network
+from pid_export.verify import DecodeInputs, load_network
 from pid_ref.checkpoint import state_shapes
 from pid_ref.config import PidConfig
 from pid_ref.network import unpatchify
@@ -37,7 +37,7 @@ class Golden:
     path: Path
     config: PidConfig
     seed: int
-    case: Case
+    inputs: DecodeInputs
     velocity: NDArray[np.float32]
     """First network output `[B, 3, H, W]`."""
     states: list[NDArray[np.float32]]
@@ -66,7 +66,7 @@ def read_golden(path: Path) -> Golden:
                 path,
                 config,
                 int(metadata["seed"]),
-                Case(
+                DecodeInputs(
                     file.get_tensor("in/latent"),
                     file.get_tensor("in/caption"),
                     file.get_tensor("in/sigma"),
@@ -112,12 +112,12 @@ def _reference_outputs(golden: Golden, dtype: torch.dtype) -> list[NDArray[np.fl
     def keep(step: int, velocity: torch.Tensor, state: torch.Tensor) -> None:
         outputs.extend([velocity.numpy(), state.numpy()] if step == 0 else [state.numpy()])
 
-    noise = [torch.from_numpy(n) for n in golden.case.noise]
+    noise = [torch.from_numpy(n) for n in golden.inputs.noise]
     sample(
         net,
-        torch.from_numpy(golden.case.latent),
-        torch.from_numpy(golden.case.caption),
-        torch.from_numpy(golden.case.sigma),
+        torch.from_numpy(golden.inputs.latent),
+        torch.from_numpy(golden.inputs.caption),
+        torch.from_numpy(golden.inputs.sigma),
         noise[0],
         noise[1:],
         steps=len(golden.states),
@@ -158,11 +158,11 @@ def program_error(golden: Golden, decoder: Decoder) -> float:
         errors.append(_difference(state.numpy(), golden.states[step - 1]))
 
     decoder.decode(
-        golden.case.latent,
-        golden.case.caption,
-        sigma=golden.case.sigma,
-        noise=golden.case.noise[0],
-        step_noise=golden.case.noise[1:],
+        golden.inputs.latent,
+        golden.inputs.caption,
+        sigma=golden.inputs.sigma,
+        noise=golden.inputs.noise[0],
+        step_noise=golden.inputs.noise[1:],
         steps=len(golden.states),
         progress=check,
     )

@@ -27,7 +27,6 @@ from pid_ref.sampler import sample, timesteps
 from pid_ref.weights import RandomWeights
 from pid_runtime.backends.session import Session
 from pid_runtime.bundle.files import file_sha256
-from pid_runtime.bundle.folder import read_constants
 from pid_runtime.bundle.manifest import Manifest, Noise, Run
 from pid_runtime.bundle.sizes import Sizes, sizes_of_request
 from pid_runtime.decoder import Decoder
@@ -57,8 +56,8 @@ class Comparison:
 
 
 @dataclass(frozen=True)
-class Case:
-    """One decode to verify: its inputs as numpy arrays, float32."""
+class DecodeInputs:
+    """What one decode to verify is given, as numpy arrays, float32."""
 
     latent: NDArray[np.float32]
     caption: NDArray[np.float32]
@@ -136,43 +135,47 @@ def load_network(config: PidConfig, source: Mapping[str, Tensor]) -> PidNet:
     return net.eval().requires_grad_(False)
 
 
-def random_case(manifest: Manifest, height: int, width: int, seed: int, steps: int) -> Case:
+def random_inputs(
+    manifest: Manifest, height: int, width: int, seed: int, steps: int
+) -> DecodeInputs:
     """A decode of normal random inputs at `height` x `width` pixels.
 
     Raises `ExportInputError` for a size the network cannot make, `PidRuntimeError` for one that
     no bucket holds.
     """
     config = config_of(manifest.network)
-    (h, odd_h), (w, odd_w) = (divmod(side, config.size_multiple) for side in (height, width))
-    if odd_h or odd_w or h < 1 or w < 1:
+    multiple, size = config.size_multiple, config.latent_size(height, width)
+    if size is None:
+        smaller = "x".join(str(multiple * max(1, side // multiple)) for side in (width, height))
         raise ExportInputError(
-            f"expected width and height to be multiples of {config.size_multiple}, "
-            f"but got {width}x{height}; {config.size_multiple * max(1, w)}x"
-            f"{config.size_multiple * max(1, h)} is the next smaller size"
+            f"expected width and height to be multiples of {multiple}, but got {width}x{height}; "
+            f"{smaller} is the next smaller size"
         )
-    manifest.bucket_for(h * w * manifest.tokens_per_latent**2)
+    manifest.bucket_for(math.prod(size) * manifest.tokens_per_latent**2)
     rng = np.random.default_rng(seed)
 
     def normal(*shape: int) -> NDArray[np.float32]:
         return rng.standard_normal(shape, np.float32)
 
-    return Case(
-        normal(1, config.latent_channels, h, w),
+    return DecodeInputs(
+        normal(1, config.latent_channels, *size),
         normal(1, config.text_max_length, config.text_dim),
         np.array([0.2], np.float32),
         [normal(1, 3, height, width) for _ in range(steps)],
     )
 
 
-def reference_images(net: PidNet, case: Case, times: list[float]) -> list[NDArray[np.float32]]:
+def reference_images(
+    net: PidNet, inputs: DecodeInputs, times: list[float]
+) -> list[NDArray[np.float32]]:
     """The reference's state `[B, 3, H, W]` after every step."""
     states: list[NDArray[np.float32]] = []
-    noise = [torch.from_numpy(n) for n in case.noise]
+    noise = [torch.from_numpy(n) for n in inputs.noise]
     sample(
         net,
-        torch.from_numpy(case.latent),
-        torch.from_numpy(case.caption),
-        torch.from_numpy(case.sigma),
+        torch.from_numpy(inputs.latent),
+        torch.from_numpy(inputs.caption),
+        torch.from_numpy(inputs.sigma),
         noise[0],
         noise[1:],
         times=times,
@@ -182,13 +185,13 @@ def reference_images(net: PidNet, case: Case, times: list[float]) -> list[NDArra
 
 
 def stage_values(
-    manifest: Manifest, net: PidNet, case: Case, times: list[float]
+    manifest: Manifest, net: PidNet, inputs: DecodeInputs, times: list[float]
 ) -> tuple[Values, Sizes]:
     """Reference values of every buffer in the first step of a decode of one image.
 
     Raises `ExportInputError` when the program's buffers are not those of the network.
     """
-    _, _, h, w = case.latent.shape
+    _, _, h, w = inputs.latent.shape
     known = manifest.sampler.times
     sizes = sizes_of_request(
         manifest.network,
@@ -196,18 +199,18 @@ def stage_values(
         batch=1,
         latent_height=h,
         latent_width=w,
-        text_tokens=case.caption.shape[1],
+        text_tokens=inputs.caption.shape[1],
         rows=len(known) or len(times) - 1,
     ).extended({}, row=known.index(times[0]) if known else 0)
     values = reference_buffers(
         net,
         sizes,
-        torch.from_numpy(case.noise[0]),
+        torch.from_numpy(inputs.noise[0]),
         times[0],
-        torch.from_numpy(case.caption),
-        torch.from_numpy(case.latent),
-        torch.from_numpy(case.sigma),
-        torch.from_numpy(case.noise[-1]),
+        torch.from_numpy(inputs.caption),
+        torch.from_numpy(inputs.latent),
+        torch.from_numpy(inputs.sigma),
+        torch.from_numpy(inputs.noise[-1]),
         torch.tensor(update_factors(times[0], times[1], "sde")),
     )
     _check_program(manifest, values, sizes)
@@ -262,14 +265,17 @@ def verify_sampler(
 
 
 def verify_stages(
-    bundle: Path, manifest: Manifest, session: Session, values: Values, sizes: Sizes
+    manifest: Manifest,
+    session: Session,
+    constants: Mapping[str, NDArray[np.float32]],
+    values: Values,
+    sizes: Sizes,
 ) -> Iterator[Comparison]:
     """Run every graph on the reference's inputs and compare its outputs, one after another."""
     bucket = session.bucket_for(sizes.value("L"))
     needed = Program.arena_bytes(bucket, sizes)
     session.prepare(graph_calls(manifest, bucket, sizes), needed, sizes.value("B"))
     block = session.allocate(needed)
-    constants = read_constants(bundle, manifest)
     program = Program(manifest, session, bucket, sizes, block, constants)
     tolerance = TOLERANCES[manifest.precision]
     for instruction in manifest.instructions():
@@ -308,16 +314,16 @@ def _spoil(session: Session, tensor: Any, dtype: str) -> None:
 
 
 def verify_decode(
-    decoder: Decoder, case: Case, times: list[float], want: NDArray[np.float32]
+    decoder: Decoder, inputs: DecodeInputs, times: list[float], want: NDArray[np.float32]
 ) -> Comparison:
     """Compare a whole decode's final image with the reference's."""
     known = bool(decoder.manifest.sampler.times)
     got = decoder.decode(
-        case.latent,
-        case.caption,
-        sigma=case.sigma,
-        noise=case.noise[0],
-        step_noise=case.noise[1:],
+        inputs.latent,
+        inputs.caption,
+        sigma=inputs.sigma,
+        noise=inputs.noise[0],
+        step_noise=inputs.noise[1:],
         steps=len(times) - 1 if known else None,
         times=None if known else times,
     )

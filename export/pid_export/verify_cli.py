@@ -119,25 +119,25 @@ def _verify_bundle(args: Namespace) -> int:
     manifest = read_manifest(args.bundle)
     height, width = _size(args.size, manifest)
     times = _times(manifest)
-    case = verify.random_case(manifest, height, width, args.seed, len(times) - 1)
+    inputs = verify.random_inputs(manifest, height, width, args.seed, len(times) - 1)
     with console.progress(
         "Verifying", 2 + len(list(manifest.instructions())), quiet=args.quiet
     ) as advance:
         net = verify.reference_network(manifest, args.checkpoint)
-        values, sizes = verify.stage_values(manifest, net, case, times)
+        values, sizes = verify.stage_values(manifest, net, inputs, times)
         constants = read_constants(args.bundle, manifest)
         comparisons: list[Comparison] = [*verify.verify_sampler(manifest, net, constants)]
         advance(1)
-        want = verify.reference_images(net, case, times)[-1]
+        want = verify.reference_images(net, inputs, times)[-1]
         del net  # a full-size reference takes 5.4 GB that the bundle can use
         gc.collect()
         advance(1)
         session = open_session(args.bundle, manifest, args.backend, args.device)
-        for comparison in verify.verify_stages(args.bundle, manifest, session, values, sizes):
+        for comparison in verify.verify_stages(manifest, session, constants, values, sizes):
             comparisons.append(comparison)
             advance(1)
         with Decoder(manifest, session, constants) as decoder:
-            comparisons.append(verify.verify_decode(decoder, case, times, want))
+            comparisons.append(verify.verify_decode(decoder, inputs, times, want))
     passed = all(comparison.passed for comparison in comparisons)
     tolerance = verify.TOLERANCES[manifest.precision]
     result = {

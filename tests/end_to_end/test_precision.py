@@ -42,10 +42,10 @@ def golden(request: pytest.FixtureRequest) -> Golden:
 @pytest.fixture(scope="module")
 def autocast_error(golden: Golden) -> float:
     """Error of the reference under bf16 autocast."""
-    case = golden.case
-    noise = [torch.from_numpy(each) for each in case.noise]
+    inputs = golden.inputs
+    noise = [torch.from_numpy(each) for each in inputs.noise]
     latent, caption, sigma = (
-        torch.from_numpy(each) for each in (case.latent, case.caption, case.sigma)
+        torch.from_numpy(each) for each in (inputs.latent, inputs.caption, inputs.sigma)
     )
     with torch.autocast("cpu", torch.bfloat16):
         net = load_network(golden.config, golden.weights)
@@ -140,13 +140,13 @@ def export(golden: Golden, precision: str, folder: Path) -> Path:
 
 def decode(decoder: Decoder, golden: Golden) -> NDArray[np.float32]:
     """The state after the last step, `[B, 3, H, W]`, not clamped."""
-    case = golden.case
+    inputs = golden.inputs
     decoder.decode(
-        case.latent,
-        case.caption,
-        sigma=case.sigma,
-        noise=case.noise[0],
-        step_noise=case.noise[1:],
+        inputs.latent,
+        inputs.caption,
+        sigma=inputs.sigma,
+        noise=inputs.noise[0],
+        step_noise=inputs.noise[1:],
         steps=len(golden.states),
     )
     tokens = torch.from_numpy(decoder.state())

@@ -250,8 +250,7 @@ def test_the_player_finds_overwritten_values() -> None:
 def plan_bucket(
     config: PidConfig, program: ProgramSpec, tokens: int, rows: int
 ) -> tuple[dict[str, int], int, Sizes]:
-    per_latent = config.latent_down * config.scale // config.patch_size
-    sizes = sizes_for(network_of(config), per_latent, rows, tokens)
+    sizes = sizes_for(network_of(config), config.tokens_per_latent, rows, tokens)
     plan = plan_arena(program.buffers, program.sections, sizes)
     return plan.offsets, plan.arena_bytes, sizes
 

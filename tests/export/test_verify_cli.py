@@ -23,7 +23,7 @@ from pid_ref.config import PidConfig
 from pid_ref.sampler import timesteps
 from pid_ref.weights import RandomWeights
 from pid_runtime.backends.torch import TorchSession
-from pid_runtime.bundle.folder import read_manifest
+from pid_runtime.bundle.folder import read_constants, read_manifest
 from places import GOLDEN
 
 RunCommand = Callable[..., tuple[int, str, str]]
@@ -261,15 +261,16 @@ def test_small_faults_in_the_graphs_themselves(
 def test_every_tensor_counts(golden_bundle: Path, tmp_path: Path) -> None:
     """The sign of any one tensor, turned, is seen in its graph: tried on one of each graph."""
     manifest, times = read_manifest(golden_bundle), list(timesteps(4))
-    case = verify.random_case(manifest, 64, 32, 0, len(times) - 1)
+    inputs = verify.random_inputs(manifest, 64, 32, 0, len(times) - 1)
     net = verify.reference_network(manifest, None)
-    values, sizes = verify.stage_values(manifest, net, case, times)
+    values, sizes = verify.stage_values(manifest, net, inputs, times)
     tensors = tensors_of(golden_bundle)
     for i in range(max(map(len, tensors.values()))):
         turned = {graph: keys[i] for graph, keys in tensors.items() if i < len(keys)}
         altered = alter(golden_bundle, tmp_path, dict.fromkeys(turned.values(), turn))
         session = TorchSession(altered, manifest)
-        comparisons = verify.verify_stages(altered, manifest, session, values, sizes)
+        constants = read_constants(altered, manifest)
+        comparisons = verify.verify_stages(manifest, session, constants, values, sizes)
         wrong = graphs_of([each.name for each in comparisons if not each.passed])
         assert wrong == set(turned), turned
         session.close()
