@@ -17,13 +17,13 @@ from pid_export.errors import ExportInputError
 from pid_export.fold import fold_graph, fold_tables
 from pid_export.graphs import GraphExporter, Placed, check_graph
 from pid_export.onnx_ports import OPSET
-from pid_export.output import check_space, new_folder
 from pid_export.program import ProgramSpec, build_program
 from pid_export.weights_file import Slot, WeightsWriter
 from pid_ref.config import PidConfig
 from pid_ref.registry import Checkpoint
 from pid_ref.sampler import timesteps
 from pid_runtime.backends.stages import Dimensions, build_stage
+from pid_runtime.bundle.files import check_space, whole_folder
 from pid_runtime.bundle.json_reader import NAME
 from pid_runtime.bundle.manifest import (
     BLOCK_DCT,
@@ -127,13 +127,13 @@ def export_bundle(
     for; None for a small configuration. weights: where the values come from, recorded in the
     manifest: {"random_seed": 0} or {"file": name, "sha256": hash}. progress: called with the
     fraction done.
-    Raises `ExportInputError` when `output` exists or cannot be written.
+    Raises `PidRuntimeError` when `output` exists or cannot be written.
     """
     if config.text_max_length < 2:  # torch.export makes a constant of an axis that is always 1
         raise ExportInputError("expected a text_max_length of at least 2, but got 1")
     times = () if options.arbitrary_timesteps else (timesteps(1)[0], *timesteps(4)[:-1])
     program = build_program(config, options.precision, len(times) or None)
-    with new_folder(output) as folder:
+    with whole_folder(output) as folder:
         placed, file, hashes = _write_weights(
             folder, config, program, source, options, times, progress
         )
@@ -240,7 +240,8 @@ def _write_weights(
     slots = weight_slots(config, program, options.precision)
     total = sum(slot.bytes for slot in slots.values())
     path = folder / WEIGHTS_FILE
-    check_space(folder, total)
+    # A little more than the weights, for the graphs and the manifest.
+    check_space(folder.parent, total + total // 50, "the bundle", "choose another place with -o")
     hashes: dict[str, tuple[int, str]] = {}
     with WeightsWriter(path, slots, {"format": "pid-bundle"}) as writer:
         if times:

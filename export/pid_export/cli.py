@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pid_export.errors import ExportInputError
-from pid_export.output import check_new
 from pid_ref.config import PidConfig
 from pid_ref.errors import PidInputError
 from pid_ref.registry import CHECKPOINT_FILE, Checkpoint, find_checkpoint
+from pid_runtime.bundle.files import check_new, file_sha256
 from pid_runtime.command import console
 
 if TYPE_CHECKING:
@@ -159,7 +159,6 @@ def _weights(
     from pid_ref.checkpoint import read_checkpoint, state_shapes
     from pid_ref.hub import download
     from pid_ref.weights import RandomWeights
-    from pid_runtime.bundle.files import file_sha256
 
     if args.random_weights is not None:
         if args.checkpoint is not None:
