@@ -1,7 +1,6 @@
 """The latent spaces and the released checkpoints, as data; nothing here needs torch."""
 
 import difflib
-import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,8 +11,6 @@ from pid_ref.errors import PidInputError
 
 Variant = Literal["2k", "2kto4k", "2kto4k-v1", "2kto4k-undistilled", "any"]
 Version = Literal["v1", "v1.5"]
-Size = tuple[int, int]
-"""Width and height of an image, in pixels."""
 
 HUB_REPO = "nvidia/PiD"
 """Where NVIDIA publishes the weights, on the Hugging Face hub."""
@@ -230,19 +227,6 @@ class Checkpoint:
         """Space, variant and version, for messages."""
         return f"{self.space.name} {self.variant} ({self.version})"
 
-    @property
-    def trained_sizes(self) -> tuple[Size, ...]:
-        """The (width, height) pairs it was trained at, ascending; see `_sizes_2kto4k`.
-
-        None for variant "any", which was trained on crops of photographs of any size.
-        """
-        if self.variant == "any":
-            return ()
-        sizes = _SIZES_2K if self.variant == "2k" else _sizes_2kto4k()
-        sides = self.config.size_multiple
-        both = {(w, h) for w, h in sizes if w % sides == h % sides == 0}
-        return tuple(sorted(both | {(h, w) for w, h in both}))
-
 
 def _config(space: LatentSpace, version: Version) -> PidConfig:
     """The network of a space; v1.5 widens the latent branch and gates the pixel blocks too."""
@@ -369,76 +353,3 @@ def _hint(name: str, known: Iterable[str]) -> str:
     """The known name closest to a mistyped one, as a question, or else advice."""
     close = difflib.get_close_matches(name.lower(), list(known), n=1)
     return f"did you mean {close[0]!r}?" if close else "choose one of these"
-
-
-_SIZES_2K: tuple[Size, ...] = ((2048, 2048), (2304, 1728), (2688, 1536), (2688, 1792))
-"""Landscape sizes of the 2k training; the transposes belong to it as well."""
-
-_LEVELS_2KTO4K = range(2048, 3840 + 1, 256)
-"""Sides in pixels of the squares whose areas the 2kto4k training used."""
-
-_CAPS_2KTO4K: dict[Size, Size] = {
-    (1, 1): (3584, 3584),
-    (4, 3): (4096, 2816),
-    (3, 2): (4096, 2688),
-    (16, 9): (4096, 2176),
-}
-"""Largest width and height by aspect ratio."""
-
-_ALIGN = 64
-"""Trained sides are multiples of this many pixels."""
-
-_DEMONSTRATED: frozenset[Size] = frozenset({(4096, 4096), (4096, 3072), (3072, 4096)})
-"""Sizes past the training caps that the release itself shows 2kto4k decoding."""
-
-
-def _sizes_2kto4k() -> set[Size]:
-    """Landscape sizes of the 2kto4k training.
-
-    The rule: each level's area in each aspect ratio, both sides rounded to multiples of 64 and
-    then cut at the ratio's caps. The 2k sizes count as well: they are level 2048 rounded by hand.
-    """
-    sizes = set(_SIZES_2K)
-    for (across, down), (most_width, most_height) in _CAPS_2KTO4K.items():
-        for level in _LEVELS_2KTO4K:
-            width = _ALIGN * round(level * math.sqrt(across / down) / _ALIGN)
-            height = _ALIGN * round(level * math.sqrt(down / across) / _ALIGN)
-            sizes.add((min(width, most_width), min(height, most_height)))
-    return sizes
-
-
-def size_warnings(checkpoint: Checkpoint, height: int, width: int) -> list[str]:
-    """What to tell a user about decoding to `height` x `width` pixels; empty if all is well.
-
-    Two things are worth a line: 2kto4k at an area the 2k training covered (up to 2688x1792), and
-    a size outside `trained_sizes`. Neither is an error: such images decode.
-    """
-    warnings: list[str] = []
-    if not checkpoint.trained_sizes:
-        return warnings
-    size = f"{width}x{height}"
-    if checkpoint.variant != "2k" and width * height <= max(w * h for w, h in _SIZES_2K):
-        has_2k = any(
-            c.space == checkpoint.space and c.variant == "2k" for c in CHECKPOINTS.values()
-        )
-        fix = "use variant 2k" if has_2k else "decode to a larger size"
-        warnings.append(
-            f"at {size} a 2kto4k decoder is worse than a 2k one; {fix} for the best image"
-        )
-    if (width, height) in checkpoint.trained_sizes:
-        return warnings
-    near = min(
-        checkpoint.trained_sizes,
-        key=lambda trained: math.hypot(math.log(trained[0] / width), math.log(trained[1] / height)),
-    )
-    if checkpoint.variant != "2k" and (width, height) in _DEMONSTRATED:
-        warnings.append(
-            f"the release shows {size}, but training stopped at {near[0]}x{near[1]}; "
-            "prefer that size if the image shows artifacts"
-        )
-    else:
-        warnings.append(
-            f"{checkpoint.label} was not trained at {size} and may give green or blocky artifacts; "
-            f"the nearest trained size is {near[0]}x{near[1]}"
-        )
-    return warnings

@@ -247,7 +247,7 @@ def parse_sizes(text: str, config: PidConfig) -> tuple[tuple[int, int], ...]:
     multiple, sizes = config.size_multiple, list[tuple[int, int]]()
     for part in text.split(","):
         size = read_size(part.strip())
-        if 0 in size or size[0] % multiple or size[1] % multiple:
+        if config.latent_size(size[1], size[0]) is None:
             raise BenchInputError(
                 f"expected width and height in multiples of {multiple}, but got {part.strip()}; "
                 f"{_rounded(size[0], multiple)}x{_rounded(size[1], multiple)} is near"

@@ -85,7 +85,7 @@ def program_work_by_graph(
     program = build_program(config, precision, KNOWN_TIMES)
     sizes = sizes_of_request(
         network,
-        config.size_multiple // config.patch_size,
+        config.tokens_per_latent,
         batch=1,
         latent_height=h,
         latent_width=w,
@@ -127,9 +127,10 @@ def _table(program: ProgramSpec) -> Work:
 
 
 def _latent_size(config: PidConfig, height: int, width: int) -> tuple[int, int]:
-    multiple = config.size_multiple
-    if min(height, width) < 1 or height % multiple or width % multiple:
+    size = config.latent_size(height, width)
+    if size is None:
         raise PidInputError(
-            f"expected width and height in multiples of {multiple}, but got {width}x{height}"
+            f"expected width and height in multiples of {config.size_multiple}, "
+            f"but got {width}x{height}"
         )
-    return height // multiple, width // multiple
+    return size

@@ -22,6 +22,7 @@ from pid_export.weights_file import Slot, WeightsWriter
 from pid_ref.config import PidConfig
 from pid_ref.registry import Checkpoint
 from pid_ref.sampler import timesteps
+from pid_ref.trained_sizes import trained_sizes
 from pid_runtime.backends.stages import Dimensions, build_stage
 from pid_runtime.bundle.files import check_space, whole_folder
 from pid_runtime.bundle.json_reader import NAME
@@ -299,7 +300,7 @@ def _model(
         "distilled": checkpoint.distilled,
         "captioned": checkpoint.captioned,
         "latent_convention": checkpoint.space.convention,
-        "trained_sizes": [list(size) for size in checkpoint.trained_sizes],
+        "trained_sizes": [list(size) for size in trained_sizes(checkpoint)],
         "weights_license": checkpoint.license,
     }
 
