@@ -120,14 +120,14 @@ def export_bundle(
     *,
     checkpoint: Checkpoint | None = None,
     weights: Mapping[str, Any],
-    progress: Callable[[float], None] = lambda fraction: None,
+    advance: Callable[[float], None] = lambda share: None,
 ) -> Manifest:
     """Write a bundle to the new folder `output`, whole or not at all.
 
     source: the checkpoint's tensors by name, read one at a time. checkpoint: what it is a decoder
     for; None for a small configuration. weights: where the values come from, recorded in the
-    manifest: {"random_seed": 0} or {"file": name, "sha256": hash}. progress: called with the
-    fraction done.
+    manifest: {"random_seed": 0} or {"file": name, "sha256": hash}. advance: called with the
+    share of the work done since the last call.
     Raises `PidRuntimeError` when `output` exists or cannot be written.
     """
     if config.text_max_length < 2:  # torch.export makes a constant of an axis that is always 1
@@ -136,7 +136,7 @@ def export_bundle(
     program = build_program(config, options.precision, len(times) or None)
     with whole_folder(output) as folder:
         placed, file, hashes = _write_weights(
-            folder, config, program, source, options, times, progress
+            folder, config, program, source, options, times, advance
         )
         network = network_of(config)
         exporter = GraphExporter(dimensions_of(network), options.precision)
@@ -147,7 +147,7 @@ def export_bundle(
             files[name] = File(len(content), hashlib.sha256(content).hexdigest())
             return name
 
-        for done, (name, spec) in enumerate(program.graphs.items(), 1):
+        for name, spec in program.graphs.items():
             content = exporter.export(name, spec, placed)
             check_graph(name, content, spec)
             contrib = contrib_graph(name, spec, OPSET)
@@ -160,7 +160,7 @@ def export_bundle(
                 *hashes[name],
                 contrib_file=write(f"{name}.contrib.onnx", contrib) if contrib else None,
             )
-            progress(_WEIGHTS_SHARE + (1 - _WEIGHTS_SHARE) * done / len(program.graphs))
+            advance((1 - _WEIGHTS_SHARE) / len(program.graphs))
         manifest = Manifest(
             producer=f"pid-trt {version('pid-trt')}",
             model=_model(config, checkpoint, weights),
@@ -235,7 +235,7 @@ def _write_weights(
     source: Mapping[str, Tensor],
     options: ExportOptions,
     times: Sequence[float],
-    progress: Callable[[float], None],
+    advance: Callable[[float], None],
 ) -> tuple[dict[str, Placed], File, dict[str, tuple[int, str]]]:
     """Write the weights of all graphs; where they lie, and each graph's bytes and hash."""
     slots = weight_slots(config, program, options.precision)
@@ -249,6 +249,7 @@ def _write_weights(
             tables = fold_tables(source, config, times)
             for name in ("modulation", "time_embedding"):
                 writer.write(f"table.{name}", tables[name])
+        advance(_WEIGHTS_SHARE * (writer.size - writer.data_offset) / total)
         for name, spec in program.graphs.items():
             folded = fold_graph(spec, source, config)
             own = [key for key in slots if key.startswith(f"{name}.")]
@@ -257,8 +258,9 @@ def _write_weights(
             digest = hashlib.sha256()
             for key in own:
                 digest.update(writer.write(key, folded.pop(key.removeprefix(f"{name}."))))
-            hashes[name] = (sum(slots[key].bytes for key in own), digest.hexdigest())
-            progress(_WEIGHTS_SHARE * (writer.size - writer.data_offset) / total)
+            own_bytes = sum(slots[key].bytes for key in own)
+            hashes[name] = (own_bytes, digest.hexdigest())
+            advance(_WEIGHTS_SHARE * own_bytes / total)
         placed = {name: Placed(writer.offsets[name], slot.bytes) for name, slot in slots.items()}
         return placed, File(writer.size, writer.sha256()), hashes
 

@@ -92,14 +92,8 @@ def _export(args: Namespace) -> None:
             "add --arbitrary-timesteps"
         )
     source, weights = _weights(args, config, checkpoint)
-    begin, done = time.monotonic(), 0.0
+    begin = time.monotonic()
     with console.progress("Exporting", 1.0, quiet=args.quiet) as advance:
-
-        def progress(fraction: float) -> None:
-            nonlocal done
-            advance(fraction - done)
-            done = fraction
-
         manifest = export_bundle(
             args.output,
             config,
@@ -107,7 +101,7 @@ def _export(args: Namespace) -> None:
             options,
             checkpoint=checkpoint,
             weights=weights,
-            progress=progress,
+            advance=advance,
         )
     total = sum(file.bytes for file in manifest.files.values())
     arena_bytes = {name: bucket.arena_bytes for name, bucket in manifest.buckets.items()}
