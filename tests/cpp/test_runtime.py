@@ -394,7 +394,7 @@ def sanitized(dependencies: Path, tmp_path_factory: pytest.TempPathFactory) -> P
 
 def test_with_address_and_undefined_behavior_sanitizers(sanitized: Path, data: Path) -> None:
     # What is slow without optimisation, the fuzz targets do as well.
-    slow = "-Manifests.Mutated*:PortableOrNot/*:Noise.IsStandardNormal"
+    slow = "-Manifests.Mutated*:Noise.IsStandardNormal"
     asan = "allocator_may_return_null=1:detect_leaks=1"
     ctest(sanitized, data, {"ASAN_OPTIONS": asan, "GTEST_FILTER": slow})
 

@@ -4,14 +4,15 @@
 #     runtime/cpp/tools/get_dependencies.sh FOLDER PYTHON
 #     cmake -S . -B build/cpp -G Ninja -DCMAKE_PREFIX_PATH="$PWD/FOLDER"
 #
-# nlohmann's JSON library, CLI11, GoogleTest's sources, libpng and zlib as static libraries, and ONNX
-# Runtime's headers come from Debian's packages by way of apt, which checks their signatures; ONNX
-# Runtime's library is that of PYTHON's package, a later release: its C interface only grows. Exits
-# with 3 where there is no apt.
+# nlohmann's JSON library, CLI11, libpng and zlib, GoogleTest, the headers of OpenSSL and of ONNX
+# Runtime come from Debian's packages by way of apt, which checks their signatures. OpenSSL's libcrypto
+# is the system's; ONNX Runtime's library is that of PYTHON's package, a later release: its C interface
+# only grows. Exits with 3 where there is no apt, or no Debian.
 set -euo pipefail
 
 release=trixie # the first Debian with ONNX Runtime; of what is taken from it, libpng and zlib alone run
-packages=(nlohmann-json3-dev libonnxruntime-dev googletest libcli11-dev libpng-dev zlib1g-dev)
+packages=(nlohmann-json3-dev libonnxruntime-dev libcli11-dev libpng-dev zlib1g-dev)
+own_packages=(libgtest-dev libssl-dev) # made for this system's C and C++ libraries
 keyring=/usr/share/keyrings/debian-archive-keyring.gpg
 
 if [[ $# -ne 2 ]]; then
@@ -35,30 +36,45 @@ if [[ -z $library ]]; then
     exit 2
 fi
 
+absent() {
+    echo "get_dependencies.sh: expected $1, but found none; install nlohmann-json, GoogleTest, OpenSSL," \
+        "CLI11, libpng and ONNX Runtime's headers, and set CMAKE_PREFIX_PATH" >&2
+    exit 3
+}
+
 include=$folder/include
-if [[ ! -e $include/onnxruntime || ! -e $include/png.h || ! -e $include/CLI ]]; then
+if [[ ! -e $include/onnxruntime || ! -e $include/openssl || ! -e $include/gtest || ! -e $include/CLI ]]; then
     if ! command -v apt-get >/dev/null || ! command -v dpkg >/dev/null || [[ ! -e $keyring ]]; then
-        echo "get_dependencies.sh: expected apt and Debian's keys, but found none; install nlohmann-json," \
-            "GoogleTest's sources, CLI11, libpng and ONNX Runtime's headers, and set CMAKE_PREFIX_PATH" >&2
-        exit 3
+        absent "apt and Debian's keys"
     fi
+    own_release=$(. /etc/os-release && echo "${VERSION_CODENAME-}")
+    archive=$(apt-get update --print-uris |
+        sed -n "s|^'\(.*/debian\)/dists/$own_release/InRelease' .*|\1|p")
+    [[ -n $archive ]] || absent "an archive of Debian $own_release among apt's sources"
+    crypto=$(/sbin/ldconfig -p | awk '$1 == "libcrypto.so.3" { print $NF }')
+    [[ -n $crypto ]] || absent "the system's libcrypto.so.3"
+
     work=$(mktemp -d "$folder/.work.XXXXXX")
     trap 'rm -rf "$work"' EXIT
     mkdir -p "$work"/{lists/partial,cache/archives/partial,root,packages}
-    echo "deb [signed-by=$keyring] http://deb.debian.org/debian $release main" >"$work/sources.list"
+    printf "deb [signed-by=$keyring] ${archive%%$'\n'*} %s main\n" "$release" "$own_release" | sort -u \
+        >"$work/sources.list"
     apt=(apt-get -qq -o "Dir::Etc::SourceList=$work/sources.list" -o Dir::Etc::SourceParts=/dev/null
         -o "Dir::State::Lists=$work/lists" -o "Dir::Cache=$work/cache" -o APT::Sandbox::User=)
     "${apt[@]}" update
-    (cd "$work/packages" && "${apt[@]}" download "${packages[@]}")
+    (cd "$work/packages" &&
+        "${apt[@]}" download "${packages[@]/%//$release}" "${own_packages[@]/%//$own_release}")
     for package in "$work"/packages/*.deb; do
         dpkg -x "$package" "$work/root"
     done
-    rm -rf "$folder"/{share,src,include}
-    mkdir -p "$folder/lib"
-    mv "$work"/root/usr/lib/*/lib{png,png16,z}.a "$folder/lib"
-    mv "$work"/root/usr/{share,src} "$folder"
-    mv "$work/root/usr/include" "$folder" # last: says that all is there
+    usr=$work/root/usr
+    # Of libraries, what is left is static and needs nothing but the C and C++ libraries.
+    find "$usr/lib" \( -name '*.so*' -o -name libcrypto.a -o -name libssl.a \) -delete
+    mv "$usr"/include/*-linux-*/openssl/* "$usr/include/openssl" # elsewhere only the system's is looked for
+    rm -rf "$folder"/{include,lib,share,src}
+    ln -s "${crypto%%$'\n'*}" "$usr/lib/libcrypto.so"
+    mv "$usr"/{lib,share} "$folder"
+    mv "$usr/include" "$folder" # last: says that all is there
 fi
-mkdir -p "$folder/lib"
 ln -sf "$library" "$folder/lib/libonnxruntime.so.1"
 ln -sf libonnxruntime.so.1 "$folder/lib/libonnxruntime.so"
