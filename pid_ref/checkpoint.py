@@ -96,7 +96,7 @@ def read_checkpoint(path: str | Path, wanted: Checkpoint | PidConfig) -> Mapping
     Raises `PidInputError` for a missing, damaged or foreign file, for one whose folder says it is
     another checkpoint, and for any missing, extra, misshapen or non-float tensor.
     """
-    file = _locate(Path(path))
+    file = checkpoint_file(Path(path))
     _check_name(file, wanted)
     tensors = _open(file)
     keys = _network_keys(file, tensors)
@@ -108,8 +108,8 @@ def read_checkpoint(path: str | Path, wanted: Checkpoint | PidConfig) -> Mapping
     return _Renamed(tensors, {name: keys[name] for name in _cached_shapes(config)})
 
 
-def _locate(path: Path) -> Path:
-    """The file itself, given it or its folder."""
+def checkpoint_file(path: Path) -> Path:
+    """The file itself, given it or its folder. Raises `PidInputError` when there is none."""
     try:
         folder = path.is_dir()
         file = path / CHECKPOINT_FILE if folder else path

@@ -9,6 +9,7 @@ from pid_ref.errors import PidInputError
 
 Padding = Literal["zeros", "replicate"]
 Gate = Literal["channel", "token"]
+Version = Literal["v1", "v1.5"]
 
 LARGEST = 1 << 21
 """No dimension of a network is larger."""
@@ -150,7 +151,7 @@ class PidConfig:
         return (h, w) if fits else None
 
     @property
-    def version(self) -> Literal["v1", "v1.5"]:
+    def version(self) -> Version:
         """Generation of the network, told by the gate in front of the pixel blocks."""
         return "v1.5" if self.pixel_gate else "v1"
 

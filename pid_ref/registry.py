@@ -6,11 +6,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, get_args
 
-from pid_ref.config import PidConfig
+from pid_ref.config import PidConfig, Version
 from pid_ref.errors import PidInputError
 
 Variant = Literal["2k", "2kto4k", "2kto4k-v1", "2kto4k-undistilled", "any"]
-Version = Literal["v1", "v1.5"]
 
 HUB_REPO = "nvidia/PiD"
 """Where NVIDIA publishes the weights, on the Hugging Face hub."""

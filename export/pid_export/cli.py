@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from pid_export.errors import ExportInputError
 from pid_ref.config import PidConfig
 from pid_ref.errors import PidInputError
-from pid_ref.registry import CHECKPOINT_FILE, Checkpoint, find_checkpoint
+from pid_ref.registry import Checkpoint, find_checkpoint
 from pid_runtime.bundle.files import check_new, file_sha256
 from pid_runtime.command import console
 
@@ -150,7 +150,7 @@ def _weights(
     args: Namespace, config: PidConfig, checkpoint: Checkpoint | None
 ) -> tuple[Mapping[str, "Tensor"], dict[str, Any]]:
     """The checkpoint's tensors, and what the manifest says of where they came from."""
-    from pid_ref.checkpoint import read_checkpoint, state_shapes
+    from pid_ref.checkpoint import checkpoint_file, read_checkpoint, state_shapes
     from pid_ref.hub import download
     from pid_ref.weights import RandomWeights
 
@@ -176,5 +176,5 @@ def _weights(
             )
         path = checkpoint.file or download(checkpoint)
     source = read_checkpoint(path, checkpoint or config)
-    file = path / CHECKPOINT_FILE if path.is_dir() else path
+    file = checkpoint_file(path)
     return source, {"file": file.name, "sha256": file_sha256(file)}

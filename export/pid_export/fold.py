@@ -66,6 +66,11 @@ def fold_tables(source: Source, config: PidConfig, times: Sequence[float]) -> We
     return {"modulation": (table + offset) * gain, "time_embedding": embedding}
 
 
+def rotary_halves(head_dim: int) -> Tensor:
+    """Channels of a head in an order that moves its rotary pairs (2j, 2j + 1) to two halves."""
+    return torch.cat([torch.arange(0, head_dim, 2), torch.arange(1, head_dim, 2)])
+
+
 class _Folder:
     def __init__(self, source: Source, config: PidConfig) -> None:
         self.source, self.config = source, config
@@ -185,7 +190,7 @@ class _Folder:
         """Projections to q, k, v, with every head's rotary pairs moved to its two halves."""
         q, k, v = qkv.chunk(3)
         head_dim = len(q_gain)
-        halves = torch.cat([torch.arange(0, head_dim, 2), torch.arange(1, head_dim, 2)])
+        halves = rotary_halves(head_dim)
 
         def reordered(weight: Tensor) -> Tensor:
             return weight.unflatten(0, (heads, head_dim))[:, halves].flatten(0, 1)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from pid_export.fold import fold_tables
+from pid_export.fold import fold_tables, rotary_halves
 from pid_ref.network import PidNet, patchify
 from pid_runtime.bundle.sizes import Sizes
 
@@ -75,7 +75,7 @@ def _record(net: PidNet, values: Values, text_tokens: int) -> list[RemovableHand
         hooks.append(module.register_forward_hook(lambda _m, args, out: record(args, out)))
 
     def attention(prefix: str, index: int, head_dim: int, skipped: int) -> None:
-        halves = torch.cat([torch.arange(0, head_dim, 2), torch.arange(1, head_dim, 2)])
+        halves = rotary_halves(head_dim)
 
         def record(args: tuple[Any, ...], out: Any) -> None:
             q, k, v = args

@@ -19,10 +19,10 @@ from pid_export.bundle import config_of
 from pid_export.errors import ExportInputError
 from pid_export.fold import fold_tables
 from pid_export.reference import Values, reference_buffers
-from pid_ref.checkpoint import read_checkpoint, state_shapes
+from pid_ref.checkpoint import checkpoint_file, read_checkpoint, state_shapes
 from pid_ref.config import PidConfig
 from pid_ref.network import PidNet
-from pid_ref.registry import CHECKPOINT_FILE, CHECKPOINTS
+from pid_ref.registry import CHECKPOINTS
 from pid_ref.sampler import sample, timesteps
 from pid_ref.weights import RandomWeights
 from pid_runtime.backends.session import Session
@@ -113,8 +113,8 @@ def reference_network(manifest: Manifest, checkpoint: Path | None) -> PidNet:
                     f"expected the checkpoint this bundle was made from, {name}, but got none; "
                     "add --checkpoint PATH"
                 )
-            file = checkpoint / CHECKPOINT_FILE if checkpoint.is_dir() else checkpoint
-            if file.is_file() and file_sha256(file) != sha256:
+            file = checkpoint_file(checkpoint)
+            if file_sha256(file) != sha256:
                 raise ExportInputError(
                     f"expected the checkpoint this bundle was made from, {name}, but got other "
                     f"contents in {file}; pass that file, or export this one"
