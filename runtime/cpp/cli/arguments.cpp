@@ -10,7 +10,6 @@
 
 #include <CLI/CLI.hpp>
 
-#include "bundle/json_reader.h"
 #include "console.h"
 #include "errors.h"
 

@@ -8,6 +8,8 @@
 #include <system_error>
 #include <utility>
 
+#include <nlohmann/json.hpp>
+
 #include "advice.h"
 #include "arguments.h"
 #include "bundle/folder.h"
@@ -69,7 +71,7 @@ void check_kinds(const Arguments& arguments) {
 }
 
 // What runs but not as well as it could, each line once.
-void warn(const core::Json& model, const std::vector<Job>& jobs) {
+void warn(const core::Model& model, const std::vector<Job>& jobs) {
     const auto largest = std::max_element(
         jobs.begin(), jobs.end(), [](const Job& a, const Job& b) { return a.sigma < b.sigma; });
     std::set<std::string> told;
@@ -80,7 +82,7 @@ void warn(const core::Json& model, const std::vector<Job>& jobs) {
                 print_warning(line);
     const auto bare =
         std::count_if(jobs.begin(), jobs.end(), [](const Job& job) { return !job.has_caption; });
-    if (bare > 0 && core::wants_caption(model))
+    if (bare > 0 && model.captioned)
         print_warning(core::text_of(bare, " of ", jobs.size(),
                                     " images have no caption and get the empty embedding (zeros), "
                                     "which costs quality; give the prompt's Gemma-2-2b-it "

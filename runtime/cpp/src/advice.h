@@ -5,17 +5,14 @@
 #include <string>
 #include <vector>
 
-#include "bundle/json_reader.h"
+#include "bundle/manifest.h"
 
 namespace pid::core {
 
 // Warnings, one line each, about a decode to `width` x `height` pixels; empty if all is well.
 // model: what the manifest says the decoder is; a network of one's own promises nothing.
 // largest_sigma: the highest noise level among the latents.
-std::vector<std::string> advice(const Json& model, std::int64_t width, std::int64_t height,
+std::vector<std::string> advice(const Model& model, std::int64_t width, std::int64_t height,
                                 float largest_sigma, bool has_caption);
-
-// Whether a decoder is worse without a caption: unless the manifest says that it never had one.
-bool wants_caption(const Json& model);
 
 } // namespace pid::core

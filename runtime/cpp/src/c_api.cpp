@@ -13,7 +13,6 @@
 
 #include "backends/backends.h"
 #include "backends/device.h"
-#include "bundle/json_reader.h"
 #include "decoder.h"
 #include "errors.h"
 #include "parallel.h"
@@ -33,17 +32,11 @@ struct pid_bundle {
 
 struct pid_decoder {
     pid_decoder(std::shared_ptr<const Bundle> bundle, RunOptions options)
-        : decoder(std::move(bundle), std::move(options)),
-          name(decoder.manifest().model_text("name")),
-          latent_convention(decoder.manifest().model_text("latent_convention")),
-          model_json(decoder.manifest().model.dump()) {}
+        : decoder(std::move(bundle), std::move(options)) {}
 
     Decoder decoder;
     std::atomic<bool> busy{false};
     std::atomic<std::thread::id> user{}; // the thread of the call that runs
-    std::string name;
-    std::string latent_convention;
-    std::string model_json;
 };
 
 namespace {
@@ -356,13 +349,12 @@ pid_status pid_decoder_get_info(const pid_decoder* decoder, pid_decoder_info* in
             tokens = std::max(tokens, bucket.max_tokens);
         pid_decoder_info own{};
         own.struct_bytes = info->struct_bytes;
-        own.name = decoder->name.c_str();
+        own.name = manifest.model.name.c_str();
         own.producer = manifest.producer.c_str();
-        own.latent_convention = decoder->latent_convention.c_str();
+        own.latent_convention = manifest.model.latent_convention.c_str();
         own.precision = manifest.precision.c_str();
         own.latent_channels = static_cast<std::int64_t>(network.latent_channels);
-        own.pixels_per_latent =
-            static_cast<std::int64_t>(network.tokens_per_latent * network.patch_size);
+        own.pixels_per_latent = static_cast<std::int64_t>(network.pixels_per_latent());
         own.text_dim = static_cast<std::int64_t>(network.text_dim);
         own.text_max_length = static_cast<std::int64_t>(network.text_max_length);
         own.max_image_pixels = static_cast<std::int64_t>(
@@ -375,7 +367,7 @@ pid_status pid_decoder_get_info(const pid_decoder* decoder, pid_decoder_info* in
 }
 
 const char* pid_decoder_model_json(const pid_decoder* decoder) {
-    return decoder == nullptr ? "" : decoder->model_json.c_str();
+    return decoder == nullptr ? "" : decoder->decoder.manifest().model.json.c_str();
 }
 
 void* pid_decoder_cuda_stream(const pid_decoder* decoder) {

@@ -1,17 +1,50 @@
 #include "errors.h"
 
 #include <algorithm>
+#include <array>
+#include <charconv>
+#include <cmath>
 #include <cstddef>
 #include <iomanip>
 
 namespace pid::core {
 namespace {
 
+constexpr std::size_t most_shown = 80;
+
 // Not a std::string: it must be there when there is no memory left.
 constexpr std::size_t longest_message = 2048;
 thread_local char message_of_thread[longest_message] = "";
 
 } // namespace
+
+std::string cut(std::string text) {
+    if (text.size() > most_shown) {
+        std::size_t length = most_shown;
+        while (length > 0 && (static_cast<unsigned char>(text[length]) & 0xC0U) == 0x80U)
+            --length; // no half character of UTF-8 at the end
+        text.resize(length);
+    }
+    std::replace_if(
+        text.begin(), text.end(), [](char c) { return static_cast<unsigned char>(c) < 0x20; }, ' ');
+    return text;
+}
+
+std::string shown(const std::string& text) {
+    return "'" + cut(text) + "'";
+}
+
+std::string shown(double number) {
+    if (!std::isfinite(number))
+        return std::isnan(number) ? "nan" : number > 0 ? "inf" : "-inf";
+    const double size = std::abs(number);
+    const bool plain = size == 0 || (1e-4 <= size && size < 1e16);
+    std::array<char, 32> digits{};
+    const auto format = plain ? std::chars_format::fixed : std::chars_format::scientific;
+    const auto end = std::to_chars(digits.data(), digits.data() + digits.size(), number, format);
+    const std::string text(digits.data(), end.ptr);
+    return plain && text.find('.') == std::string::npos ? text + ".0" : text;
+}
 
 std::string gigabytes(std::uint64_t bytes) {
     std::ostringstream text;

@@ -37,6 +37,13 @@ template <typename... Parts>
     throw Failure(PID_ERROR_INPUT, text_of(parts...));
 }
 
+// Text of others for a message: on one line, and cut.
+std::string cut(std::string text);
+// The same in quotes.
+std::string shown(const std::string& text);
+// A number as Python writes it, such as 1.0.
+std::string shown(double number);
+
 // Such as "1.25 GB".
 std::string gigabytes(std::uint64_t bytes);
 

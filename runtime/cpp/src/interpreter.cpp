@@ -34,9 +34,9 @@ Program::Program(const Manifest& manifest, Memory& memory, Graphs& graphs, const
     : manifest_(manifest), memory_(memory), graphs_(graphs), bucket_(bucket), sizes_(sizes),
       arena_(std::move(arena)) {
     for (const auto& [name, buffer] : manifest.buffers) {
-        if (buffer.kind == "table")
-            memory.write(this->buffer(name), compute_table(buffer.source, sizes).data(), PID_HOST);
-        else if (buffer.kind == "constant")
+        if (const auto* table = std::get_if<Table>(&buffer.source))
+            memory.write(this->buffer(name), compute_table(*table, sizes).data(), PID_HOST);
+        else if (std::holds_alternative<Constant>(buffer.source))
             memory.write(this->buffer(name), constants.at(name).data(), PID_HOST);
     }
 }

@@ -60,10 +60,10 @@ std::string known_steps(const Sampler& sampler) {
 }
 
 std::string latents_of(const Manifest& manifest) {
-    const std::string space = manifest.model_text("space");
-    if (space.empty())
+    const Model& model = manifest.model;
+    if (model.space.empty())
         return "latents of its own network";
-    return space + " latents, " + manifest.model_text("latent_convention");
+    return model.space + " latents, " + model.latent_convention;
 }
 
 [[noreturn]] void refuse_shape(const std::string& name, const SymbolicShape& wanted,

@@ -3,7 +3,8 @@
 #include <algorithm>
 #include <cmath>
 #include <cstddef>
-#include <string>
+#include <utility>
+#include <variant>
 
 namespace pid::core {
 namespace {
@@ -22,6 +23,12 @@ float cosine(float angle) {
 
 float sine(float angle) {
     return static_cast<float>(std::sin(static_cast<double>(angle)));
+}
+
+Values applied(Function function, Values angles) {
+    std::transform(angles.begin(), angles.end(), angles.begin(),
+                   function == Function::cos ? cosine : sine);
+    return angles;
 }
 
 // Angles of one axis of `count` tokens, [count, head_dim / 4]: NTK-aware scaling as in PiD
@@ -47,15 +54,15 @@ Values rope_2d_axis(std::size_t count, std::size_t head_dim, double reference, d
     return angles;
 }
 
-// Angles of the 2-D rotary embedding, [L, head_dim / 2]: pair 2j turns by x, pair 2j + 1 by y.
-Values rope_2d(const Json& source, const Sizes& sizes) {
-    const auto head_dim = source["head_dim"].get<std::size_t>();
+// [L, head_dim / 2] of the 2-D rotary embedding: pair 2j turns by x, pair 2j + 1 by y.
+Values values_of(const Rope2d& rope, const Sizes& sizes) {
     const auto axis = [&](const char* symbol) {
-        return rope_2d_axis(sizes.value(symbol), head_dim, source["reference"].get<double>(),
-                            source["extent"].get<double>(), source["theta"].get<double>());
+        return rope_2d_axis(sizes.value(symbol), rope.head_dim, rope.reference, rope.extent,
+                            rope.theta);
     };
     const Values columns = axis("Ws"), rows = axis("Hs");
-    const std::size_t width = sizes.value("Ws"), height = sizes.value("Hs"), pairs = head_dim / 4;
+    const std::size_t width = sizes.value("Ws"), height = sizes.value("Hs");
+    const std::size_t pairs = rope.head_dim / 4;
     Values angles;
     angles.reserve(height * width * pairs * 2);
     for (std::size_t row = 0; row < height; ++row) {
@@ -66,36 +73,33 @@ Values rope_2d(const Json& source, const Sizes& sizes) {
             }
         }
     }
-    return angles;
+    return applied(rope.function, std::move(angles));
 }
 
-// Angles of the text's rotary embedding, [T, head_dim / 2].
-Values rope_1d(const Json& source, const Sizes& sizes) {
-    const auto head_dim = source["head_dim"].get<std::size_t>();
-    const auto theta = static_cast<float>(source["theta"].get<double>());
+// [T, head_dim / 2] of the text's rotary embedding.
+Values values_of(const Rope1d& rope, const Sizes& sizes) {
+    const auto theta = static_cast<float>(rope.theta);
     Values angles;
     for (std::size_t i = 0; i < sizes.value("T"); ++i) {
-        for (std::size_t j = 0; j < head_dim / 2; ++j) {
-            const float exponent = static_cast<float>(2 * j) / static_cast<float>(head_dim);
+        for (std::size_t j = 0; j < rope.head_dim / 2; ++j) {
+            const float exponent = static_cast<float>(2 * j) / static_cast<float>(rope.head_dim);
             angles.push_back(static_cast<float>(i) * (1.0F / power(theta, exponent)));
         }
     }
-    return angles;
+    return applied(rope.function, std::move(angles));
 }
 
 // What each pixel column (or row) of a patch adds, [L, P, size / 2]: sines, then cosines.
-Values pixel_axis(const Json& source, const Sizes& sizes) {
-    const bool is_column = source["axis"] == "column";
-    const auto quarter = source["size"].get<std::size_t>() / 4;
-    const auto patch = source["patch_size"].get<std::size_t>();
-    const auto theta = source["theta"].get<double>();
+Values values_of(const PixelAxis& pixels, const Sizes& sizes) {
+    const bool is_column = pixels.axis == Axis::column;
+    const std::size_t quarter = pixels.size / 4, patch = pixels.patch_size;
     const std::size_t width = sizes.value("Ws"), height = sizes.value("Hs");
     const std::size_t positions = (is_column ? width : height) * patch;
     Values line(positions * 2 * quarter);
     for (std::size_t x = 0; x < positions; ++x) {
         for (std::size_t k = 0; k < quarter; ++k) {
             const double frequency =
-                std::pow(theta, -static_cast<double>(k) / static_cast<double>(quarter));
+                std::pow(pixels.theta, -static_cast<double>(k) / static_cast<double>(quarter));
             const double angle = static_cast<double>(x) * frequency;
             line[2 * quarter * x + k] = static_cast<float>(std::sin(angle));
             line[2 * quarter * x + quarter + k] = static_cast<float>(std::cos(angle));
@@ -113,22 +117,10 @@ Values pixel_axis(const Json& source, const Sizes& sizes) {
     return table;
 }
 
-bool ends_with(const std::string& text, const std::string& end) {
-    return text.size() >= end.size() &&
-           text.compare(text.size() - end.size(), end.size(), end) == 0;
-}
-
 } // namespace
 
-std::vector<float> compute_table(const Json& source, const Sizes& sizes) {
-    const auto table = source["table"].get<std::string>();
-    if (table == "pixel_axis")
-        return pixel_axis(source, sizes);
-    Values angles =
-        table.rfind("rope_1d", 0) == 0 ? rope_1d(source, sizes) : rope_2d(source, sizes);
-    std::transform(angles.begin(), angles.end(), angles.begin(),
-                   ends_with(table, "_cos") ? cosine : sine);
-    return angles;
+std::vector<float> compute_table(const Table& table, const Sizes& sizes) {
+    return std::visit([&](const auto& each) { return values_of(each, sizes); }, table);
 }
 
 } // namespace pid::core

@@ -4,12 +4,11 @@
 
 #include <vector>
 
-#include "bundle/json_reader.h"
+#include "bundle/manifest.h"
 #include "bundle/sizes.h"
 
 namespace pid::core {
 
-// The table a buffer's `source`, which was checked, describes.
-std::vector<float> compute_table(const Json& source, const Sizes& sizes);
+std::vector<float> compute_table(const Table& table, const Sizes& sizes);
 
 } // namespace pid::core

@@ -3,6 +3,7 @@
 
 #include <cmath>
 
+#include "bundle/manifest_json.h"
 #include "test_support.h"
 
 namespace {
@@ -20,7 +21,8 @@ TEST_F(Tables, AreThoseOfPython) {
                                          size("tokens_per_latent")};
         const auto sizes =
             pid::core::Sizes::of_request(network, 1, size("h"), size("w"), size("T"), 1);
-        const auto got = pid::core::compute_table(each["source"], sizes);
+        const auto table = pid::core::read_table(each["source"], "a table");
+        const auto got = pid::core::compute_table(table, sizes);
         const auto wanted = each["values"].get<std::vector<float>>();
         ASSERT_EQ(got.size(), wanted.size()) << each["source"];
         float largest = 0;

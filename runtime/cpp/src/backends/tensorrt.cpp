@@ -87,7 +87,7 @@ public:
         if (!runtime_)
             refuse("expected TensorRT to start on cuda:", device_->ordinal(),
                    ", but it says: ", logger_.last(), "; update the NVIDIA driver");
-        if (set_.flags.value("version_compatible", Json(false)) == true)
+        if (set_.version_compatible)
             runtime_->setEngineHostCodeAllowed(true);
     }
 

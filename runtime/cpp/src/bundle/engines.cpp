@@ -6,7 +6,9 @@
 #include <utility>
 
 #include "bundle/files.h"
+#include "bundle/json_reader.h"
 #include "bundle/manifest_check.h"
+#include "bundle/manifest_json.h"
 #include "errors.h"
 
 namespace pid::core {
@@ -25,10 +27,8 @@ std::string command_for(const std::filesystem::path& bundle, const std::string& 
 }
 
 template <typename Got>
-void require(bool condition, const std::string& wanted, const Got& got) {
-    if (!condition)
-        refuse("expected ", wanted, ", but the manifest has ", text_of(got).substr(0, 80),
-               "; build the engines again with pid-build BUNDLE --force");
+void expect(bool condition, const std::string& wanted, const Got& got) {
+    require(condition, wanted, got, "build the engines again with pid-build BUNDLE --force");
 }
 
 // Whether a text is an architecture such as sm86.
@@ -41,8 +41,8 @@ Profile read_profile(const Json& value, const std::string& where) {
     Profile profile;
     for (const auto& [symbol, sizes] : object(value, where).items()) {
         std::array<std::uint64_t, 3> range{};
-        require(list(sizes, where).size() == range.size(),
-                "smallest, best and largest sizes of " + where, sizes.size());
+        expect(list(sizes, where).size() == range.size(),
+               "smallest, best and largest sizes of " + where, sizes.size());
         for (std::size_t i = 0; i < range.size(); ++i)
             range[i] = integer(sizes[i], where);
         profile[plain_name(symbol, where)] = range;
@@ -80,24 +80,24 @@ Engine read_engine(const Json& value, const std::string& where) {
 }
 
 void check_engine(const std::string& what, const Graph& graph, const Engine& engine) {
-    require(is_plain_name(engine.file), "a plain file name for " + what, shown(engine.file));
+    expect(is_plain_name(engine.file), "a plain file name for " + what, shown(engine.file));
     for (const std::string* digest :
          {&engine.sha256, &engine.key, &engine.graph_sha256, &engine.weights_sha256})
-        require(is_sha256(*digest), "SHA-256 hashes of " + what, shown(*digest));
-    require(!engine.profiles.empty(), "profiles of " + what, "none");
-    require(engine.scratch_bytes.size() == engine.profiles.size(), "scratch per profile of " + what,
-            "other");
+        expect(is_sha256(*digest), "SHA-256 hashes of " + what, shown(*digest));
+    expect(!engine.profiles.empty(), "profiles of " + what, "none");
+    expect(engine.scratch_bytes.size() == engine.profiles.size(), "scratch per profile of " + what,
+           "other");
     const auto has = [](const std::map<std::string, Port>& ports, const std::string& symbol) {
         return std::any_of(ports.begin(), ports.end(),
                            [&](const auto& port) { return has_symbol(port.second.shape, symbol); });
     };
     for (const Profile& profile : engine.profiles) {
         for (const auto& [symbol, sizes] : profile) {
-            require(symbol != "B" && (has(graph.inputs, symbol) || has(graph.outputs, symbol)),
-                    "profiles over sizes of " + what, shown(symbol));
-            require(0 < sizes[0] && sizes[0] <= sizes[1] && sizes[1] <= sizes[2],
-                    "smallest, best and largest sizes of " + what,
-                    text_of(sizes[0], ", ", sizes[1], ", ", sizes[2]));
+            expect(symbol != "B" && (has(graph.inputs, symbol) || has(graph.outputs, symbol)),
+                   "profiles over sizes of " + what, shown(symbol));
+            expect(0 < sizes[0] && sizes[0] <= sizes[1] && sizes[1] <= sizes[2],
+                   "smallest, best and largest sizes of " + what,
+                   text_of(sizes[0], ", ", sizes[1], ", ", sizes[2]));
         }
     }
 }
@@ -120,20 +120,20 @@ EngineBucket read_engine_bucket(const Manifest& manifest, const std::string& nam
         integer(member(value, "peak_device_bytes", what), what + ", peak_device_bytes");
 
     const auto known = manifest.buckets.find(name);
-    require(known != manifest.buckets.end(), "buckets of the bundle in " + what, shown(name));
-    require(bucket.max_tokens == known->second.max_tokens,
-            text_of(known->second.max_tokens, " tokens in ", what), "others");
+    expect(known != manifest.buckets.end(), "buckets of the bundle in " + what, shown(name));
+    expect(bucket.max_tokens == known->second.max_tokens,
+           text_of(known->second.max_tokens, " tokens in ", what), "others");
     const bool complete =
         std::equal(manifest.program.begin(), manifest.program.end(), bucket.scratch.begin(),
                    bucket.scratch.end(), [](const auto& instructions, const auto& offsets) {
                        return instructions.first == offsets.first &&
                               instructions.second.size() == offsets.second.size();
                    });
-    require(complete, "a scratch of " + what + " for every instruction", "others");
+    expect(complete, "a scratch of " + what + " for every instruction", "others");
     for (const auto& [section, offsets] : bucket.scratch)
         for (const std::uint64_t offset : offsets)
-            require(offset % arena_alignment == 0 && offset <= bucket.arena_bytes,
-                    "aligned scratch in the arena of " + what, offset);
+            expect(lies_in_arena(bucket, offset, 0), "aligned scratch in the arena of " + what,
+                   offset);
     check_bucket(manifest, what, bucket, product(largest, count));
     return bucket;
 }
@@ -146,14 +146,15 @@ EngineSet read_engine_set(const Manifest& manifest, const std::string& name, con
     set.version = text(member(value, "version", where), where + ", version");
     for (const Json& target : list(member(value, "targets", where), where + ", targets"))
         set.targets.push_back(text(target, where + ", targets"));
-    set.flags = object(member(value, "flags", where), where + ", flags");
-    require(!set.targets.empty(), "targets of " + where, "none");
+    const Json& flags = object(member(value, "flags", where), where + ", flags");
+    set.version_compatible = flags.value("version_compatible", Json(false)) == true;
+    expect(!set.targets.empty(), "targets of " + where, "none");
     for (const std::string& target : set.targets)
-        require(is_target(target), "targets such as sm86 of " + where, shown(target));
+        expect(is_target(target), "targets such as sm86 of " + where, shown(target));
     for (const auto& [graph, engines] : object(member(value, "graphs", where), where).items()) {
         const auto described = manifest.graphs.find(graph);
-        require(described != manifest.graphs.end(), "graphs of the bundle in " + where,
-                shown(graph));
+        expect(described != manifest.graphs.end(), "graphs of the bundle in " + where,
+               shown(graph));
         const std::string what = shown(graph) + " of " + where;
         std::vector<Engine>& read = set.graphs[graph];
         for (const Json& engine : list(engines, what)) {
@@ -184,7 +185,7 @@ std::vector<int> numbers_of(const std::string& version) {
 
 // Whether a version of the library runs a set.
 bool runs_with(const EngineSet& set, const std::string& version) {
-    if (set.flags.value("version_compatible", Json(false)) != true)
+    if (!set.version_compatible)
         return version == set.version;
     const std::vector<int> own = numbers_of(set.version), other = numbers_of(version);
     return !own.empty() && !other.empty() && own[0] == other[0] && own <= other;
@@ -202,40 +203,13 @@ std::string obstacle(const EngineSet& set, const std::string& flavor, const std:
     return "was built for " + joined(set.targets, ", ");
 }
 
-// SHA-256 of all an engine is built from, as JSON with sorted names and without spaces.
-std::string engine_key(const Manifest& manifest, const Graph& graph, const EngineSet& set,
-                       const Engine& engine) {
-    Json profiles = Json::array();
-    for (const Profile& profile : engine.profiles)
-        profiles.push_back(profile);
-    std::vector<std::string> targets = set.targets;
-    std::sort(targets.begin(), targets.end());
-    const Json parts{{"graph_sha256", manifest.files.at(graph.file).sha256},
-                     {"weights_sha256", graph.weights_sha256},
-                     {"precision", manifest.precision},
-                     {"flavor", set.flavor},
-                     {"version", set.version},
-                     {"targets", targets},
-                     {"flags", set.flags},
-                     {"profiles", profiles},
-                     {"bf16_island", engine.bf16_island}};
-    const std::string text = parts.dump(-1, ' ', true);
-    Sha256 digest;
-    digest.add(text.data(), text.size());
-    return digest.hex();
-}
-
 // How the bundle differs from the one an engine was built from; "" if it does not.
-std::string change(const Manifest& manifest, const std::string& name, const EngineSet& set,
-                   const Engine& engine) {
+std::string change(const Manifest& manifest, const std::string& name, const Engine& engine) {
     const Graph& graph = manifest.graphs.at(name);
     if (engine.graph_sha256 != manifest.files.at(graph.file).sha256)
         return "graph '" + name + "' has changed since they were built";
     if (engine.weights_sha256 != graph.weights_sha256)
         return "the weights of graph '" + name + "' have changed since they were built";
-    if (engine.key != engine_key(manifest, graph, set, engine))
-        return engine.file + " was built with another version, target, precision, profile or flag "
-                             "than the manifest says";
     return "";
 }
 
@@ -260,7 +234,7 @@ void check_engines(const std::filesystem::path& bundle, const Manifest& manifest
         if (engines == set.graphs.end() || engines->second.empty())
             refuse("engines ", set.name, " have none for graph '", graph, "'; ", rebuild);
         for (const Engine& engine : engines->second) {
-            std::string problem = change(manifest, graph, set, engine);
+            std::string problem = change(manifest, graph, engine);
             if (problem.empty())
                 problem = damage(engine_folder(bundle, set.name) / engine.file, engine, verify);
             if (!problem.empty())
@@ -310,10 +284,11 @@ std::filesystem::path engine_folder(const std::filesystem::path& bundle, const s
 
 std::vector<EngineSet> read_engine_sets(const Manifest& manifest) {
     std::vector<EngineSet> sets;
-    for (const std::string& name : manifest.engine_names) {
+    for (const auto& [name, text] : manifest.engines) {
         const std::string where = "engines " + shown(name);
-        require(is_plain_name(name), "a plain name of " + where, shown(name));
-        const Json& value = object(manifest.engines.at(name), where);
+        expect(is_plain_name(name), "a plain name of " + where, shown(name));
+        const Json value = parse_json(text, where);
+        object(value, where);
         const auto flavor = value.find("flavor");
         if (flavor == value.end() || !flavor->is_string() || *flavor == "enterprise" ||
             *flavor == "rtx")

@@ -51,8 +51,8 @@ struct EngineSet {
     std::string version;
     // GPU architectures it runs on: sm86.
     std::vector<std::string> targets;
-    // Of the builder. `version_compatible`: later versions of the library run it too.
-    Json flags;
+    // Later versions of the library run it too.
+    bool version_compatible;
     std::map<std::string, std::vector<Engine>> graphs;
     // The buckets it was built for.
     std::map<std::string, EngineBucket> buckets;

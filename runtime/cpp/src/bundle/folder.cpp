@@ -65,9 +65,10 @@ std::map<std::string, std::vector<float>> read_constants(const std::filesystem::
     std::map<std::string, std::vector<float>> constants;
     const Safetensors weights(bundle / weights_file);
     for (const auto& [name, buffer] : manifest.buffers) {
-        if (buffer.kind != "constant")
+        const auto* constant = std::get_if<Constant>(&buffer.source);
+        if (constant == nullptr)
             continue;
-        const std::string tensor = buffer.source["tensor"].get<std::string>();
+        const std::string& tensor = constant->tensor;
         const SafetensorsEntry* entry = weights.find(tensor);
         if (entry == nullptr)
             refuse("cannot read constants from ", weights_file, ": expected a tensor ",

@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <cmath>
-#include <set>
 
 #include "errors.h"
 
@@ -10,26 +9,11 @@ namespace pid::core {
 namespace {
 
 constexpr int deepest = 32;
-constexpr std::size_t most_shown = 80;
 constexpr std::size_t longest_name = 128;
 
 bool is_name_character(char c) {
     return (c >= 'A' && c <= 'Z') || (c >= 'a' && c <= 'z') || (c >= '0' && c <= '9') || c == '_' ||
            c == '.' || c == '-';
-}
-
-// Cut, without half a character of UTF-8 at the end, and without line ends.
-std::string cut(std::string value) {
-    if (value.size() > most_shown) {
-        std::size_t length = most_shown;
-        while (length > 0 && (static_cast<unsigned char>(value[length]) & 0xC0U) == 0x80U)
-            --length;
-        value.resize(length);
-    }
-    std::replace_if(
-        value.begin(), value.end(), [](char c) { return static_cast<unsigned char>(c) < 0x20; },
-        ' ');
-    return value;
 }
 
 [[noreturn]] void refuse_type(const char* wanted, const std::string& where, const Json& value) {
@@ -38,11 +22,13 @@ std::string cut(std::string value) {
 
 } // namespace
 
-Json parse_json(std::string_view text, const std::string& what) {
-    const Json::parser_callback_t callback = [&](int depth, Json::parse_event_t, Json&) {
+Json parse_json(std::string_view text, const std::string& what, const NameListener& on_name) {
+    const auto callback = [&](int depth, Json::parse_event_t event, const Json& value) {
         if (depth > deepest)
             refuse("expected ", what, " to be JSON, but got values nested more than ", deepest,
                    " deep");
+        if (on_name && event == Json::parse_event_t::key)
+            on_name(depth, value.get_ref<const std::string&>());
         return true;
     };
     try {
@@ -50,28 +36,6 @@ Json parse_json(std::string_view text, const std::string& what) {
     } catch (const Json::exception& error) {
         refuse("expected ", what, " to be JSON, but got ", cut(first_line(error.what())));
     }
-}
-
-std::vector<std::string> member_names(std::string_view text, const char* object) {
-    std::vector<std::string> names;
-    std::set<std::string> known; // of two members of one name, the first has the place
-    bool inside = false;
-    const auto callback = [&](int depth, Json::parse_event_t event, Json& value) {
-        if (event != Json::parse_event_t::key)
-            return true;
-        if (depth == 1) {
-            inside = value == object;
-            if (inside) { // of two objects, the last one counts
-                names.clear();
-                known.clear();
-            }
-        } else if (depth == 2 && inside && known.insert(value.get<std::string>()).second) {
-            names.push_back(value.get<std::string>());
-        }
-        return depth == 1; // nothing below is kept
-    };
-    [[maybe_unused]] const Json rest = Json::parse(text.begin(), text.end(), callback);
-    return names;
 }
 
 std::string shown(const Json& value) {
@@ -83,16 +47,6 @@ std::string shown(const Json& value) {
     if (value.is_string())
         return shown(value.get_ref<const std::string&>());
     return value.is_null() ? "null" : value.dump();
-}
-
-std::string shown(const std::string& text) {
-    return "'" + cut(text) + "'";
-}
-
-std::string shown(double number) {
-    if (!std::isfinite(number))
-        return std::isnan(number) ? "nan" : number > 0 ? "inf" : "-inf";
-    return Json(number).dump();
 }
 
 const Json& member(const Json& object, const char* name, const std::string& where) {

@@ -2,33 +2,31 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 #include <string>
 #include <string_view>
-#include <vector>
 
 #include <nlohmann/json.hpp>
+
+#include "errors.h"
 
 namespace pid::core {
 
 using Json = nlohmann::json;
+using NameListener = std::function<void(int, const std::string&)>;
 
 // No integer of a manifest is larger, so that any JSON reader gets it exactly.
 constexpr std::uint64_t largest_integer = (std::uint64_t{1} << 53U) - 1;
 
 // JSON text as a value, nested at most as deep as any bundle's. Refuses other text.
 // what: the file, for the message.
-Json parse_json(std::string_view text, const std::string& what);
-
-// Names of the members of an object that is a member of JSON text, in the order of the text, which
-// `Json` does not keep. The text has been parsed before.
-std::vector<std::string> member_names(std::string_view text, const char* object);
+// on_name: told every member's depth, from 1, and name, in the order of the text, which `Json` does
+// not keep (one that does looks members up one after another, which takes minutes in a file of
+// nothing else).
+Json parse_json(std::string_view text, const std::string& what, const NameListener& on_name = {});
 
 // A value as short text for a message.
 std::string shown(const Json& value);
-// Text in quotes, cut.
-std::string shown(const std::string& text);
-// A number as Python writes it, such as 1.0.
-std::string shown(double number);
 
 // where: what is being read, for the message.
 const Json& member(const Json& object, const char* name, const std::string& where);

@@ -1,8 +1,11 @@
 #include "bundle/manifest.h"
 
 #include <algorithm>
+#include <initializer_list>
 
+#include "bundle/json_reader.h"
 #include "bundle/manifest_check.h"
+#include "bundle/manifest_json.h"
 #include "errors.h"
 
 namespace pid::core {
@@ -57,14 +60,53 @@ Graph read_graph(const Json& value, const std::string& where) {
     return graph;
 }
 
-Buffer read_buffer(const Json& value, const std::string& where) {
+// The options of a table, where each has to be used.
+struct Options {
+    const Json& source;
+    const std::string& what;
+
+    void expect(std::initializer_list<const char*> names) const {
+        for (const char* name : names)
+            require(source.contains(name), text_of("an option ", name, " of ", what), "none");
+        require(source.size() == names.size() + 1, "no other options of " + what, "some");
+    }
+
+    std::uint64_t size(const char* name, std::uint64_t divisor, std::uint64_t least) const {
+        const Json& value = source[name];
+        const std::uint64_t size = value.is_number_unsigned() ? value.get<std::uint64_t>() : 0;
+        require(least <= size && size <= largest_size && size % divisor == 0,
+                text_of("a usable ", name, " of ", what, ", a multiple of ", divisor,
+                        " of at least ", least),
+                shown(value));
+        return size;
+    }
+
+    double factor(const char* name) const {
+        const Json& value = source[name];
+        const double factor = value.is_number() ? value.get<double>() : 0;
+        require(1e-6 <= factor && factor <= 1e9, text_of("a usable ", name, " of ", what),
+                shown(value));
+        return factor;
+    }
+};
+
+Source read_source(const std::string& kind, const Json& source, const std::string& what) {
+    if (kind == "table")
+        return read_table(source, what);
+    if (kind == "constant")
+        return read_constant(source, what);
+    return {};
+}
+
+Buffer read_buffer(const std::string& name, const Json& value, const std::string& where) {
     object(value, where);
     Buffer buffer;
     buffer.dtype = read_dtype(member(value, "dtype", where), where + ", dtype");
     buffer.shape = read_shape(member(value, "shape", where), where + ", shape");
     buffer.kind = text(member(value, "kind", where), where + ", kind");
-    buffer.source =
+    const Json source =
         value.contains("source") ? object(value["source"], where + ", source") : Json::object();
+    buffer.source = read_source(buffer.kind, source, "buffer '" + name + "'");
     return buffer;
 }
 
@@ -157,6 +199,32 @@ void check_version(const Json& raw) {
            "; update pid-trt, or export the bundle again with this version");
 }
 
+Model read_model(const Json& value, const std::string& where) {
+    object(value, where);
+    const auto text_or_none = [&](const char* name) {
+        const auto found = value.find(name);
+        return found != value.end() && found->is_string() ? found->get<std::string>() : "";
+    };
+    Model model;
+    model.name = text_or_none("name");
+    model.space = text_or_none("space");
+    model.variant = text_or_none("variant");
+    model.latent_convention = text_or_none("latent_convention");
+    model.captioned = value.value("captioned", Json(true)) != false;
+    model.distilled = value.value("distilled", Json(true)) != false;
+    const Json sizes = value.value("trained_sizes", Json::array());
+    const bool usable =
+        sizes.is_array() && std::all_of(sizes.begin(), sizes.end(), [](const Json& size) {
+            return size.is_array() && size.size() == 2 && size[0].is_number_unsigned() &&
+                   size[1].is_number_unsigned() && size[0] != 0 && size[1] != 0;
+        });
+    if (usable)
+        for (const Json& size : sizes)
+            model.trained_sizes.emplace_back(size[0], size[1]);
+    model.json = value.dump();
+    return model;
+}
+
 // A member of the manifest that is an object of parts, each read by `read`.
 template <typename Part, typename Read>
 std::map<std::string, Part> read_parts(const Json& raw, const char* name, Read read) {
@@ -185,13 +253,55 @@ Bucket read_bucket(const Json& value, const std::string& where) {
     return bucket;
 }
 
+Table read_table(const Json& source, const std::string& what) {
+    const auto found = source.find("table");
+    const std::string name =
+        found != source.end() && found->is_string() ? found->get<std::string>() : "";
+    const Function function =
+        name == "rope_2d_cos" || name == "rope_1d_cos" ? Function::cos : Function::sin;
+    const Options options{source, what};
+    if (name == "rope_2d_cos" || name == "rope_2d_sin") {
+        options.expect({"head_dim", "reference", "extent", "theta"});
+        return Rope2d{function, options.size("head_dim", 4, 8), options.factor("reference"),
+                      options.factor("extent"), options.factor("theta")};
+    }
+    if (name == "rope_1d_cos" || name == "rope_1d_sin") {
+        options.expect({"head_dim", "theta"});
+        return Rope1d{function, options.size("head_dim", 2, 2), options.factor("theta")};
+    }
+    if (name == "pixel_axis") {
+        options.expect({"axis", "size", "patch_size", "theta"});
+        const Json& axis = source["axis"];
+        require(axis == "column" || axis == "row", "a usable axis of " + what, shown(axis));
+        return PixelAxis{axis == "column" ? Axis::column : Axis::row, options.size("size", 4, 4),
+                         options.size("patch_size", 1, 1), options.factor("theta")};
+    }
+    refuse("expected a table the manifest knows, but got ", shown(name));
+}
+
+Constant read_constant(const Json& source, const std::string& what) {
+    const auto tensor = source.find("tensor");
+    require(tensor != source.end() && tensor->is_string(), "a tensor for " + what, "none");
+    return {tensor->get<std::string>()};
+}
+
 Manifest Manifest::parse(std::string_view text_of_file) {
-    const Json raw = parse_json(text_of_file, manifest_file);
+    std::vector<std::string> sets; // in the order of the file
+    std::string part;
+    const Json raw =
+        parse_json(text_of_file, manifest_file, [&](int depth, const std::string& name) {
+            if (depth == 1)
+                part = name;
+            if (depth == 1 && name == "engines")
+                sets.clear(); // of two members of one name, the last counts
+            else if (depth == 2 && part == "engines")
+                sets.push_back(name);
+        });
     check_version(raw);
     const std::string where = manifest_file;
     Manifest manifest;
     manifest.producer = text(member(raw, "producer", where), where + ", producer");
-    manifest.model = object(member(raw, "model", where), where + ", model");
+    manifest.model = read_model(member(raw, "model", where), where + ", model");
     manifest.precision = text(member(raw, "precision", where), where + ", precision");
     const Json& network = object(member(raw, "network", where), where + ", network");
     manifest.network = {
@@ -204,7 +314,9 @@ Manifest Manifest::parse(std::string_view text_of_file) {
                     text(member(file, "sha256", at), at + ", sha256")};
     });
     manifest.graphs = read_parts<Graph>(raw, "graphs", read_graph);
-    manifest.buffers = read_parts<Buffer>(raw, "buffers", read_buffer);
+    const std::string buffers = where + ", buffers";
+    for (const auto& [name, value] : object(member(raw, "buffers", where), buffers).items())
+        manifest.buffers.emplace(plain_name(name, buffers), read_buffer(name, value, buffers));
     manifest.buckets = read_parts<Bucket>(raw, "buckets", read_bucket);
     manifest.program = read_parts<std::vector<Instruction>>(
         raw, "program", [](const Json& section, const std::string& at) {
@@ -213,10 +325,14 @@ Manifest Manifest::parse(std::string_view text_of_file) {
                 instructions.push_back(read_instruction(instruction, at));
             return instructions;
         });
-    manifest.engines =
-        raw.contains("engines") ? object(raw["engines"], where + ", engines") : Json::object();
-    if (!manifest.engines.empty())
-        manifest.engine_names = member_names(text_of_file, "engines");
+    if (raw.contains("engines")) {
+        Json engines = object(raw["engines"], where + ", engines");
+        for (const std::string& name : sets)
+            if (const auto set = engines.find(name); set != engines.end()) {
+                manifest.engines.emplace_back(name, set->dump());
+                engines.erase(set); // of two of one name, the first has the place
+            }
+    }
     check_manifest(manifest);
     return manifest;
 }
@@ -235,11 +351,6 @@ const std::pair<const std::string, Bucket>& Manifest::bucket_for(std::uint64_t t
                network.patch_size, "), the largest bucket of this bundle, but got ", tokens,
                "; export with a larger bucket or decode a smaller latent");
     return *smallest;
-}
-
-std::string Manifest::model_text(const char* name) const {
-    const auto found = model.find(name);
-    return found != model.end() && found->is_string() ? found->get<std::string>() : "";
 }
 
 } // namespace pid::core

@@ -11,7 +11,6 @@
 #include <vector>
 
 #include "bundle/dtypes.h"
-#include "bundle/json_reader.h"
 #include "bundle/sizes.h"
 
 namespace pid::core {
@@ -37,6 +36,38 @@ struct Graph {
     std::string weights_sha256;
 };
 
+enum class Function { cos, sin };
+enum class Axis { column, row };
+
+// Tables of positions, as docs/bundle-format.md specifies them.
+struct Rope2d {
+    Function function;
+    std::uint64_t head_dim;
+    double reference;
+    double extent;
+    double theta;
+};
+struct Rope1d {
+    Function function;
+    std::uint64_t head_dim;
+    double theta;
+};
+struct PixelAxis {
+    Axis axis;
+    std::uint64_t size;
+    std::uint64_t patch_size;
+    double theta;
+};
+using Table = std::variant<Rope2d, Rope1d, PixelAxis>;
+
+// A tensor of the bundle's weights.
+struct Constant {
+    std::string tensor;
+};
+
+// What a table or constant is filled with; nothing for other buffers.
+using Source = std::variant<std::monostate, Table, Constant>;
+
 // A named piece of memory.
 struct Buffer {
     DType dtype;
@@ -44,8 +75,7 @@ struct Buffer {
     // "input" and "schedule" are written for every decode, "table" for every new shape, "constant"
     // likewise, "temporary" and "output" by the program.
     std::string kind;
-    // How to compute a table, or the tensor a constant is filled from.
-    Json source;
+    Source source;
 };
 
 // A contiguous part of a buffer, from the element at index `start` (zeros when empty).
@@ -116,9 +146,24 @@ struct File {
     std::string sha256;
 };
 
+// What the bundle says about its decoder, which is more than a decode needs: a member that is not
+// there, or is not what it should be, is as here.
+struct Model {
+    std::string name;
+    std::string space;
+    std::string variant;
+    std::string latent_convention;
+    bool captioned = true;
+    bool distilled = true;
+    // (width, height) of images in pixels; empty when they are not known.
+    std::vector<std::pair<std::int64_t, std::int64_t>> trained_sizes;
+    // All of it as JSON.
+    std::string json;
+};
+
 struct Manifest {
     std::string producer;
-    Json model;
+    Model model;
     std::string precision;
     Network network;
     Sampler sampler;
@@ -127,21 +172,15 @@ struct Manifest {
     std::map<std::string, Buffer> buffers;
     std::map<std::string, Bucket> buckets;
     std::map<std::string, std::vector<Instruction>> program;
-    // Engine sets by name, read where they are used.
-    Json engines;
-    // Their names in the order of the file.
-    std::vector<std::string> engine_names;
+    // Names of engine sets and what they are as JSON, in the order of the file; read where they are
+    // used.
+    std::vector<std::pair<std::string, std::string>> engines;
 
     // Read and check the text of manifest.json. Refuses one that cannot be run.
     static Manifest parse(std::string_view text);
 
     // The smallest bucket that holds `tokens` patch tokens. Refuses when none does.
     const std::pair<const std::string, Bucket>& bucket_for(std::uint64_t tokens) const;
-    // A text of `model`; "" when it has none.
-    std::string model_text(const char* name) const;
 };
-
-// A bucket of the manifest or of an engine set, but for what the latter adds. Not checked yet.
-Bucket read_bucket(const Json& value, const std::string& where);
 
 } // namespace pid::core

@@ -12,7 +12,6 @@
 namespace pid::core {
 namespace {
 
-constexpr std::uint64_t largest_size = 1U << 24U;
 constexpr std::size_t largest_rank = 8;
 constexpr std::uint64_t largest_steps = 1000;
 constexpr std::uint64_t largest_arena = std::uint64_t{1} << 40U;
@@ -28,13 +27,6 @@ const Names kinds{"input", "schedule", "table", "constant", "temporary", "output
 // May start an operand.
 bool is_index(const std::string& symbol) {
     return symbol != "B" && (size_symbols.count(symbol) > 0 || symbol == "row" || symbol == "step");
-}
-
-template <typename Wanted, typename Got>
-void require(bool condition, const Wanted& wanted, const Got& got) {
-    if (!condition)
-        refuse("expected ", wanted, ", but the manifest has ", text_of(got).substr(0, 80),
-               "; export the bundle again");
 }
 
 [[noreturn]] void refuse_unknown(const std::string& name, const char* what) {
@@ -123,62 +115,23 @@ void check_shape(const std::string& what, const SymbolicShape& shape, const Name
     }
 }
 
-std::uint64_t table_size(const std::string& what, const Json& source, const char* option,
-                         std::uint64_t divisor, std::uint64_t least) {
-    const Json& value = source.at(option);
-    const bool usable = value.is_number_unsigned() && value.get<std::uint64_t>() >= least &&
-                        value.get<std::uint64_t>() <= largest_size &&
-                        value.get<std::uint64_t>() % divisor == 0;
-    require(usable,
-            text_of("a usable ", option, " of ", what, ", a multiple of ", divisor, " of at least ",
-                    least),
-            shown(value));
-    return value.get<std::uint64_t>();
-}
-
-// The shape a table has, after a check of its options.
-SymbolicShape table_shape(const std::string& what, const Json& source) {
-    static const std::map<std::string, Names> tables{
-        {"rope_2d_cos", {"table", "head_dim", "reference", "extent", "theta"}},
-        {"rope_2d_sin", {"table", "head_dim", "reference", "extent", "theta"}},
-        {"rope_1d_cos", {"table", "head_dim", "theta"}},
-        {"rope_1d_sin", {"table", "head_dim", "theta"}},
-        {"pixel_axis", {"table", "axis", "size", "patch_size", "theta"}}};
-    const std::string table =
-        source.contains("table") && source["table"].is_string() ? source["table"] : Json("");
-    const Names& options = named(tables, table, "table");
-    for (const std::string& option : options)
-        require(source.contains(option), "an option " + option + " of " + what, "none");
-    require(source.size() == options.size(), "no other options of " + what, "some");
-    for (const char* option : {"reference", "extent", "theta"}) {
-        if (options.count(option) == 0)
-            continue;
-        const Json& value = source.at(option);
-        const bool usable =
-            value.is_number() && value.get<double>() >= 1e-6 && value.get<double>() <= 1e9;
-        require(usable, text_of("a usable ", option, " of ", what), shown(value));
-    }
-    if (table == "pixel_axis") {
-        const Json& axis = source["axis"];
-        require(axis == "column" || axis == "row", "a usable axis of " + what, shown(axis));
-        const std::uint64_t patch = table_size(what, source, "patch_size", 1, 1);
-        return {"L", patch, table_size(what, source, "size", 4, 4) / 2};
-    }
-    if (table.rfind("rope_1d", 0) == 0)
-        return {"T", table_size(what, source, "head_dim", 2, 2) / 2};
-    return {"L", table_size(what, source, "head_dim", 4, 8) / 2};
+SymbolicShape table_shape(const Table& table) {
+    if (const auto* rope = std::get_if<Rope2d>(&table))
+        return {"L", rope->head_dim / 2};
+    if (const auto* rope = std::get_if<Rope1d>(&table))
+        return {"T", rope->head_dim / 2};
+    const auto& pixels = std::get<PixelAxis>(table);
+    return {"L", pixels.patch_size, pixels.size / 2};
 }
 
 void check_buffer(const std::string& name, const Buffer& buffer) {
     const std::string what = "buffer '" + name + "'";
     check_shape(what, buffer.shape, &size_symbols);
     require(kinds.count(buffer.kind) > 0, what + " of a known kind", shown(buffer.kind));
-    if (buffer.kind == "table") {
-        require(buffer.dtype == DType::float32 && buffer.shape == table_shape(what, buffer.source),
+    if (const auto* table = std::get_if<Table>(&buffer.source)) {
+        require(buffer.dtype == DType::float32 && buffer.shape == table_shape(*table),
                 what + " as its table", text_of(buffer.shape));
-    } else if (buffer.kind == "constant") {
-        require(buffer.source.contains("tensor") && buffer.source["tensor"].is_string(),
-                "a tensor for " + what, "none");
+    } else if (std::holds_alternative<Constant>(buffer.source)) {
         const bool fixed =
             std::all_of(buffer.shape.begin(), buffer.shape.end(), [](const Size& size) {
                 return std::holds_alternative<std::uint64_t>(size);
@@ -337,12 +290,16 @@ void check_extent(const Manifest& manifest, const Run& run, const Sizes& sizes) 
 
 } // namespace
 
+bool lies_in_arena(const Bucket& bucket, std::uint64_t offset, std::uint64_t bytes) {
+    return offset % arena_alignment == 0 && sum(offset, bytes) <= bucket.arena_bytes;
+}
+
 void check_bucket(const Manifest& manifest, const std::string& name, const Bucket& bucket,
                   std::uint64_t scratch_bytes) {
     const std::string what = "bucket '" + name + "'";
-    const std::uint64_t k = manifest.network.tokens_per_latent;
-    require(k * k <= bucket.max_tokens && bucket.max_tokens <= largest_size,
-            text_of(what, " of ", k * k, " to ", largest_size, " tokens"), bucket.max_tokens);
+    const std::uint64_t least = manifest.network.least_tokens();
+    require(least <= bucket.max_tokens && bucket.max_tokens <= largest_size,
+            text_of(what, " of ", least, " to ", largest_size, " tokens"), bucket.max_tokens);
     require(0 < bucket.chunk_tokens && bucket.chunk_tokens <= bucket.max_tokens,
             "chunk_tokens of " + what + " from 1 to max_tokens", bucket.chunk_tokens);
     require(bucket.arena_bytes <= largest_arena, "an arena of " + what + " of at most 1 TiB",
@@ -361,7 +318,7 @@ void check_bucket(const Manifest& manifest, const std::string& name, const Bucke
         const std::uint64_t bytes = std::max(largest[0].bytes(buffer.dtype, buffer.shape),
                                              largest[1].bytes(buffer.dtype, buffer.shape));
         const std::uint64_t offset = bucket.offsets.at(buffer_name);
-        require(offset % arena_alignment == 0 && sum(offset, bytes) <= bucket.arena_bytes,
+        require(lies_in_arena(bucket, offset, bytes),
                 "buffer '" + buffer_name + "' aligned in the arena of " + what, offset);
         total = sum(total, (bytes + arena_alignment - 1) / arena_alignment * arena_alignment);
     }

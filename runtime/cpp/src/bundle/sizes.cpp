@@ -67,12 +67,12 @@ Sizes Sizes::of_request(const Network& network, std::uint64_t batch, std::uint64
 }
 
 Sizes Sizes::of_column(const Network& network, std::uint64_t rows, std::uint64_t tokens) {
-    const std::uint64_t square = product(network.tokens_per_latent, network.tokens_per_latent);
+    const std::uint64_t least = network.least_tokens();
     const std::uint64_t text = network.text_max_length;
     Sizes sizes;
     sizes.values_ = {{"B", 1},
                      {"T", text},
-                     {"h", (tokens + square - 1) / square},
+                     {"h", (tokens + least - 1) / least},
                      {"w", 1},
                      {"Hs", tokens},
                      {"Ws", 1},

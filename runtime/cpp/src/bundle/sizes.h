@@ -40,6 +40,11 @@ struct Network {
     std::uint64_t text_dim;
     std::uint64_t latent_channels;
     std::uint64_t tokens_per_latent;
+
+    // Height of the image per height of the latent, and width likewise.
+    std::uint64_t pixels_per_latent() const { return tokens_per_latent * patch_size; }
+    // Patch tokens of a latent of one row and one column.
+    std::uint64_t least_tokens() const { return product(tokens_per_latent, tokens_per_latent); }
 };
 
 // Values of the symbols of one decode.

@@ -1,0 +1,18 @@
+// Parts of a manifest as JSON has them. Refuses what is not such a part.
+#pragma once
+
+#include <string>
+
+#include "bundle/json_reader.h"
+#include "bundle/manifest.h"
+
+namespace pid::core {
+
+// A bucket of the manifest or of an engine set, but for what the latter adds. Not checked yet.
+Bucket read_bucket(const Json& value, const std::string& where);
+
+// A table or constant. what: the buffer, for messages.
+Table read_table(const Json& source, const std::string& what);
+Constant read_constant(const Json& source, const std::string& what);
+
+} // namespace pid::core
