@@ -9,10 +9,8 @@ what else the machine does hurts both; their images are compared before anything
 """
 
 import argparse
-import json
 import os
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -26,6 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pid_bench.hardware import cpu_name
+from pid_engines.child import Child, ChildError
 from pid_export.bundle import ExportOptions, export_bundle
 from pid_ref.checkpoint import state_shapes
 from pid_ref.config import PidConfig
@@ -57,50 +56,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     return console.run(parser, _benchmark, argv)
 
 
-class _Process:
-    """runtime/cpp/tests/decoder_process.cpp: lines of JSON in, lines of JSON out."""
-
-    def __init__(self, program: Path) -> None:
-        if not program.is_file():
-            raise PidRuntimeError(
-                f"expected the C++ runtime's {program.name}, but {program} is no file; build it "
-                "with the tests (docs/embedding.md), or give --program"
-            )
-        self._process = subprocess.Popen(
-            [program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
-
-    def ask(self, request: dict[str, Any]) -> dict[str, Any]:
-        """The answer to a request. Raises `PidRuntimeError` when that is an error."""
-        assert self._process.stdin and self._process.stdout
-        self._process.stdin.write(json.dumps(request) + "\n")
-        self._process.stdin.flush()
-        answer = json.loads(self._process.stdout.readline())
-        if "error" in answer:
-            raise PidRuntimeError(answer["error"])
-        return answer
-
-    def close(self) -> None:
-        assert self._process.stdin
-        self._process.stdin.close()
-        self._process.wait()
-
-
 def _benchmark(args: argparse.Namespace) -> int:
     for name in ("blocks", "repeats", "threads"):
         if getattr(args, name) < 1:
             raise PidRuntimeError(f"expected --{name} of at least 1, but got {getattr(args, name)}")
-    with tempfile.TemporaryDirectory() as folder:
+    if not args.program.is_file():
+        raise PidRuntimeError(
+            f"expected the C++ runtime's {args.program.name}, but {args.program} is no file; build "
+            "it with the tests (docs/embedding.md), or give --program"
+        )
+    with tempfile.TemporaryDirectory() as folder, Child([args.program]) as process:
         work = Path(folder)
-        process = _Process(args.program)
+        bundle = args.bundle or _random_bundle(work / "bundle", args)
         try:
-            bundle = args.bundle or _random_bundle(work / "bundle", args)
             return _compare(bundle, process, work, args)
-        finally:
-            process.close()
+        except ChildError as error:
+            raise PidRuntimeError(str(error)) from None
 
 
-def _compare(bundle: Path, process: _Process, work: Path, args: argparse.Namespace) -> int:
+def _compare(bundle: Path, process: Child, work: Path, args: argparse.Namespace) -> int:
     manifest = read_manifest(bundle, verify=False)
     network = manifest.network
     width, height = _size(args.size, manifest.tokens_per_latent * network["patch_size"])

@@ -19,7 +19,7 @@ from typing import Any
 
 from pid_bench.errors import BenchInputError
 from pid_bench.report import Report, Row, read_report, write_file
-from pid_bench.tables import Table, gigabytes, label, milliseconds, pixels, to_markdown
+from pid_bench.tables import Table, gigabytes, milliseconds, network, pixels, to_markdown
 from pid_runtime.command import console
 
 RESULTS = "bench/results"
@@ -128,13 +128,13 @@ def engine_peaks(results: Path) -> Table:
 
 def decode_cpu(results: Path) -> Table:
     """PiD decodes of a report made on the CPU."""
-    return _decodes(read_report(results / "cpu"), lambda row: row.pipeline == "pid")
+    return _decodes(read_report(results / "cpu"), lambda row: row.case.pipeline == "pid")
 
 
 def cascades_cpu(results: Path) -> Table:
     """Cascades, and PiD as a whole, of a report made on the CPU."""
     return _decodes(
-        read_report(results / "cpu"), lambda row: row.pipeline != "pid" or not row.reduced
+        read_report(results / "cpu"), lambda row: row.case.pipeline != "pid" or not row.reduced
     )
 
 
@@ -212,31 +212,25 @@ FIGURES: Mapping[str, Callable[[Path], Table]] = {
 
 
 def _decodes(report: Report, wanted: Callable[[Row], bool]) -> Table:
-    rows = [row for row in report.rows if row.kind == "measured" and wanted(row)]
     return Table(
         "",
         ("decode", "px", "precision", "median ms", "min", "TFLOP", "peak memory", "to PiD"),
-        tuple(
-            (
-                label(row) + (f" ({row.reduced})" if row.reduced else ""),
-                pixels(row.output_size),
-                row.precision,
-                milliseconds(row.median_ms) if row.status == "ok" else row.status,
-                milliseconds(row.min_ms),
-                f"{row.tflop:.3g}" if row.tflop else "",
-                _peak(row),
-                f"{row.ratio_to_pid:.2f}x" if row.ratio_to_pid else "",
-            )
-            for row in rows
-        ),
+        tuple(_decode(report, row) for row in report.measured() if wanted(row)),
     )
 
 
-def _peak(row: Row) -> str:
-    peak = row.peak_rss_bytes
-    if peak is None:
-        peak = max(row.peak_reserved_bytes or 0, row.device_used_bytes or 0)
-    return f"{gigabytes(peak)} GB" if peak else ""
+def _decode(report: Report, row: Row) -> tuple[str, ...]:
+    measured, tflop, ratio = row.measured, row.counted.tflop, report.rates(row).ratio_to_pid
+    return (
+        network(row),
+        pixels(row.case.size),
+        row.case.precision,
+        milliseconds(measured.median_ms) if row.status == "ok" else row.status,
+        milliseconds(measured.min_ms),
+        f"{tflop:.3g}" if tflop else "",
+        f"{gigabytes(measured.peak_bytes)} GB" if measured.peak_bytes else "",
+        f"{ratio:.2f}x" if ratio else "",
+    )
 
 
 def _read(path: Path) -> Any:

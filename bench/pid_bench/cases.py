@@ -1,17 +1,9 @@
-"""Which cases a run consists of: pipelines, backends, sizes and precisions, as data."""
+"""What is measured, as data: backends, the network, and cases. Loads without torch."""
 
-import hashlib
-import json
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
-from typing import Any
+from dataclasses import dataclass
 
-from pid_bench.cascades import UPSCALER_STEPS
-from pid_bench.errors import BenchInputError
-from pid_export.bundle import BUCKETS
 from pid_ref.config import PidConfig
 from pid_runtime.bundle.manifest import PRECISIONS
-from pid_runtime.command.console import read_size
 
 PID = "pid"
 """The pipeline that cascades are compared with."""
@@ -28,7 +20,7 @@ class Backend:
     """reference (the network as it stands), public (as the public code runs it) or program (our
     stages, from a bundle)."""
     compile: str
-    """eager, inductor, graphs or engines; see `Row.compile`."""
+    """eager, inductor, graphs or engines; see `Case.compile`."""
     devices: tuple[str, ...] = ("cpu", "cuda")
     runtime: str = "torch"
     """Of a program: the backend of `Decoder`."""
@@ -78,28 +70,7 @@ BACKENDS = {
         ),
     )
 }
-"""By name. Cascades, which have no bundle, run on `CASCADE_BACKENDS`."""
-
-CASCADE_BACKENDS = ("eager", "compile")
-
-DEFAULT_BACKENDS = {
-    "cpu": ("eager", "compile", "onnxruntime"),
-    "cuda": ("eager", "compile", "public", "torch", "torch-compile"),
-}
-"""By device, when nothing is said; on CUDA what else is installed is added."""
-
-QUICK_BACKENDS = {"cpu": ("eager", "onnxruntime"), "cuda": ("eager",)}
-
-DRY_BACKENDS = ("eager", "torch")
-"""The network as it stands, and our stages: what other backends do is the work of one of these."""
-
-DEFAULT_SIZES = {"cpu": ((256, 256),), "cuda": ((2048, 2048), (4096, 4096))}
-"""Width and height by device. A laptop is not made to work for hours unless it is told to."""
-
-DRY_SIZES = ((2048, 2048), (4096, 4096))
-
-QUICK_DEPTH = 1
-"""Patch blocks of --quick on the CPU."""
+"""By name. Cascades, which have no bundle, run on those of torch alone."""
 
 
 @dataclass(frozen=True)
@@ -125,11 +96,12 @@ class Network:
 
 @dataclass(frozen=True)
 class Case:
-    """One row to be: everything that tells it apart, whatever it runs on."""
+    """A decode to be measured: everything that tells it apart, whatever it runs on."""
 
     pipeline: str
-    """`PID` or a cascade's name."""
+    """`PID`, a cascade such as "vae+rrdbnet", or what somebody published."""
     backend: str
+    """A name of `BACKENDS`; empty for what was published."""
     space: str
     variant: str
     """Empty for cascades."""
@@ -137,7 +109,9 @@ class Case:
     """Of the image that comes out, in pixels."""
     height: int
     precision: str
+    """fp32, fp16 or bf16."""
     device: str
+    """cpu or cuda."""
     threads: int
     """On the CPU; 0 on CUDA."""
     steps: int
@@ -145,6 +119,7 @@ class Case:
     depth: float
     """Patch blocks of PiD; of a cascade the share of its network's blocks that is kept."""
     weights: str
+    """random or real."""
 
     @property
     def key(self) -> str:
@@ -155,149 +130,32 @@ class Case:
         parts += [f"threads{self.threads}" if self.threads else "", self.weights]
         return "/".join(part for part in parts if part)
 
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+    @property
+    def size(self) -> tuple[int, int]:
+        """Width and height of the image that comes out, in pixels."""
+        return self.width, self.height
 
+    @property
+    def label(self) -> str:
+        """Pipeline and backend, for people."""
+        return f"{self.pipeline}, {self.backend}" if self.backend else self.pipeline
 
-@dataclass(frozen=True)
-class Selection:
-    """What the command line asks for, checked."""
+    @property
+    def compile(self) -> str:
+        """eager, inductor, graphs (ONNX Runtime) or engines (TensorRT)."""
+        return BACKENDS[self.backend].compile
 
-    network: Network
-    sizes: tuple[tuple[int, int], ...]
-    backends: tuple[str, ...]
-    cascades: tuple[str, ...]
-    precisions: tuple[str, ...]
-    device: str
-    threads: int
-    steps: int
-    """Of PiD."""
-    cascade_depth: float = 1.0
-    """Share of the blocks of a cascade's network that is kept."""
-    sdx4_steps: int = UPSCALER_STEPS
-
-
-def plan(selection: Selection) -> list[Case]:
-    """All cases, those that are to be compared next to each other."""
-    network = selection.network
-    cases: list[Case] = []
-    for width, height in selection.sizes:
-        for precision in selection.precisions:
-            common = Case(
-                pipeline=PID,
-                backend="",
-                space=network.space,
-                variant=network.variant,
-                width=width,
-                height=height,
-                precision=precision,
-                device=selection.device,
-                threads=selection.threads if selection.device == "cpu" else 0,
-                steps=selection.steps,
-                depth=network.config.patch_depth,
-                weights=network.weights,
-            )
-            cases += [replace(common, backend=name) for name in selection.backends]
-            cascade = replace(common, variant="", depth=selection.cascade_depth, weights="random")
-            levels = [name for name in CASCADE_BACKENDS if name in selection.backends]
-            cases += [
-                replace(
-                    cascade,
-                    pipeline=name,
-                    backend=level,
-                    steps=selection.sdx4_steps if name == "vae+sdx4" else 0,
-                )
-                for name in selection.cascades
-                for level in levels or CASCADE_BACKENDS[:1]
-            ]
-    return [case for case in cases if _makes_sense(case)]
-
-
-def _makes_sense(case: Case) -> bool:
-    """Whether a backend has a precision at all.
-
-    What the public code does is bf16 autocast. ONNX Runtime has no bf16 on the CPU.
-    """
-    if case.backend == "public":
-        return case.precision == "bf16"
-    return not (case.backend == "onnxruntime" and case.device == "cpu" and case.precision == "bf16")
-
-
-def parse_list(text: str, known: Iterable[str], option: str) -> tuple[str, ...]:
-    """Read "a,b", each one known, or "all" or "none". Raises `BenchInputError` otherwise."""
-    known = tuple(known)
-    if text in ("all", "none"):
-        return known if text == "all" else ()
-    names = tuple(dict.fromkeys(part.strip() for part in text.split(",")))
-    for name in names:
-        if name not in known:
-            raise BenchInputError(
-                f"expected {option} of {', '.join(known)} (or all, none), but got {name[:60]!r}; "
-                "choose from these"
-            )
-    return names
-
-
-def parse_sizes(text: str, config: PidConfig) -> tuple[tuple[int, int], ...]:
-    """Read "2048x2048,2688x1536" as widths and heights.
-
-    Raises `PidRuntimeError` for other text, `BenchInputError` for a size the network has not, or
-    that no bucket holds.
-    """
-    multiple, sizes = config.size_multiple, list[tuple[int, int]]()
-    for part in text.split(","):
-        size = read_size(part.strip())
-        if config.latent_size(size[1], size[0]) is None:
-            raise BenchInputError(
-                f"expected width and height in multiples of {multiple}, but got {part.strip()}; "
-                f"{_rounded(size[0], multiple)}x{_rounded(size[1], multiple)} is near"
-            )
-        tokens, most = tokens_of(config, size), max(BUCKETS.values())
-        if tokens > most:
-            raise BenchInputError(
-                f"expected a size of at most {most} tokens (bucket 4k: 4096x4096, or as many "
-                f"pixels in another shape), but got {part.strip()} of {tokens}"
-            )
-        sizes.append(size)
-    return tuple(dict.fromkeys(sizes))
-
-
-def parse_precisions(text: str) -> tuple[str, ...]:
-    """Read "bf16,fp32". Raises `BenchInputError` for others."""
-    names = tuple(dict.fromkeys(part.strip() for part in text.split(",")))
-    for name in names:
-        if name not in PRECISIONS:
-            raise BenchInputError(
-                f"expected --precision of {', '.join(PRECISIONS)}, but got {name[:60]!r}"
-            )
-    return names
-
-
-def buckets_for(config: PidConfig, sizes: Sequence[tuple[int, int]]) -> tuple[tuple[str, int], ...]:
-    """Buckets of a bundle for these sizes: the usual ones, and one for what is much smaller."""
-    needed = [tokens_of(config, size) for size in sizes]
-    smallest = min(BUCKETS.values())
-    small = [tokens for tokens in needed if 2 * tokens <= smallest]
-    found = {"small": max(small)} if small else {}
-    for tokens in needed:
-        if tokens not in small:
-            name = min(
-                (n for n, most in BUCKETS.items() if most >= tokens), key=BUCKETS.__getitem__
-            )
-            found[name] = BUCKETS[name]
-    return tuple(found.items())
+    @property
+    def dtype(self) -> str:
+        """Of weights and activations, in words."""
+        dtype = PRECISIONS[self.precision]
+        if self.backend == "public":
+            return f"float32 weights, {dtype} autocast"
+        if BACKENDS[self.backend].network == "program" and dtype != "float32":
+            return f"{dtype}, norms and tables float32"
+        return dtype
 
 
 def tokens_of(config: PidConfig, size: tuple[int, int]) -> int:
     """Patch tokens of an image of `size` (width, height) pixels."""
     return (size[0] // config.patch_size) * (size[1] // config.patch_size)
-
-
-def variant_of_file(fields: Mapping[str, Any]) -> str:
-    """A short name for dimensions from a file: the same for the same dimensions."""
-    text = json.dumps(dict(fields), sort_keys=True)
-    return "config-" + hashlib.sha256(text.encode()).hexdigest()[:8]
-
-
-def _rounded(side: int, multiple: int) -> int:
-    return max(1, round(side / multiple)) * multiple

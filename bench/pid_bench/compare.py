@@ -33,8 +33,7 @@ def compare(before: Report, after: Report) -> tuple[list[Change], list[str]]:
     """Cases measured in both, in the order of `before`, and what can not be compared, in words."""
     changes: list[Change] = []
     notes: list[str] = []
-    theirs = {row.key: row for row in after.rows if row.kind == "measured"}
-    ours = {row.key: row for row in before.rows if row.kind == "measured"}
+    ours, theirs = ({row.case.key: row for row in each.measured()} for each in (before, after))
     for key, row in ours.items():
         other = theirs.get(key)
         if other is None:
@@ -64,12 +63,13 @@ def changes_table(changes: list[Change]) -> Table:
 
 
 def _change(before: Report, row: Row, after: Report, other: Row) -> Change:
-    assert row.median_ms and other.median_ms
+    then, now = row.whole.median_ms, other.whole.median_ms
+    assert then and now
     return Change(
-        key=row.key,
-        before_ms=row.median_ms,
-        after_ms=other.median_ms,
-        change=other.median_ms / row.median_ms - 1,
+        key=row.case.key,
+        before_ms=then,
+        after_ms=now,
+        change=now / then - 1,
         noise=math.hypot(_noise(row), _noise(other)),
         hardware=(before.hardware(row), after.hardware(other)),
     )
@@ -77,5 +77,6 @@ def _change(before: Report, row: Row, after: Report, other: Row) -> Change:
 
 def _noise(row: Row) -> float:
     """Half of the spread of a row's times, relative to their median."""
-    assert row.median_ms and row.p90_ms is not None and row.p10_ms is not None
-    return (row.p90_ms - row.p10_ms) / 2 / row.median_ms
+    whole = row.whole
+    assert whole.median_ms and whole.p90_ms is not None and whole.p10_ms is not None
+    return (whole.p90_ms - whole.p10_ms) / 2 / whole.median_ms

@@ -3,15 +3,18 @@
 import logging
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
-from pid_bench.cases import BACKENDS, PID, Case, Network, buckets_for, tokens_of
+from pid_bench.cases import BACKENDS, PID, Case, tokens_of
 from pid_bench.contenders import SEED, Materials
 from pid_bench.counting import counted_row
 from pid_bench.errors import BenchInputError
 from pid_bench.runner import Job
-from pid_export.bundle import ExportOptions, config_of, export_bundle
+from pid_bench.selection import Selection, buckets_for
+from pid_engines.build import BuildOptions, build_engines
+from pid_engines.flavors import find_flavor, parse_targets
+from pid_export.bundle import ExportOptions, export_bundle
 from pid_ref.checkpoint import read_checkpoint, state_shapes
 from pid_ref.weights import RandomWeights
 from pid_runtime.bundle.engines import read_engine_sets
@@ -21,136 +24,109 @@ from pid_runtime.bundle.manifest import Manifest
 _log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class Given:
-    """What the command line gives to decode with."""
-
-    checkpoint: Path | None
-    """Real weights; random ones when None."""
-    bundle: Path | None
-    """A bundle; one is exported when None."""
-
-
-def network_of_bundle(path: Path) -> tuple[Network, Manifest]:
-    """The network that a bundle was exported from. Raises `PidRuntimeError` for a broken bundle."""
-    manifest = read_manifest(path, verify=False)
-    config = config_of(manifest.network)
-    real = "random_seed" not in manifest.model.get("weights", {})
-    network = Network(
-        space=str(manifest.model.get("space", "custom")),
-        variant=str(manifest.model.get("variant", manifest.model.get("name", ""))),
-        config=config,
-        full_depth=config.patch_depth,
-        weights="real" if real else "random",
-    )
-    return network, manifest
-
-
-def check_bundle(path: Path, manifest: Manifest, cases: Sequence[Case], given: Given) -> None:
-    """Raise `BenchInputError` or `PidRuntimeError` when a bundle cannot serve the cases."""
+def check_bundle(cases: Sequence[Case], selection: Selection) -> None:
+    """Raise `BenchInputError` or `PidRuntimeError` when a given bundle cannot serve the cases."""
+    path, manifest = selection.bundle, selection.manifest
     for case in cases:
-        if case.pipeline != PID:
+        if case.pipeline != PID or manifest is None:
             continue
-        network = BACKENDS[case.backend].network
-        if network == "program" and case.precision != manifest.precision:
+        backend = BACKENDS[case.backend]
+        if backend.network == "program" and case.precision != manifest.precision:
             raise BenchInputError(
                 f"expected --precision {manifest.precision}, which {path} is in, but got "
                 f"{case.precision}; leave --bundle out, or export one in {case.precision}"
             )
-        if network != "program" and case.weights == "real" and given.checkpoint is None:
+        if backend.network != "program" and case.weights == "real" and selection.checkpoint is None:
             raise BenchInputError(
                 f"expected --checkpoint PATH with the weights of {path}, which backend "
                 f"{case.backend} needs; give it, or leave the backend out"
             )
-        manifest.bucket_for(tokens_of(config_of(manifest.network), (case.width, case.height)))
-        _engines_of(path, manifest, case)
+        manifest.bucket_for(tokens_of(selection.network.config, case.size))
+        if backend.flavor and not _engines_in(manifest, backend.flavor):
+            raise BenchInputError(
+                f"expected engines for backend {case.backend} in {path}, but it has none of "
+                f"flavour {backend.flavor}; build them: pid-build {path} --flavor {backend.flavor}"
+            )
 
 
-def make_jobs(cases: Sequence[Case], network: Network, given: Given, folder: Path) -> list[Job]:
+def make_jobs(cases: Sequence[Case], selection: Selection, folder: Path) -> list[Job]:
     """Jobs with all they need; bundles and engines that are not there are made in `folder`.
 
     Raises the input errors of pid_export and pid_engines.
     """
-    bundles: dict[str, tuple[Path, float]] = {}
-    engines: dict[tuple[str, str], tuple[str, float]] = {}
+    made = _Made(cases, selection, folder)
     jobs: list[Job] = []
-    seed = _seed(given)
     for case in cases:
-        backend, seconds = BACKENDS[case.backend], None
         materials = Materials(
-            asdict(network.config),
-            checkpoint=str(given.checkpoint or ""),
-            seed=seed,
+            asdict(selection.network.config),
+            checkpoint=str(selection.checkpoint or ""),
+            seed=made.seed,
         )
-        bundle = given.bundle
+        manifest, seconds = None, None
+        backend = BACKENDS[case.backend]
         if case.pipeline == PID and backend.network == "program":
-            if bundle is None:
-                if case.precision not in bundles:
-                    bundles[case.precision] = _export(cases, case.precision, network, given, folder)
-                bundle, seconds = bundles[case.precision]
+            bundle, manifest, seconds = made.bundle(case.precision)
             materials = replace(materials, bundle=str(bundle))
             if backend.flavor:
-                name = _engines_of(bundle, read_manifest(bundle, verify=False), case, strict=False)
-                key = case.precision, backend.flavor
-                if not name:
-                    if key not in engines:
-                        engines[key] = _build(bundle, backend.flavor)
-                    name, seconds = engines[key]
-                materials = replace(materials, engines=name)
-        jobs.append(Job(case, counted_row(case, network, bundle), materials, seconds))
+                engines = _engines_in(manifest, backend.flavor)
+                if not engines:
+                    engines, manifest, seconds = made.engines(case.precision, backend.flavor)
+                materials = replace(materials, engines=engines)
+        jobs.append(Job(case, counted_row(case, selection.network, manifest), materials, seconds))
     return jobs
 
 
-def _seed(given: Given) -> int:
-    """Of random weights: that of the bundle, if one is given."""
-    if given.bundle is None:
-        return SEED
-    weights = read_manifest(given.bundle, verify=False).model.get("weights", {})
-    return int(weights.get("random_seed", SEED))
+class _Made:
+    """Bundles and engines of a run, each made when it is first needed."""
+
+    def __init__(self, cases: Sequence[Case], selection: Selection, folder: Path) -> None:
+        self._cases, self._selection, self._folder = cases, selection, folder
+        self._bundles: dict[str, tuple[Path, Manifest, float]] = {}
+        self._engines: dict[tuple[str, str], tuple[str, Manifest, float]] = {}
+        self.seed = SEED
+        """Of random weights: that of the bundle, if one is given."""
+        if selection.manifest is not None:
+            self.seed = int(selection.manifest.model.get("weights", {}).get("random_seed", SEED))
+
+    def bundle(self, precision: str) -> tuple[Path, Manifest, float | None]:
+        """The bundle in a precision, and the seconds it took to make; None for a given one."""
+        selection = self._selection
+        if selection.bundle is not None and selection.manifest is not None:
+            return selection.bundle, selection.manifest, None
+        if precision not in self._bundles:
+            _log.info("Exporting a bundle in %s", precision)
+            begin, path, config = (
+                time.monotonic(),
+                self._folder / precision,
+                selection.network.config,
+            )
+            if selection.checkpoint is None:
+                source, weights = RandomWeights(state_shapes(config), SEED), {"random_seed": SEED}
+            else:
+                source = read_checkpoint(selection.checkpoint, config)
+                weights = {"file": selection.checkpoint.name}
+            sizes = [c.size for c in self._cases if (c.pipeline, c.precision) == (PID, precision)]
+            options = ExportOptions(precision, buckets_for(config, sizes))
+            manifest = export_bundle(path, config, source, options, weights=weights)
+            self._bundles[precision] = path, manifest, time.monotonic() - begin
+        return self._bundles[precision]
+
+    def engines(self, precision: str, flavor_name: str) -> tuple[str, Manifest, float]:
+        """A new engine set of a flavour for this GPU, and the seconds it took."""
+        key = precision, flavor_name
+        if key not in self._engines:
+            bundle = self.bundle(precision)[0]
+            flavor, version = find_flavor(flavor_name)
+            _log.info("Building engines with %s %s", flavor.title, version)
+            begin = time.monotonic()
+            options = BuildOptions(flavor, version, parse_targets("current", flavor))
+            name = build_engines(bundle, options, lambda part: None).set_name
+            seconds = time.monotonic() - begin
+            self._engines[key] = name, read_manifest(bundle, verify=False), seconds
+        return self._engines[key]
 
 
-def _export(
-    cases: Sequence[Case], precision: str, network: Network, given: Given, folder: Path
-) -> tuple[Path, float]:
-    """A bundle of the network in a precision, and the seconds it took."""
-    sizes = [(c.width, c.height) for c in cases if c.pipeline == PID and c.precision == precision]
-    config, bundle = network.config, folder / precision
-    _log.info("Exporting a bundle in %s", precision)
-    begin = time.monotonic()
-    if given.checkpoint is None:
-        source, weights = RandomWeights(state_shapes(config), SEED), {"random_seed": SEED}
-    else:
-        source = read_checkpoint(given.checkpoint, config)
-        weights = {"file": given.checkpoint.name}
-    options = ExportOptions(precision, buckets_for(config, sizes))
-    export_bundle(bundle, config, source, options, weights=weights)
-    return bundle, time.monotonic() - begin
-
-
-def _build(bundle: Path, flavor_name: str) -> tuple[str, float]:
-    """Engines of a flavour for this GPU, and the seconds it took."""
-    from pid_engines.build import BuildOptions, build_engines
-    from pid_engines.flavors import find_flavor, parse_targets
-
-    flavor, version = find_flavor(flavor_name)
-    _log.info("Building engines with %s %s", flavor.title, version)
-    begin = time.monotonic()
-    build = build_engines(
-        bundle, BuildOptions(flavor, version, parse_targets("current", flavor)), lambda part: None
-    )
-    return build.set_name, time.monotonic() - begin
-
-
-def _engines_of(bundle: Path, manifest: Manifest, case: Case, *, strict: bool = True) -> str:
-    """The engine set that a case runs; empty for other backends, or without `strict` for none."""
-    flavor = BACKENDS[case.backend].flavor
-    sets = read_engine_sets(manifest) if flavor else {}
-    for name, engines in sets.items():
-        if engines.flavor == flavor:
-            return name
-    if flavor and strict:
-        raise BenchInputError(
-            f"expected engines for backend {case.backend} in {bundle}, but it has none of flavour "
-            f"{flavor}; build them: pid-build {bundle} --flavor {flavor}"
-        )
-    return ""
+def _engines_in(manifest: Manifest, flavor: str) -> str:
+    """Name of a bundle's engine set of a flavour; empty if it has none."""
+    sets = read_engine_sets(manifest)
+    return next((name for name, engines in sets.items() if engines.flavor == flavor), "")

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from pid_bench.stage import Stage, normal
-from pid_bench.work import NO_WORK, Work, count_calls, total
+from pid_bench.work import NO_WORK, Work, count_calls
 from pid_export.bundle import STEP_COUNTS, dimensions_of, network_of
 from pid_export.program import ProgramSpec, build_program
 from pid_ref.config import PidConfig
@@ -48,24 +48,7 @@ def reference_step(
     return Stage("pid step", lambda: PidNet(config), inputs, steps=steps)
 
 
-def program_work(
-    config: PidConfig,
-    height: int,
-    width: int,
-    caption_tokens: int = CAPTION_TOKENS,
-    steps: int = 4,
-    precision: str = "bf16",
-) -> Work:
-    """A decode by our program: the prologue once, `steps` steps, the image once.
-
-    precision: fp32, fp16 or bf16, as bundles have it. Raises as `program_work_by_graph`.
-    """
-    return total(
-        program_work_by_graph(config, height, width, caption_tokens, steps, precision).values()
-    )
-
-
-def program_work_by_graph(
+def program_works(
     config: PidConfig,
     height: int,
     width: int,
@@ -73,9 +56,10 @@ def program_work_by_graph(
     steps: int = 4,
     precision: str = "bf16",
 ) -> dict[str, Work]:
-    """`program_work` by graph, with the modulation table under "table".
+    """A decode by our program, by graph: the prologue once, `steps` steps, the image once.
 
-    Every graph is counted on all tokens at once: chunks have the same FLOP, but read their weights
+    The modulation table is under "table". precision: fp32, fp16 or bf16, as bundles have it. Every
+    graph is counted on all tokens at once: chunks have the same FLOP, but read their weights
     again. Raises `PidInputError` unless height and width are multiples of the network's
     `size_multiple`.
     """

@@ -1,12 +1,12 @@
 """A report to be read: report.md and report.html, which needs no other file."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from html import escape
 from pathlib import Path
 
 from pid_bench.charts import OTHER, Bar, log_lines, stacked_bars
 from pid_bench.report import REPORT_FILE, Report, Row, write_file, write_report
-from pid_bench.tables import Table, label, milliseconds, pixels, tables, to_markdown
+from pid_bench.tables import Table, milliseconds, network, pixels, tables, to_markdown
 
 _ABOUT = (
     "Every decode starts from the same latent and ends in pixels; encoding the caption is not part "
@@ -60,33 +60,27 @@ def to_html_page(report: Report) -> str:
 
 def charts(report: Report) -> list[tuple[str, str]]:
     """Titles and SVG: latency by stage, memory by bucket, and cost against resolution."""
-    done = [row for row in report.rows if row.kind == "measured" and row.status == "ok"]
+    groups: dict[str, list[Row]] = {}
+    done = [row for row in report.measured() if row.status == "ok"]
+    for row in done:
+        case = row.case
+        name = f"{pixels(case.size)}, {case.precision}, {case.device} ({row.environment})"
+        groups.setdefault(name, []).append(row)
     found: list[tuple[str, str]] = []
-    groups = dict.fromkeys(
-        (row.environment, row.output_size, row.precision, row.device) for row in done
-    )
-    for group in groups:
-        environment, size, precision, device = group
-        rows = [
-            row
-            for row in done
-            if (row.environment, row.output_size, row.precision, row.device) == group
-        ]
-        name = f"{pixels(size)}, {precision}, {device} ({environment})"
-        found.append(
-            (f"Latency by stage: {name}", stacked_bars(_latencies(rows), "median, ms", _ms))
-        )
-        found.append((f"Memory: {name}", stacked_bars(_peaks(rows), "peak, GB", _gb)))
-    engines = _engine_bars(report.rows)
+    for name, rows in groups.items():
+        bars = stacked_bars([_latency(row) for row in rows], "median, ms", _ms)
+        found.append((f"Latency by stage: {name}", bars))
+        bars = stacked_bars([_peak(row) for row in rows], "peak, GB", _gb)
+        found.append((f"Memory: {name}", bars))
+    engines = dict(_engine(row) for row in report.rows if row.counted.engine_memory)
     if engines:
-        found.append(
-            ("Device memory of engines by bucket", stacked_bars(engines, "device memory, GB", _gb))
-        )
-    work = _against_resolution(report.rows, "tflop")
-    if work:
+        bars = stacked_bars(list(engines.items()), "device memory, GB", _gb)
+        found.append(("Device memory of engines by bucket", bars))
+    counted = [row for row in report.rows if row.kind == "counted"]
+    if work := _against_resolution(counted, lambda row: row.counted.tflop):
         chart = log_lines(work, "output, megapixels", "work of a decode, TFLOP")
         found.append(("Cost against resolution: work, counted", chart))
-    times = _against_resolution(done, "median_ms")
+    times = _against_resolution(done, lambda row: row.measured.median_ms)
     if any(len(points) > 1 for points in times.values()):
         chart = log_lines(times, "output, megapixels", "median, ms")
         found.append(("Cost against resolution: time, measured", chart))
@@ -101,57 +95,40 @@ def _gb(value: float) -> str:
     return f"{value:.2f} GB"
 
 
-def _latencies(rows: Iterable[Row]) -> list[Bar]:
-    """Every row's stages, and what is outside of them."""
-    bars: list[Bar] = []
-    for row in rows:
-        assert row.median_ms is not None
-        parts = {stage.name: stage.median_ms for stage in row.stages if stage.median_ms}
-        rest = row.median_ms - sum(parts.values())
-        bars.append((_named(row), {**parts, OTHER: max(0.0, rest)}))
-    return bars
+def _latency(row: Row) -> Bar:
+    """A row's stages, and what is outside of them."""
+    parts = {stage.name: stage.median_ms for stage in row.stages if stage.median_ms}
+    rest = (row.measured.median_ms or 0.0) - sum(parts.values())
+    return network(row), {**parts, OTHER: max(0.0, rest)}
 
 
-def _peaks(rows: Iterable[Row]) -> list[Bar]:
+def _peak(row: Row) -> Bar:
     """Weights, and the rest of the peak, as far as it was measured."""
-    bars: list[Bar] = []
-    for row in rows:
-        peak = row.peak_rss_bytes
-        if peak is None:
-            peak = max(row.peak_reserved_bytes or 0, row.device_used_bytes or 0)
-        weights = min(row.weight_bytes or 0, peak)
-        bars.append((_named(row), {"weights": weights / 1e9, "the rest": (peak - weights) / 1e9}))
-    return bars
+    peak = row.measured.peak_bytes
+    weights = min(row.counted.weight_bytes or 0, peak)
+    return network(row), {"weights": weights / 1e9, "the rest": (peak - weights) / 1e9}
 
 
-def _engine_bars(rows: Iterable[Row]) -> list[Bar]:
+def _engine(row: Row) -> Bar:
     """The arena holds buffers and scratch, which overlap in part."""
-    bars: dict[str, Bar] = {}
-    for row in rows:
-        memory = row.engine_memory
-        if memory:
-            parts = {
-                "weights": memory["weights_bytes"] / 1e9,
-                "buffers": memory["buffers_bytes"] / 1e9,
-                "scratch beside them": (memory["arena_bytes"] - memory["buffers_bytes"]) / 1e9,
-            }
-            name = f"{row.backend}, bucket {row.bucket}"
-            bars[name] = (name, parts)
-    return list(bars.values())
+    memory = row.counted.engine_memory
+    parts = {
+        "weights": memory["weights_bytes"] / 1e9,
+        "buffers": memory["buffers_bytes"] / 1e9,
+        "scratch beside them": (memory["arena_bytes"] - memory["buffers_bytes"]) / 1e9,
+    }
+    return f"{row.case.backend}, bucket {row.counted.bucket}", parts
 
 
-def _against_resolution(rows: Iterable[Row], field: str) -> dict[str, list[tuple[float, float]]]:
+def _against_resolution(
+    rows: Iterable[Row], value_of: Callable[[Row], float | None]
+) -> dict[str, list[tuple[float, float]]]:
+    """Points by pipeline; of several with as many pixels the last."""
     series: dict[str, dict[float, float]] = {}
     for row in rows:
-        value = getattr(row, field)
-        if value and row.kind != "reported" and (field != "tflop" or row.kind == "counted"):
-            megapixels = row.output_size[0] * row.output_size[1] / 1e6
-            series.setdefault(_named(row), {})[megapixels] = value
+        if value := value_of(row):
+            series.setdefault(network(row), {})[row.case.width * row.case.height / 1e6] = value
     return {name: list(points.items()) for name, points in series.items()}
-
-
-def _named(row: Row) -> str:
-    return f"{label(row)} ({row.reduced})" if row.reduced else label(row)
 
 
 def _html_table(table: Table) -> str:

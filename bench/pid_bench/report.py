@@ -1,29 +1,41 @@
 """A report: what was measured, counted or published, as `report.json`.
 
 docs/benchmarks.md describes the file. It is written whole after every case, so that a run which is
-interrupted leaves a report that can be read and added to.
+interrupted leaves a report that can be read and added to. What follows from other values is
+computed when it is shown.
 """
 
 import json
-import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from pid_bench.cases import BACKENDS, PID, Case
 from pid_bench.errors import BenchInputError
 from pid_runtime.bundle.files import write_whole
 from pid_runtime.bundle.json_reader import read_member
 from pid_runtime.errors import PidRuntimeError
 
 FORMAT = "pid-bench-report"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 """A reader takes this version only."""
 
 REPORT_FILE = "report.json"
 
 KINDS = ("measured", "counted", "reported")
 STATUSES = ("ok", "oom", "error")
+
+TOLERANCE = {"fp32": 1e-4, "fp16": 0.02, "bf16": 0.1}
+"""Largest root mean square difference of two images of the same network, pixels in [-1, 1].
+
+Both have rounded in their own ways; what is miscompiled is off by about 1.
+"""
+
+TF32_TOLERANCE = 5e-3
+"""That of fp32 on CUDA, where libraries multiply in TF32 unless they are told not to."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +60,7 @@ class Environment:
 
 @dataclass(frozen=True)
 class StageRow:
-    """One stage of a case."""
+    """One stage of a case, or all of it."""
 
     name: str
     steps: int
@@ -67,67 +79,33 @@ class StageRow:
 
 
 @dataclass(frozen=True)
-class Row:
-    """One case: a pipeline at one size, and what came of it."""
+class Counted:
+    """What follows from a case's graphs, and from the record of a build; None if not counted."""
 
-    key: str
-    """What tells cases apart, whatever they ran on."""
-    pipeline: str
-    """"pid", a cascade such as "vae+rrdbnet", or a published pipeline."""
-    backend: str
-    """A name of `pid_bench.cases.BACKENDS`; empty for what was published."""
-    kind: str
-    """One of `KINDS`."""
-    status: str = "ok"
-    """One of `STATUSES`; "oom" when memory did not suffice."""
-    message: str = ""
-    """Why it failed, in one line; for what was published, where."""
-    environment: str = ""
-    """Its name in the report's `environments`; empty when nothing ran."""
-    date: str = ""
-    """UTC, as 2026-11-21T12:00:00Z."""
-    space: str = ""
-    variant: str = ""
-    device: str = ""
-    """"cpu" or "cuda"."""
-    threads: int | None = None
-    """CPU threads; None on CUDA."""
-    input_size: tuple[int, ...] = ()
-    """Width and height in pixels of the image that the latent stands for."""
-    output_size: tuple[int, ...] = ()
-    """Width and height in pixels."""
-    precision: str = ""
-    """fp32, fp16 or bf16."""
-    dtype: str = ""
-    """Of weights and activations, in words."""
-    compile: str = ""
-    """eager, inductor, graphs (ONNX Runtime) or engines (TensorRT)."""
-    attention: str = ""
-    """What computes attention."""
-    weights: str = "random"
-    """random or real."""
-    reduced: str = ""
-    """How the network was made smaller than the real one; empty when it was not."""
-    steps: int | None = None
-    """Sampler steps; these three are None where they were not published."""
-    cfg: int | None = None
-    tiles: int | None = None
     parameters: int | None = None
     weight_bytes: int | None = None
     tflop: float | None = None
-    """Of a decode, counted from the graphs."""
+    """Of a decode."""
     bytes_moved: int | None = None
     """What the counted operations read and write in a decode."""
+    engine_memory: dict[str, int] = field(default_factory=dict)
+    """Weights, buffers, scratch, arena and peak in bytes, from the record of the build."""
+    bucket: str = ""
+    """The bucket that `engine_memory` is for."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What came of running a case; None or empty where it was not, or does not apply."""
+
+    rounds_ms: tuple[float, ...] = ()
+    """Every timed decode, in the order they ran; of what was published the one time."""
     timer: str = ""
     """wall, or events (CUDA events on the stream that does the work)."""
-    rounds_ms: tuple[float, ...] = ()
-    """Every timed decode, in the order they ran."""
-    median_ms: float | None = None
-    p10_ms: float | None = None
-    p90_ms: float | None = None
-    min_ms: float | None = None
+    attention: str = ""
+    """What computes attention."""
     user_ms: float | None = None
-    """Processor time of a decode, user and system, of all threads; the median."""
+    """Processor time of a decode, user and system, of all threads; the median. CPU only."""
     build_seconds: float | None = None
     """Making the bundle or engines; None when there was nothing to make or it was there."""
     load_seconds: float | None = None
@@ -141,26 +119,87 @@ class Row:
     peak_reserved_bytes: int | None = None
     device_used_bytes: int | None = None
     """What the driver says is in use more than before the case, weights included; CUDA only."""
-    engine_memory: dict[str, int] = field(default_factory=dict)
-    """Weights, buffers, scratch, arena and peak in bytes, from the record of the build."""
-    bucket: str = ""
-    """The bucket that `engine_memory` is for."""
+    rms_error: float | None = None
+    """Root mean square difference to the image of the first PiD of the same network, weights, size
+    and precision; pixels are in [-1, 1]. None for that one."""
+    max_abs_error: float | None = None
+    """The largest difference to it."""
+
+    @property
+    def median_ms(self) -> float | None:
+        """Of the rounds."""
+        return percentiles(self.rounds_ms).get("median_ms")
+
+    @property
+    def min_ms(self) -> float | None:
+        """The fastest round."""
+        return min(self.rounds_ms, default=None)
+
+    @property
+    def peak_bytes(self) -> int:
+        """Of the memory that counts: the host's on the CPU, the device's on CUDA."""
+        if self.peak_rss_bytes is not None:
+            return self.peak_rss_bytes
+        return max(self.peak_reserved_bytes or 0, self.device_used_bytes or 0)
+
+
+@dataclass(frozen=True)
+class Row:
+    """A case, and what is known of it."""
+
+    kind: str
+    """One of `KINDS`."""
+    case: Case
+    input_size: tuple[int, ...]
+    """Width and height in pixels of the image that the latent stands for."""
+    reduced: str = ""
+    """How the network was made smaller than the real one; empty when it was not."""
+    status: str = "ok"
+    """One of `STATUSES`; "oom" when memory did not suffice."""
+    message: str = ""
+    """Why it failed, in one line; for what was published, where."""
+    environment: str = ""
+    """Its name in the report's `environments`; empty when nothing ran."""
+    date: str = ""
+    """UTC, as 2026-11-21T12:00:00Z."""
+    counted: Counted = field(default_factory=Counted)
+    measured: Measured = field(default_factory=Measured)
+    stages: tuple[StageRow, ...] = ()
+
+    @property
+    def whole(self) -> StageRow:
+        """All stages as one; its steps, CFG and tiles are those of the main network."""
+        return StageRow(
+            name="whole decode",
+            steps=max((stage.steps for stage in self.stages), default=0),
+            cfg=max((stage.cfg for stage in self.stages), default=0),
+            tiles=max((stage.tiles for stage in self.stages), default=0),
+            parameters=self.counted.parameters,
+            tflop=self.counted.tflop,
+            **percentiles(self.measured.rounds_ms),
+        )
+
+    @property
+    def agrees(self) -> bool | None:
+        """Whether the image is within the tolerance of the precision; None if not compared."""
+        if self.measured.rms_error is None:
+            return None
+        tf32 = self.case.device == "cuda" and self.case.precision == "fp32"
+        most = TF32_TOLERANCE if tf32 else TOLERANCE[self.case.precision]
+        return self.measured.rms_error <= most
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What a row's time is, set against other figures of its report; None where they lack."""
+
     tflop_per_s: float | None = None
-    """tflop over the median."""
     share_of_matmul: float | None = None
     """Of the device's measured ceiling for matrix products in this precision."""
     share_of_copy: float | None = None
     """Of its measured ceiling for copies, by `bytes_moved`."""
     ratio_to_pid: float | None = None
     """Median over that of the fastest PiD of the same report that is comparable."""
-    rms_error: float | None = None
-    """Root mean square difference to the image of the first PiD of the same network, weights, size
-    and precision; pixels are in [-1, 1]. None for that one."""
-    max_abs_error: float | None = None
-    """The largest difference to it."""
-    agrees: bool | None = None
-    """Whether `rms_error` is within the tolerance of the precision."""
-    stages: tuple[StageRow, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -170,10 +209,14 @@ class Report:
     environments: dict[str, Environment] = field(default_factory=dict)
     rows: tuple[Row, ...] = ()
 
-    def find(self, key: str, hardware: str) -> Row | None:
-        """The row of a case on that hardware."""
-        for row in self.rows:
-            if row.key == key and self.hardware(row) == hardware:
+    def measured(self) -> list[Row]:
+        """Rows of cases that ran, or failed."""
+        return [row for row in self.rows if row.kind == "measured"]
+
+    def find(self, case: Case, hardware: str) -> Row | None:
+        """The row of a case that ran on that hardware."""
+        for row in self.measured():
+            if row.case == case and self.hardware(row) == hardware:
                 return row
         return None
 
@@ -182,22 +225,41 @@ class Report:
         found = self.environments.get(row.environment)
         return found.hardware if found else ""
 
+    def rates(self, row: Row) -> Rates:
+        """What a row's time is, set against the rest of the report."""
+        time, work = row.measured.median_ms, row.counted
+        if not time:
+            return Rates()
+        rate = work.tflop / (time / 1000) if work.tflop else None
+        moved = work.bytes_moved / 1e6 / time if work.bytes_moved else None
+        matmul, copy = 0.0, 0.0
+        if row.environment in self.environments:
+            environment = self.environments[row.environment]
+            matmul = environment.matmul_tflop_per_s.get(row.case.precision, 0.0)
+            copy = environment.copy_gb_per_s
+        pids = [pid.measured.median_ms or 0.0 for pid in self.rows if _comparable(pid, row)]
+        return Rates(
+            tflop_per_s=rate,
+            share_of_matmul=rate / matmul if rate and matmul else None,
+            share_of_copy=moved / copy if moved and copy else None,
+            ratio_to_pid=time / min(pids) if pids else None,
+        )
+
     def with_row(self, row: Row) -> "Report":
         """The report with a row added, in place of the one of the same case and hardware."""
-        same = [self._is_same(each, row) for each in self.rows]
-        if True in same:
-            rows = tuple(row if hit else old for hit, old in zip(same, self.rows, strict=True))
-        else:
-            rows = (*self.rows, row)
-        return replace(self, rows=rows)
+        own = row.kind, row.case, self.hardware(row)
+        same = [own == (each.kind, each.case, self.hardware(each)) for each in self.rows]
+        if True not in same:
+            return replace(self, rows=(*self.rows, row))
+        rows = (row if hit else old for hit, old in zip(same, self.rows, strict=True))
+        return replace(self, rows=tuple(rows))
 
     def with_environment(self, environment: Environment) -> tuple["Report", str]:
         """The report with an environment, and its name there; ceilings keep the highest value."""
-        identity = replace(environment, matmul_tflop_per_s={}, copy_gb_per_s=0.0)
         for name, known in self.environments.items():
-            if replace(known, matmul_tflop_per_s={}, copy_gb_per_s=0.0) == identity:
-                merged = _highest_ceilings(known, environment)
-                return replace(self, environments={**self.environments, name: merged}), name
+            if _without_ceilings(known) == _without_ceilings(environment):
+                environment = _highest_ceilings(known, environment)
+                return replace(self, environments={**self.environments, name: environment}), name
         taken = range(len(self.environments) + 1)
         name = next(f"e{i}" for i in taken if f"e{i}" not in self.environments)
         return replace(self, environments={**self.environments, name: environment}), name
@@ -209,15 +271,24 @@ class Report:
             report, names[name] = report.with_environment(environment)
         for row in other.rows:
             report = report.with_row(replace(row, environment=names[row.environment]))
-        return derived(report)
-
-    def _is_same(self, known: Row, row: Row) -> bool:
-        return known.key == row.key and self.hardware(known) == self.hardware(row)
+        return report
 
     def to_json(self) -> str:
         """The content of `report.json`."""
         head = {"format": FORMAT, "format_version": FORMAT_VERSION}
         return json.dumps({**head, **asdict(self)}, indent=1, allow_nan=False) + "\n"
+
+    def shown(self, row: Row) -> dict[str, Any]:
+        """A row as JSON with what follows from it, for --json."""
+        whole = asdict(row.whole)
+        names = ("steps", "cfg", "tiles", "median_ms", "p10_ms", "p90_ms")
+        derived = {
+            **{name: whole[name] for name in names},
+            "min_ms": row.measured.min_ms,
+            **asdict(self.rates(row)),
+            "agrees": row.agrees,
+        }
+        return {"key": row.case.key, **asdict(row), "derived": derived}
 
 
 def read_report(path: Path) -> Report:
@@ -266,65 +337,34 @@ def write_file(path: Path, text: str) -> None:
         ) from None
 
 
-def derived(report: Report) -> Report:
-    """The report with everything computed again that follows from other values."""
-    return replace(report, rows=tuple(_derived_row(report, row) for row in report.rows))
+def percentiles(samples_ms: Sequence[float]) -> Mapping[str, float]:
+    """Median, 10th and 90th percentile, as fields of a `StageRow`; nothing of no samples."""
+    if not samples_ms:
+        return {}
+    found = np.quantile(samples_ms, (0.5, 0.1, 0.9)).tolist()
+    return dict(zip(("median_ms", "p10_ms", "p90_ms"), found, strict=True))
 
 
-def statistics_of(samples_ms: Sequence[float]) -> dict[str, float]:
-    """Median, 10th and 90th percentile and minimum, as fields of a row."""
-    ordered = sorted(samples_ms)
-    return {
-        "median_ms": statistics.median(ordered),
-        "p10_ms": _percentile(ordered, 0.1),
-        "p90_ms": _percentile(ordered, 0.9),
-        "min_ms": ordered[0],
-    }
+def _comparable(pid: Row, row: Row) -> bool:
+    """Whether a row's time may be set against that of another, which must be a PiD decode.
 
-
-def comparable(rows: Iterable[Row], row: Row) -> list[Row]:
-    """The PiD decodes that a row's time may be set against.
-
-    They are of the same kind, device, precision and sizes, and for a cascade of the whole network:
-    part of one tells nothing about another pipeline.
+    They are of the same kind, machine, device, precision and sizes, and for a cascade of the whole
+    network: part of one tells nothing about another pipeline.
     """
-    found: list[Row] = []
-    for pid in rows:
-        same = all(
-            getattr(pid, name) == getattr(row, name)
-            for name in (
-                *("kind", "environment", "device", "precision"),
-                *("input_size", "output_size"),
-            )
-        )
-        network = (pid.reduced, pid.steps) == (row.reduced, row.steps)
-        if row.pipeline == "pid":
-            same = same and network and (pid.space, pid.variant) == (row.space, row.variant)
-        elif row.kind != "reported":
-            same = same and not (pid.reduced or row.reduced) and pid.space == row.space
-        if same and pid.pipeline == "pid" and pid.status == "ok" and pid.median_ms:
-            found.append(pid)
-    return found
+    if pid.case.pipeline != PID or pid.status != "ok" or not pid.measured.rounds_ms:
+        return False
+    if (pid.kind, pid.environment, pid.input_size) != (row.kind, row.environment, row.input_size):
+        return False
+    apart = dict.fromkeys(("backend", "weights"), "")
+    if row.case.pipeline != PID:
+        if pid.reduced or row.reduced:
+            return False
+        apart |= {"pipeline": "", "variant": "", "steps": 0, "depth": 0.0}
+    return replace(pid.case, **apart) == replace(row.case, **apart)
 
 
-def _derived_row(report: Report, row: Row) -> Row:
-    rate = share = copy = ratio = None
-    if row.median_ms:
-        environment = report.environments.get(row.environment)
-        if row.tflop:
-            rate = row.tflop / (row.median_ms / 1000)
-        if environment is not None:
-            ceiling = environment.matmul_tflop_per_s.get(row.precision)
-            if rate and ceiling:
-                share = rate / ceiling
-            if row.bytes_moved and environment.copy_gb_per_s:
-                copy = row.bytes_moved / 1e6 / row.median_ms / environment.copy_gb_per_s
-        pids = [pid.median_ms for pid in comparable(report.rows, row) if pid.median_ms]
-        if pids:
-            ratio = row.median_ms / min(pids)
-    return replace(
-        row, tflop_per_s=rate, share_of_matmul=share, share_of_copy=copy, ratio_to_pid=ratio
-    )
+def _without_ceilings(environment: Environment) -> Environment:
+    return replace(environment, matmul_tflop_per_s={}, copy_gb_per_s=0.0)
 
 
 def _highest_ceilings(known: Environment, other: Environment) -> Environment:
@@ -335,14 +375,6 @@ def _highest_ceilings(known: Environment, other: Environment) -> Environment:
     return replace(known, matmul_tflop_per_s=products, copy_gb_per_s=copies)
 
 
-def _percentile(ordered: Sequence[float], fraction: float) -> float:
-    """Linear between the nearest two of ascending values."""
-    at = fraction * (len(ordered) - 1)
-    low = int(at)
-    high = min(low + 1, len(ordered) - 1)
-    return ordered[low] + (at - low) * (ordered[high] - ordered[low])
-
-
 def _check(path: Path, report: Report) -> None:
     for row in report.rows:
         wrong = None
@@ -350,12 +382,16 @@ def _check(path: Path, report: Report) -> None:
             wrong = f"kind {' or '.join(KINDS)}", row.kind
         elif row.status not in STATUSES:
             wrong = f"status {' or '.join(STATUSES)}", row.status
+        elif row.kind != "reported" and row.case.backend not in BACKENDS:
+            wrong = "a backend of this version", row.case.backend
+        elif row.kind != "reported" and row.case.precision not in TOLERANCE:
+            wrong = f"a precision of {', '.join(TOLERANCE)}", row.case.precision
         elif row.environment and row.environment not in report.environments:
             wrong = "an environment of the report", row.environment
-        elif row.kind == "measured" and row.status == "ok" and not row.rounds_ms:
+        elif row.kind == "measured" and row.status == "ok" and not row.measured.rounds_ms:
             wrong = "times of a measured row", "none"
         if wrong is not None:
             raise BenchInputError(
-                f"expected {wrong[0]} in row {row.key[:80]!r} of {path}, but got {wrong[1][:60]!r};"
-                " measure again with this version"
+                f"expected {wrong[0]} in row {row.case.key[:80]!r} of {path}, but got "
+                f"{wrong[1][:60]!r}; measure again with this version"
             )

@@ -1,6 +1,7 @@
 """What the paper published: rows of their own, never mixed with what was measured here."""
 
-from pid_bench.report import Row
+from pid_bench.cases import Case
+from pid_bench.report import Measured, Row
 
 _SOURCE = "published in arXiv 2605.23902, on a GB200"
 
@@ -19,17 +20,11 @@ def reported_rows() -> tuple[Row, ...]:
     """One row per published pipeline."""
     return tuple(
         Row(
-            key=f"reported/{name}",
-            pipeline=name,
-            backend="",
             kind="reported",
-            message=_SOURCE,
-            device="cuda",
+            case=Case(name, "", "", "", 2048, 2048, "", "cuda", 0, 0, 0, "real"),
             input_size=(512, 512),
-            output_size=(2048, 2048),
-            weights="real",
-            median_ms=milliseconds,
-            ratio_to_pid=milliseconds / _PUBLISHED_MS["PiD"],
+            message=_SOURCE,
+            measured=Measured(rounds_ms=(milliseconds,)),
         )
         for name, milliseconds in _PUBLISHED_MS.items()
     )

@@ -3,7 +3,8 @@
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
-from pid_bench.report import Report, Row, StageRow
+from pid_bench.report import Rates, Report, Row, StageRow
+from pid_runtime.command.console import aligned
 
 
 @dataclass(frozen=True)
@@ -19,51 +20,67 @@ class Table:
         return self.header[column] in _NUMBERS
 
 
+@dataclass(frozen=True)
+class Line:
+    """What a line of a table is about."""
+
+    report: Report
+    row: Row
+    stage: StageRow
+    """One stage of the row, or all of it."""
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether it is about all of the row."""
+        return self.stage.name == self.row.whole.name
+
+
 def tables(report: Report) -> list[Table]:
     """Everything a report says, each part in a table; empty parts are left out."""
-    rows = report.rows
-    measured = [row for row in rows if row.kind == "measured"]
-    counted = [row for row in rows if row.kind == "counted"]
+    measured = _whole_lines(report, report.measured())
+    counted = [row for row in report.rows if row.kind == "counted"]
+    reported = [row for row in report.rows if row.kind == "reported"]
+    engines = {
+        (row.case.backend, row.case.size): row for row in report.rows if row.counted.engine_memory
+    }
     found = [
-        Table("Decodes", *_table(_DECODES, measured)),
-        Table("Stages", *_table(_STAGES, _stages(measured))),
-        Table("Memory", *_table(_MEMORY, measured)),
-        Table("How it ran", *_table(_DETAILS, measured)),
-        counted_table(counted, stages=False),
-        Table("Engines, by the record of their build", *_table(_ENGINES, _engines(rows))),
-        Table(
-            "Published by the paper, not measured here",
-            *_table(_REPORTED, [row for row in rows if row.kind == "reported"]),
+        _table("Decodes", _DECODES, measured),
+        _table("Stages", _STAGES, _stage_lines(report, report.measured())),
+        _table("Memory", _MEMORY, measured),
+        _table("How it ran", _DETAILS, measured),
+        _table("Counted, not run", _COUNTED, _whole_lines(report, counted)),
+        _table(
+            "Engines, by the record of their build",
+            _ENGINES,
+            _whole_lines(report, engines.values()),
+        ),
+        _table(
+            "Published by the paper, not measured here", _REPORTED, _whole_lines(report, reported)
         ),
         _environments(report),
     ]
     return [table for table in found if table.rows]
 
 
-def counted_table(rows: Sequence[Row], *, stages: bool = True) -> Table:
-    """What --dry-run prints: work, parameters and bytes, without times."""
-    parts = _stages(rows, whole=True)
-    if not stages:
-        parts = [part for part in parts if part[1].name == _WHOLE]
-    return Table("Counted, not run", *_table(_COUNTED, parts))
+def counted_table(rows: Sequence[Row]) -> Table:
+    """What --dry-run prints: work, parameters and bytes of decodes and stages, without times."""
+    lines = [
+        line
+        for row in rows
+        for line in (*_whole_lines(Report(), [row]), *_stage_lines(Report(), [row]))
+    ]
+    return _table("Counted, not run", _COUNTED, lines)
 
 
-def decodes_table(rows: Sequence[Row]) -> Table:
-    """The rows that ran, as the terminal shows them while a benchmark runs."""
-    return Table("Decodes", *_table(_DECODES, rows))
+def decodes_table(report: Report, rows: Iterable[Row]) -> Table:
+    """Rows of a report that ran, as the terminal shows them while a benchmark runs."""
+    return _table("Decodes", _DECODES, _whole_lines(report, rows))
 
 
 def to_text(table: Table) -> str:
     """Columns aligned with spaces, under the title."""
-    lines = [table.header, *table.rows]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join(
-        "  ".join(
-            cell.rjust(width) if table.is_number(index) else cell.ljust(width)
-            for index, (cell, width) in enumerate(zip(line, widths, strict=True))
-        ).rstrip()
-        for line in lines
-    )
+    left = [index for index in range(len(table.header)) if not table.is_number(index)]
+    return aligned([table.header, *table.rows], left)
 
 
 def to_markdown(table: Table) -> str:
@@ -85,17 +102,15 @@ def gigabytes(value: int | None) -> str:
     return "" if value is None else f"{value / 1e9:.2f}"
 
 
-def label(row: Row) -> str:
-    """Pipeline and backend."""
-    return f"{row.pipeline}, {row.backend}" if row.backend else row.pipeline
-
-
 def pixels(size: Sequence[int]) -> str:
     """Width and height."""
     return "x".join(map(str, size))
 
 
-_WHOLE = "whole decode"
+def network(row: Row) -> str:
+    """Pipeline and backend, and how the network was made smaller."""
+    return f"{row.case.label} ({row.reduced})" if row.reduced else row.case.label
+
 
 _NUMBERS = frozenset(
     (
@@ -108,19 +123,19 @@ _NUMBERS = frozenset(
 )
 """Headers of columns that hold numbers."""
 
-Column = tuple[str, Callable[[Row], str]]
-StagePart = tuple[Row, StageRow]
+Column = tuple[str, Callable[[Line], str]]
 
 
-def _spread(row: Row | StageRow) -> str:
-    if row.p10_ms is None or row.p90_ms is None:
+def _spread(line: Line) -> str:
+    if line.stage.p10_ms is None or line.stage.p90_ms is None:
         return ""
-    return f"{milliseconds(row.p10_ms)}-{milliseconds(row.p90_ms)}"
+    return f"{milliseconds(line.stage.p10_ms)}-{milliseconds(line.stage.p90_ms)}"
 
 
-def _calls(row: Row | StageRow) -> str:
+def _calls(line: Line) -> str:
     """Steps x CFG x tiles."""
-    return "" if row.steps is None else f"{row.steps}x{row.cfg}x{row.tiles}"
+    stage = line.stage
+    return f"{stage.steps}x{stage.cfg}x{stage.tiles}" if stage.steps else ""
 
 
 def _tera(value: float | None) -> str:
@@ -129,172 +144,163 @@ def _tera(value: float | None) -> str:
     return f"{value:.2f}" if value >= 1 else f"{value:.4f}"
 
 
-def _share(value: float | None) -> str:
-    return "" if value is None else f"{100 * value:.0f} %"
+def _formatted(form: str, value: float | None, unit: float = 1) -> str:
+    return "" if value is None else form.format(value / unit)
 
 
-def _ratio(value: float | None) -> str:
-    return "" if value is None else f"{value:.2f}x"
-
-
-def _millions(value: int | None) -> str:
-    return "" if value is None else f"{value / 1e6:.1f}"
-
-
-def _megabytes(value: int | None) -> str:
-    return "" if value is None else f"{value / 1e6:.0f}"
-
-
-def _seconds(value: float | None) -> str:
-    return "" if value is None else f"{value:.1f}"
-
-
-def _result(row: Row) -> str:
+def _result(line: Line) -> str:
     """The median, or why there is none."""
-    if row.status == "oom":
-        return "out of memory"
-    return "error" if row.status == "error" else milliseconds(row.median_ms)
+    words = {"oom": "out of memory", "error": "error"}
+    return words.get(line.row.status) or milliseconds(line.stage.median_ms)
 
 
-def _per_step(part: StagePart) -> str:
+def _per_step(line: Line) -> str:
     """Of what every sampler step does; a whole decode has it from its stages."""
-    stages = part[0].stages if part[1].name == _WHOLE else part[1:]
+    stages = line.row.stages if line.is_whole else (line.stage,)
     work = [stage.tflop / stage.steps for stage in stages if stage.steps > 1 and stage.tflop]
     return _tera(sum(work)) if work else ""
 
 
-def _agreement(row: Row) -> str:
-    if row.rms_error is None:
+def _agreement(line: Line) -> str:
+    error = _formatted("{:.1e}", line.row.measured.rms_error)
+    return f"{error} DIFFERS" if line.row.agrees is False else error
+
+
+def _network(line: Line) -> str:
+    case, reduced = line.row.case, line.row.reduced
+    whole = " ".join(part for part in (case.space, case.variant) if part)
+    return f"{whole} ({reduced})" if reduced else whole
+
+
+def _sizes(line: Line) -> str:
+    return f"{pixels(line.row.input_size)} to {pixels(line.row.case.size)}"
+
+
+def _engine_peak(line: Line) -> str:
+    counted = line.row.counted
+    if not counted.engine_memory:
         return ""
-    return f"{row.rms_error:.1e}" + ("" if row.agrees else " DIFFERS")
+    return f"{gigabytes(counted.engine_memory['peak_bytes'])} GB ({counted.bucket})"
 
 
-def _network(row: Row) -> str:
-    whole = " ".join(part for part in (row.space, row.variant) if part)
-    return f"{whole} ({row.reduced})" if row.reduced else whole
+def _of_whole(cell: Callable[[Line], str]) -> Callable[[Line], str]:
+    """A cell that stages leave empty."""
+    return lambda line: cell(line) if line.is_whole else ""
 
 
-def _sizes(row: Row) -> str:
-    return f"{pixels(row.input_size)} to {pixels(row.output_size)}"
-
-
-_CASE: tuple[Column, ...] = (
-    ("pipeline", lambda row: row.pipeline),
-    ("backend", lambda row: row.backend),
-    ("px", _sizes),
-    ("precision", lambda row: row.precision),
+_PIPELINE: Column = ("pipeline", lambda line: line.row.case.pipeline)
+_BACKEND: Column = ("backend", lambda line: line.row.case.backend)
+_PX: Column = ("px", _sizes)
+_PRECISION: Column = ("precision", lambda line: line.row.case.precision)
+_CALLED: Column = ("steps x CFG x tiles", _calls)
+_SPREAD: Column = ("p10-p90", _spread)
+_TFLOP: Column = ("TFLOP", lambda line: _tera(line.stage.tflop))
+_PARAMETERS: Column = ("params M", lambda line: _formatted("{:.1f}", line.stage.parameters, 1e6))
+_WEIGHTS: Column = (
+    "weights MB",
+    lambda line: _formatted("{:.0f}", line.row.counted.weight_bytes, 1e6),
+)
+_CASE = (_PIPELINE, _BACKEND, _PX, _PRECISION)
+_PART = (
+    ("pipeline", lambda line: line.row.case.label),
+    _PX,
+    ("stage", lambda line: line.stage.name),
+    _CALLED,
+    _PARAMETERS,
+    _TFLOP,
 )
 
 _DECODES: tuple[Column, ...] = (
     *_CASE,
     ("median ms", _result),
-    ("p10-p90", _spread),
-    ("min", lambda row: milliseconds(row.min_ms)),
-    ("user ms", lambda row: milliseconds(row.user_ms)),
-    ("TFLOP", lambda row: _tera(row.tflop)),
-    ("TFLOP/s", lambda row: _tera(row.tflop_per_s)),
-    ("of matmul", lambda row: _share(row.share_of_matmul)),
-    ("of copy", lambda row: _share(row.share_of_copy)),
-    ("to PiD", lambda row: _ratio(row.ratio_to_pid)),
+    _SPREAD,
+    ("min", lambda line: milliseconds(line.row.measured.min_ms)),
+    ("user ms", lambda line: milliseconds(line.row.measured.user_ms)),
+    _TFLOP,
+    ("TFLOP/s", lambda line: _tera(_rates(line).tflop_per_s)),
+    *(
+        (title, lambda line, n=name: _formatted("{:.0f} %", getattr(_rates(line), n), 0.01))
+        for title, name in (("of matmul", "share_of_matmul"), ("of copy", "share_of_copy"))
+    ),
+    ("to PiD", lambda line: _formatted("{:.2f}x", _rates(line).ratio_to_pid)),
     ("RMS diff", _agreement),
 )
 
 _MEMORY: tuple[Column, ...] = (
     *_CASE,
-    ("params M", lambda row: _millions(row.parameters)),
-    ("weights MB", lambda row: _megabytes(row.weight_bytes)),
-    ("peak RSS GB", lambda row: gigabytes(row.peak_rss_bytes)),
-    ("allocated GB", lambda row: gigabytes(row.peak_allocated_bytes)),
-    ("reserved GB", lambda row: gigabytes(row.peak_reserved_bytes)),
-    ("device GB", lambda row: gigabytes(row.device_used_bytes)),
+    _PARAMETERS,
+    _WEIGHTS,
+    ("peak RSS GB", lambda line: gigabytes(line.row.measured.peak_rss_bytes)),
+    ("allocated GB", lambda line: gigabytes(line.row.measured.peak_allocated_bytes)),
+    ("reserved GB", lambda line: gigabytes(line.row.measured.peak_reserved_bytes)),
+    ("device GB", lambda line: gigabytes(line.row.measured.device_used_bytes)),
 )
 
 _DETAILS: tuple[Column, ...] = (
     *_CASE,
     ("network", _network),
-    ("weights", lambda row: row.weights),
-    ("dtype", lambda row: row.dtype),
-    ("compile", lambda row: row.compile),
-    ("attention", lambda row: row.attention),
-    ("note", lambda row: row.message),
-    ("steps x CFG x tiles", _calls),
-    ("build s", lambda row: _seconds(row.build_seconds)),
-    ("load s", lambda row: _seconds(row.load_seconds)),
-    ("first decode s", lambda row: _seconds(row.first_seconds)),
-    ("runs", lambda row: str(len(row.rounds_ms))),
-    ("timer", lambda row: row.timer),
-    ("on", lambda row: row.environment),
+    ("weights", lambda line: line.row.case.weights),
+    ("dtype", lambda line: line.row.case.dtype),
+    ("compile", lambda line: line.row.case.compile),
+    ("attention", lambda line: line.row.measured.attention),
+    ("note", lambda line: line.row.message),
+    _CALLED,
+    ("build s", lambda line: _formatted("{:.1f}", line.row.measured.build_seconds)),
+    ("load s", lambda line: _formatted("{:.1f}", line.row.measured.load_seconds)),
+    ("first decode s", lambda line: _formatted("{:.1f}", line.row.measured.first_seconds)),
+    ("runs", lambda line: str(len(line.row.measured.rounds_ms))),
+    ("timer", lambda line: line.row.measured.timer),
+    ("on", lambda line: line.row.environment),
+)
+
+_STAGES: tuple[Column, ...] = (
+    *_PART,
+    ("median ms", lambda line: milliseconds(line.stage.median_ms)),
+    _SPREAD,
+)
+
+_COUNTED: tuple[Column, ...] = (
+    *_PART,
+    ("TFLOP/step", _per_step),
+    *(
+        (title, _of_whole(cell))
+        for title, cell in (
+            _WEIGHTS,
+            ("moved GB", lambda line: gigabytes(line.row.counted.bytes_moved)),
+            _PRECISION,
+            ("engine memory", _engine_peak),
+        )
+    ),
 )
 
 _ENGINES: tuple[Column, ...] = (
-    ("backend", lambda row: row.backend),
-    ("px", _sizes),
-    ("bucket", lambda row: row.bucket),
+    _BACKEND,
+    _PX,
+    ("bucket", lambda line: line.row.counted.bucket),
     *(
-        (f"{part} GB", lambda row, name=f"{part}_bytes": gigabytes(row.engine_memory[name]))
+        (f"{part} GB", lambda line, n=f"{part}_bytes": gigabytes(line.row.counted.engine_memory[n]))
         for part in ("weights", "buffers", "scratch", "arena", "peak")
     ),
 )
 
 _REPORTED: tuple[Column, ...] = (
-    ("pipeline", lambda row: row.pipeline),
-    ("px", _sizes),
-    ("ms", lambda row: f"{row.median_ms:.1f}"),
-    ("to PiD", lambda row: _ratio(row.ratio_to_pid)),
-    ("source", lambda row: row.message),
-)
-
-_PART: tuple[tuple[str, Callable[[StagePart], str]], ...] = (
-    ("pipeline", lambda part: label(part[0])),
-    ("px", lambda part: _sizes(part[0])),
-    ("stage", lambda part: part[1].name),
-    ("steps x CFG x tiles", lambda part: _calls(part[1])),
-    ("params M", lambda part: _millions(part[1].parameters)),
-    ("TFLOP", lambda part: _tera(part[1].tflop)),
-)
-
-_STAGES: tuple[tuple[str, Callable[[StagePart], str]], ...] = (
-    *_PART,
-    ("median ms", lambda part: milliseconds(part[1].median_ms)),
-    ("p10-p90", lambda part: _spread(part[1])),
-)
-
-_COUNTED: tuple[tuple[str, Callable[[StagePart], str]], ...] = (
-    *_PART,
-    ("TFLOP/step", _per_step),
-    ("weights MB", lambda part: _whole(part, _megabytes(part[0].weight_bytes))),
-    ("moved GB", lambda part: _whole(part, gigabytes(part[0].bytes_moved))),
-    ("precision", lambda part: _whole(part, part[0].precision)),
-    ("engine memory", lambda part: _whole(part, _engine_peak(part[0]))),
+    _PIPELINE,
+    _PX,
+    ("ms", lambda line: f"{line.row.measured.median_ms:.1f}"),
+    ("source", lambda line: line.row.message),
 )
 
 
-def _stages(rows: Iterable[Row], *, whole: bool = False) -> list[StagePart]:
-    """Every stage with its row; with `whole`, after a stage that stands for all of them."""
-    parts: list[StagePart] = []
-    for row in rows:
-        if whole:
-            stage = StageRow(
-                _WHOLE, row.steps or 1, row.cfg or 1, row.tiles or 1, row.parameters, row.tflop
-            )
-            parts.append((row, stage))
-        parts += [(row, stage) for stage in row.stages]
-    return parts
+def _rates(line: Line) -> Rates:
+    return line.report.rates(line.row)
 
 
-def _whole(part: StagePart, text: str) -> str:
-    return text if part[1].name == _WHOLE else ""
+def _whole_lines(report: Report, rows: Iterable[Row]) -> list[Line]:
+    return [Line(report, row, row.whole) for row in rows]
 
 
-def _engine_peak(row: Row) -> str:
-    if not row.engine_memory:
-        return ""
-    return f"{gigabytes(row.engine_memory['peak_bytes'])} GB ({row.bucket})"
-
-
-def _engines(rows: Iterable[Row]) -> list[Row]:
-    found = {(row.backend, row.output_size): row for row in rows if row.engine_memory}
-    return list(found.values())
+def _stage_lines(report: Report, rows: Iterable[Row]) -> list[Line]:
+    return [Line(report, row, stage) for row in rows for stage in row.stages]
 
 
 def _environments(report: Report) -> Table:
@@ -317,14 +323,12 @@ def _environments(report: Report) -> Table:
     return Table("Measured on", (*header, "copy GB/s"), rows)
 
 
-def _table(
-    columns: Sequence[tuple[str, Callable[..., str]]], rows: Iterable[object]
-) -> tuple[tuple[str, ...], tuple[tuple[str, ...], ...]]:
-    """Header and cells; columns that are empty in all rows are left out."""
-    cells = [tuple(cell(row) for _, cell in columns) for row in rows]
-    used = [index for index in range(len(columns)) if any(line[index] for line in cells)]
+def _table(title: str, columns: Sequence[Column], lines: Sequence[Line]) -> Table:
+    """A cell of every column for every line; columns that are empty in all lines are left out."""
+    cells = [[cell(line) for line in lines] for _, cell in columns]
+    used = [index for index, column in enumerate(cells) if any(column)]
     header = tuple(columns[index][0] for index in used)
-    return header, tuple(tuple(line[index] for index in used) for line in cells)
+    return Table(title, header, tuple(zip(*(cells[index] for index in used), strict=True)))
 
 
 def _escaped(text: str) -> str:

@@ -1,21 +1,19 @@
 """One case in a process of its own: `python -m pid_bench.worker`, driven by `pid_bench.runner`.
 
-It is told what to do in lines of JSON on stdin and answers each in one line on stdout:
+A `pid_engines.child`. It is asked, and answers:
 
     {"case": .., "materials": ..}   {"load_seconds", "first_seconds", "timer", "attention"}
     {"ceilings": precision, ..}     {"matmul_tflop_per_s", "copy_gb_per_s"}
     {"round": true}                 {"spans": {"decode": ms, stage: ms, ..}, "user_ms"}
     {"finish": PATH}                {"peak_rss_bytes", ..}; some of the image's pixels go to PATH
 
-A line {"error", "status"} says why it cannot, and ends the process.
+or {"error", "status"}, when it cannot.
 """
 
-import json
-import os
 import sys
 import time
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,9 +22,8 @@ from numpy.typing import NDArray
 from pid_bench import hardware, measure
 from pid_bench.cases import PID, Case
 from pid_bench.contenders import Contender, Materials, make_contender
-
-SAMPLED = 64
-"""Rows and columns of pixels, spread over an image, that contenders are compared by."""
+from pid_bench.images import sampled
+from pid_engines.child import PartDone, serve
 
 _NO_MEMORY = (
     "out of memory",
@@ -39,7 +36,7 @@ _NO_MEMORY = (
 
 
 class Worker:
-    """What the process is to do, one method for every kind of line."""
+    """What the process is to do, one method for every kind of request."""
 
     def __init__(self) -> None:
         self._begin = time.monotonic()
@@ -48,10 +45,22 @@ class Worker:
         self._case: Case | None = None
         self._image: Any = None
 
-    def answer(self, request: dict[str, Any]) -> dict[str, Any]:
-        """Do what a line says."""
+    def answer(self, request: dict[str, Any], progress: PartDone) -> dict[str, Any]:
+        """Do what is asked; what a library raises is that case's result."""
+        try:
+            return self._answer(request)
+        except Exception as error:  # noqa: BLE001
+            return failure(error)
+
+    def _answer(self, request: dict[str, Any]) -> dict[str, Any]:
         if "ceilings" in request:
-            return _ceilings(**request)
+            device, threads = request["device"], request["threads"]
+            return {
+                "matmul_tflop_per_s": hardware.matmul_tflop_per_s(
+                    request["ceilings"], device, threads
+                ),
+                "copy_gb_per_s": hardware.copy_gb_per_s(device, threads),
+            }
         if "case" in request:
             return self._prepare(Case(**request["case"]), Materials(**request["materials"]))
         if "finish" in request:
@@ -108,14 +117,6 @@ class Worker:
         return memory
 
 
-def sampled(image: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Pixels on a grid over an image `[1, 3, H, W]`: `[3, at most SAMPLED, at most SAMPLED]`."""
-    rows, columns = (
-        np.unique(np.linspace(0, side - 1, SAMPLED).astype(int)) for side in image.shape[2:]
-    )
-    return np.ascontiguousarray(image[0][:, rows][:, :, columns])
-
-
 def failure(error: BaseException) -> dict[str, str]:
     """What went wrong, in one line, and whether memory was short."""
     text = " ".join((str(error) or type(error).__name__).split())
@@ -126,39 +127,14 @@ def failure(error: BaseException) -> dict[str, str]:
 
 
 def main() -> int:
-    """Answer lines until there are no more."""
-    answers = _own_stdout()
-    worker = Worker()
-    for line in sys.stdin:
-        try:
-            answer = worker.answer(json.loads(line))
-        except Exception as error:  # noqa: BLE001 - whatever a library raises is that case's result
-            answer = failure(error)
-        answers.write(json.dumps(answer) + "\n")
-        answers.flush()
-        if "error" in answer:
-            return 1
-    return 0
-
-
-def _ceilings(ceilings: str, device: str, threads: int) -> dict[str, float]:
-    return {
-        "matmul_tflop_per_s": hardware.matmul_tflop_per_s(ceilings, device, threads),
-        "copy_gb_per_s": hardware.copy_gb_per_s(device, threads),
-    }
+    """Answer until there are no more questions."""
+    return serve(Worker().answer)
 
 
 def _on_host(image: Any) -> NDArray[np.float32]:
     if isinstance(image, np.ndarray):
         return image
     return torch.from_dlpack(image).float().cpu().numpy()
-
-
-def _own_stdout() -> TextIO:
-    """Stdout for the answers alone: what libraries print there goes to stderr."""
-    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)
-    return answers
 
 
 if __name__ == "__main__":

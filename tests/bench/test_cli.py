@@ -17,16 +17,19 @@ import torch
 
 from fakes.engines import add_engines
 from pid_bench import cases, runner
-from pid_bench.cases import Case, buckets_for, parse_sizes
+from pid_bench.cases import Case
 from pid_bench.cli import main
 from pid_bench.contenders import Materials
 from pid_bench.counting import counted_row, engine_memory
-from pid_bench.materials import network_of_bundle
+from pid_bench.images import sampled
 from pid_bench.measure import WallClock
 from pid_bench.report import Row, read_report
-from pid_bench.runner import Job, WorkerError, start_worker
-from pid_bench.worker import failure, sampled
+from pid_bench.runner import Job, start_worker, status_of
+from pid_bench.selection import buckets_for, network_in, parse_sizes
+from pid_bench.worker import failure
+from pid_engines.child import ChildError
 from pid_ref.config import PidConfig
+from pid_runtime.bundle.folder import read_manifest
 from places import ROOT
 
 QUICK = ("--device", "cpu", "--threads", "1", "--cascades", "none", "--repeats", "2")
@@ -56,7 +59,7 @@ def _no_ceilings(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
 
 
 def case_of(bundle: Path, backend: str, **changes: Any) -> Case:
-    network, _ = network_of_bundle(bundle)
+    network = network_in(read_manifest(bundle, verify=False))
     case = Case(
         pipeline="pid",
         backend=backend,
@@ -80,20 +83,25 @@ def test_end_to_end(golden_bundle: Path, tmp_path: Path, run_command: Any) -> No
     backends = ("--backends", "eager,onnxruntime")
     code, out, err = run_command(main, *arguments, *backends, "--json")
     assert code == 0, err
-    rows = [row for row in read_report(folder).rows if row.kind == "measured"]
-    assert [row["key"] for row in json.loads(out)["rows"]] == [row.key for row in rows]
-    assert [(row.pipeline, row.backend, row.status) for row in rows] == [
+    report = read_report(folder)
+    rows = report.measured()
+    assert [row["key"] for row in json.loads(out)["rows"]] == [row.case.key for row in rows]
+    assert [(row.case.pipeline, row.case.backend, row.status) for row in rows] == [
         ("pid", "eager", "ok"),
         ("pid", "onnxruntime", "ok"),
     ]
-    for row in rows:
-        assert len(row.rounds_ms) == 2 and row.timer == "wall" and row.user_ms
-        assert row.median_ms and row.tflop and row.share_of_matmul and row.ratio_to_pid
-        assert (row.peak_rss_bytes or 0) > 10**8
+    for row, shown in zip(rows, json.loads(out)["rows"], strict=True):
+        measured, rates = row.measured, report.rates(row)
+        assert len(measured.rounds_ms) == 2 and measured.timer == "wall" and measured.user_ms
+        assert measured.median_ms and row.counted.tflop
+        assert rates.share_of_matmul and rates.ratio_to_pid
+        assert (measured.peak_rss_bytes or 0) > 10**8
         assert all(stage.median_ms is not None for stage in row.stages)
-        assert sum(stage.median_ms or 0 for stage in row.stages) < 1.05 * row.median_ms
-    assert rows[1].agrees and (rows[1].rms_error or 0) < 1e-4
-    assert {row.kind for row in read_report(folder).rows} == {"measured", "counted", "reported"}
+        assert sum(stage.median_ms or 0 for stage in row.stages) < 1.05 * measured.median_ms
+        assert shown["derived"]["median_ms"] == measured.median_ms
+        assert shown["derived"]["ratio_to_pid"] == rates.ratio_to_pid
+    assert rows[1].agrees and (rows[1].measured.rms_error or 0) < 1e-4
+    assert {row.kind for row in report.rows} == {"measured", "counted", "reported"}
     page = (folder / "report.md").read_text("utf-8")
     assert "Published by the paper" in page and "pid, onnxruntime" in page
     left = {path.name for path in folder.iterdir()}
@@ -105,9 +113,9 @@ def test_end_to_end(golden_bundle: Path, tmp_path: Path, run_command: Any) -> No
     started = [line for line in err.splitlines() if line.startswith("pid, ")]
     assert code == 0 and "2 of 3 cases are in the report already" in err
     assert len(started) == 1 and started[0].startswith("pid, torch, 64x64: ")
-    again = [row for row in read_report(folder).rows if row.kind == "measured"]
-    assert [row.backend for row in again] == ["eager", "onnxruntime", "torch"]
-    assert again[0].rounds_ms == rows[0].rounds_ms and again[2].agrees
+    again = read_report(folder).measured()
+    assert [row.case.backend for row in again] == ["eager", "onnxruntime", "torch"]
+    assert again[0].measured.rounds_ms == rows[0].measured.rounds_ms and again[2].agrees
 
 
 def test_continues_after_it_was_killed(
@@ -132,7 +140,7 @@ def test_continues_after_it_was_killed(
     assert code == 0 and "1 of 2 cases are in the report already" in err
     both = measured(folder)
     assert both[0] == first[0]
-    assert [row.output_size for row in both] == [(64, 64), (96, 64)]
+    assert [row.case.size for row in both] == [(64, 64), (96, 64)]
     assert not list(folder.glob(".work-*"))
 
 
@@ -140,7 +148,7 @@ def measured(folder: Path) -> list[Row]:
     """Rows with times of a report that may not be there yet; it can be read at any moment."""
     if not (folder / "report.json").exists():
         return []
-    return [row for row in read_report(folder).rows if row.kind == "measured"]
+    return read_report(folder).measured()
 
 
 def test_a_bundle_is_exported_for_the_run(tmp_path: Path, run_command: Any) -> None:
@@ -151,8 +159,9 @@ def test_a_bundle_is_exported_for_the_run(tmp_path: Path, run_command: Any) -> N
     code, _, err = run_command(main, *QUICK, *arguments, "--backends", "eager,torch")
     assert code == 0, err
     eager, ours = measured(folder)
-    assert ours.build_seconds and ours.agrees and ours.reduced == "1 of 2 patch blocks"
-    assert eager.build_seconds is None and eager.key.endswith("depth1/steps4/threads1/random")
+    assert ours.measured.build_seconds and ours.agrees and ours.reduced == "1 of 2 patch blocks"
+    assert eager.measured.build_seconds is None
+    assert eager.case.key.endswith("depth1/steps4/threads1/random")
 
 
 def test_ceilings_are_measured() -> None:
@@ -162,7 +171,7 @@ def test_ceilings_are_measured() -> None:
 
 def test_a_failing_case_is_a_row(golden_bundle: Path, tmp_path: Path) -> None:
     case = case_of(golden_bundle, "onnxruntime")
-    network, _ = network_of_bundle(golden_bundle)
+    network = network_in(read_manifest(golden_bundle, verify=False))
     job = Job(case, counted_row(case, network), Materials({}, bundle=str(tmp_path / "none")))
     rows: list[Row] = []
     runner.run_jobs([job], 1, "e0", tmp_path, rows.append)
@@ -174,9 +183,9 @@ def test_a_failing_case_is_a_row(golden_bundle: Path, tmp_path: Path) -> None:
 def test_a_killed_case_was_short_of_memory() -> None:
     with start_worker(1) as worker:
         os.kill(worker.pid, signal.SIGKILL)
-        with pytest.raises(WorkerError, match="out of memory") as error:
+        with pytest.raises(ChildError, match="out of memory") as error:
             worker.ask({"round": True})
-    assert error.value.status == "oom"
+    assert status_of(error.value) == "oom"
 
 
 @pytest.mark.parametrize(
@@ -196,13 +205,13 @@ def test_what_went_wrong(error: Exception, status: str) -> None:
 def test_dry_run_counts_the_released_network(run_command: Any) -> None:
     """45.12 TFLOP a step at 2048 x 2048 and 486.5 at 4096 x 4096, counted elsewhere."""
     code, out, _ = run_command(main, "--dry-run", "--cascades", "none", "--json")
-    rows = {(r["backend"], r["output_size"][0]): r for r in json.loads(out)["rows"]}
+    rows = {(r["case"]["backend"], r["case"]["width"]): r for r in json.loads(out)["rows"]}
     assert code == 0 and len(rows) == 4
     for side, tflop in ((2048, 45.12), (4096, 486.5)):
         step = next(s for s in rows["eager", side]["stages"] if s["name"] == "step")
         assert step["tflop"] / step["steps"] == pytest.approx(tflop, rel=0.005)
-        assert rows["torch", side]["tflop"] < rows["eager", side]["tflop"]
-    assert rows["eager", 2048]["parameters"] == pytest.approx(1362e6, rel=1e-3)
+        assert rows["torch", side]["counted"]["tflop"] < rows["eager", side]["counted"]["tflop"]
+    assert rows["eager", 2048]["counted"]["parameters"] == pytest.approx(1362e6, rel=1e-3)
 
 
 def test_dry_run_shows_the_record_of_the_build(edit_bundle: Any, run_command: Any) -> None:
@@ -213,8 +222,9 @@ def test_dry_run_shows_the_record_of_the_build(edit_bundle: Any, run_command: An
     assert code == 0, err
     line = next(line for line in out.splitlines() if line.startswith("pid, tensorrt-rtx"))
     assert "1.23 GB (tiny)" in line
-    assert engine_memory(bundle, "enterprise", 16) == ("", {})
-    assert engine_memory(bundle, "rtx", 10**6) == ("", {})
+    manifest = read_manifest(bundle, verify=False)
+    assert engine_memory(manifest, "enterprise", 16) == ("", {})
+    assert engine_memory(manifest, "rtx", 10**6) == ("", {})
 
 
 @pytest.mark.parametrize(
@@ -268,7 +278,7 @@ def test_refuses_a_folder_with_another_report(tmp_path: Path, refusal: Any) -> N
     path = tmp_path / "report.json"
     path.write_text('{"format": "pid-bench-report", "format_version": 99}')
     says = refusal(main, *QUICK, "--backends", "eager", "-o", tmp_path)
-    assert "format version 1, but got 99" in says
+    assert "format version 2, but got 99" in says
     assert "99" in path.read_text()
 
 
@@ -285,11 +295,12 @@ def test_refuses_what_a_bundle_is_not(golden_bundle: Path, tmp_path: Path, refus
 
 
 def test_cases_take_turns_while_memory_lasts(golden_bundle: Path) -> None:
-    network, _ = network_of_bundle(golden_bundle)
+    network = network_in(read_manifest(golden_bundle, verify=False))
 
     def job(size: int, backend: str, **changes: Any) -> Job:
         case = case_of(golden_bundle, backend, width=size, height=size, **changes)
-        row = replace(counted_row(case, network), weight_bytes=4 * 10**9)
+        row = counted_row(case, network)
+        row = replace(row, counted=replace(row.counted, weight_bytes=4 * 10**9))
         return Job(case, row, Materials({}))
 
     jobs = [job(64, "eager"), job(64, "torch"), job(64, "onnxruntime"), job(128, "eager")]

@@ -11,8 +11,7 @@ from torch import Tensor, nn
 
 from pid_bench.pid_stages import (
     KNOWN_TIMES,
-    program_work,
-    program_work_by_graph,
+    program_works,
     reference_step,
 )
 from pid_bench.stage import Stage, normal
@@ -54,6 +53,11 @@ def work_of(make: Callable[[], nn.Module], *shapes: tuple[int, ...]) -> Work:
         Stage("", make, lambda device, dtype: tuple(normal(s, device, dtype) for s in shapes)),
         torch.float32,
     )
+
+
+def program_work(*args: Any, **options: Any) -> Work:
+    """A whole decode by our program; see `program_works`."""
+    return total(program_works(*args, **options).values())
 
 
 # Single operations
@@ -226,7 +230,7 @@ def test_the_programs_weights_are_the_bundles(precision: str) -> None:
 
 
 def test_works_by_graph() -> None:
-    works = program_work_by_graph(V1, HEIGHT, WIDTH, T)
+    works = program_works(V1, HEIGHT, WIDTH, T)
     program = build_program(V1, "bf16", KNOWN_TIMES)
     assert set(works) == {"table", *program.graphs} - {"patchify", "unpatchify_bytes"}
     s, d = L + T, V1.hidden_size
