@@ -41,7 +41,7 @@ from pid_runtime.bundle.engines import (
     read_engine_sets,
     with_engine_sets,
 )
-from pid_runtime.bundle.files import file_sha256
+from pid_runtime.bundle.files import check_space, file_sha256
 from pid_runtime.bundle.folder import read_manifest
 from pid_runtime.bundle.json_reader import read_member
 from pid_runtime.bundle.manifest import MANIFEST_FILE, Copy, Manifest, Run
@@ -521,12 +521,7 @@ def _check_space(bundle: Path, manifest: Manifest, tasks: Sequence[Task]) -> Non
         + ENGINE_OVERHEAD_BYTES * len(task.plan.profiles)
         for task in tasks
     )
-    free = shutil.disk_usage(bundle).free
-    if free < needed:
-        raise BuildInputError(
-            f"expected {needed / 1e9:.2f} GB of free disk for the engines, but {bundle} has "
-            f"{free / 1e9:.2f} GB; free some, or copy the bundle to another disk"
-        )
+    check_space(bundle, needed, "the engines", "copy the bundle to another disk")
 
 
 def _write_manifest(bundle: Path, manifest: Manifest) -> None:
