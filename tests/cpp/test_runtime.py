@@ -159,15 +159,16 @@ MESSAGES = {
 """What the C++ runtime says where Python's words are others."""
 
 
-def broken_manifests() -> list[dict[str, str]]:
-    """Manifests that fail a check, with a regular expression for the complaint."""
+def broken_manifests() -> list[dict[str, Any]]:
+    """Manifests that fail a check, and what the complaint has one of."""
     tests = manifest_tests()
-    found: list[dict[str, str]] = []
+    found: list[dict[str, Any]] = []
 
     def add(name: str, text: str, message: str) -> None:
         with pytest.raises(PidRuntimeError):
             parse_manifest(text)
-        found.append({"name": name, "text": text, "message": MESSAGES.get(message, message)})
+        messages = MESSAGES.get(message, message).split("|")
+        found.append({"name": name, "text": text, "messages": messages})
 
     for path, value, message in tests.REFUSED:
         add(ascii(f"{path} = {value}")[:80], tests.changed(path, value), message)
@@ -376,13 +377,17 @@ def clang_with_libfuzzer(folder: Path) -> dict[str, str]:
     }
 
 
+SANITIZED = {"CMAKE_BUILD_TYPE": "Debug", "CMAKE_CXX_FLAGS_DEBUG": "-g1"}
+"""Enough for the lines of a finding."""
+
+
 @pytest.fixture(scope="session")
 def sanitized(dependencies: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A static build with AddressSanitizer and UndefinedBehaviorSanitizer, and fuzz targets."""
     options = clang_with_libfuzzer(tmp_path_factory.mktemp("clang"))
     folder = BUILD / ("sanitized-clang" if "CMAKE_CXX_COMPILER" in options else "sanitized")
     options |= {
-        "CMAKE_BUILD_TYPE": "Debug",
+        **SANITIZED,
         "BUILD_SHARED_LIBS": "OFF",
         "PID_BUILD_CLI": "OFF",
         "PID_BUILD_FUZZERS": "ON",
@@ -491,7 +496,7 @@ def test_a_project_with_the_sources_and_two_decoders_in_two_threads(
     if not (project / "pid-trt").is_symlink():
         (project / "pid-trt").symlink_to(ROOT)
     options = {
-        "CMAKE_BUILD_TYPE": "Debug",
+        **SANITIZED,
         "PID_BUILD_TESTS": "ON",
         "PID_BUILD_CLI": "OFF",
         "PID_SANITIZE": "thread",

@@ -2,10 +2,11 @@
 // the Python runtime's tests, which tests/cpp/test_runtime.py writes down.
 #include "bundle/manifest.h"
 
-#include <regex>
+#include <algorithm>
 
 #include "bundle/folder.h"
 #include "refusal.h"
+#include "test_json.h"
 
 namespace {
 
@@ -37,8 +38,12 @@ TEST_F(Manifests, BrokenOnesAreRefused) {
         SCOPED_TRACE(each["name"].get<std::string>());
         const auto text = each["text"].get<std::string>();
         const std::string message = refusal([&] { Manifest::parse(text); });
-        const auto wanted = each["message"].get<std::string>();
-        EXPECT_TRUE(std::regex_search(message, std::regex(wanted)))
+        const auto& wanted = each["messages"];
+        EXPECT_TRUE(std::any_of(wanted.begin(), wanted.end(),
+                                [&](const auto& words) {
+                                    return message.find(words.template get<std::string>()) !=
+                                           std::string::npos;
+                                }))
             << "wanted: " << wanted << "\ngot: " << message;
     }
 }

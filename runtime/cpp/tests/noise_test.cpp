@@ -4,7 +4,7 @@
 #include <cmath>
 #include <string>
 
-#include "test_support.h"
+#include "test_json.h"
 
 namespace {
 

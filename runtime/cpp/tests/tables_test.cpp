@@ -4,7 +4,7 @@
 #include <cmath>
 
 #include "bundle/manifest_json.h"
-#include "test_support.h"
+#include "test_json.h"
 
 namespace {
 
@@ -17,10 +17,10 @@ TEST_F(Tables, AreThoseOfPython) {
         const auto size = [&](const char* name) {
             return each["sizes"][name].get<std::uint64_t>();
         };
-        const pid::core::Network network{size("patch_size"), size("T"), 1, 1,
-                                         size("tokens_per_latent")};
+        const pid::core::Network dimensions{size("patch_size"), size("T"), 1, 1,
+                                            size("tokens_per_latent")};
         const auto sizes =
-            pid::core::Sizes::of_request(network, 1, size("h"), size("w"), size("T"), 1);
+            pid::core::Sizes::of_request(dimensions, 1, size("h"), size("w"), size("T"), 1);
         const auto table = pid::core::read_table(each["source"], "a table");
         const auto got = pid::core::compute_table(table, sizes);
         const auto wanted = each["values"].get<std::vector<float>>();

@@ -25,10 +25,6 @@ void write_bytes(const Path& path, const std::string& bytes) {
         throw std::runtime_error("cannot write " + path.string());
 }
 
-nlohmann::json read_json(const Path& path) {
-    return nlohmann::json::parse(read_bytes(path));
-}
-
 Folder::Folder() {
     std::string name = (std::filesystem::temp_directory_path() / "pid-test-XXXXXX").string();
     if (mkdtemp(name.data()) == nullptr)

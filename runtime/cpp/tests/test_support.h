@@ -9,7 +9,6 @@
 #include <vector>
 
 #include <gtest/gtest.h>
-#include <nlohmann/json.hpp>
 
 namespace pid::test {
 
@@ -17,8 +16,6 @@ using Path = std::filesystem::path;
 
 // Where tests/cpp/test_runtime.py put manifests, tables and bundles; "" when it does not run this.
 Path data_folder();
-
-nlohmann::json read_json(const Path& path);
 
 std::string read_bytes(const Path& path);
 void write_bytes(const Path& path, const std::string& bytes);

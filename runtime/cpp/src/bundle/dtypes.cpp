@@ -13,22 +13,22 @@ struct Kind {
 };
 
 // In the order of DType.
-constexpr std::array<Kind, 4> kinds{
+constexpr std::array<Kind, 4> dtypes{
     {{"float32", 4}, {"float16", 2}, {"bfloat16", 2}, {"uint8", 1}}};
 
 } // namespace
 
 std::size_t item_bytes(DType dtype) {
-    return kinds[static_cast<std::size_t>(dtype)].bytes;
+    return dtypes[static_cast<std::size_t>(dtype)].bytes;
 }
 
 const char* name_of(DType dtype) {
-    return kinds[static_cast<std::size_t>(dtype)].name;
+    return dtypes[static_cast<std::size_t>(dtype)].name;
 }
 
 bool dtype_named(std::string_view name, DType& dtype) {
-    for (std::size_t i = 0; i < kinds.size(); ++i) {
-        if (name == kinds[i].name) {
+    for (std::size_t i = 0; i < dtypes.size(); ++i) {
+        if (name == dtypes[i].name) {
             dtype = static_cast<DType>(i);
             return true;
         }

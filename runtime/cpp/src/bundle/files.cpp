@@ -16,7 +16,7 @@ namespace {
 
 constexpr std::size_t read_bytes = 1 << 20;
 
-void require(bool done) {
+void expect_done(bool done) {
     if (!done)
         throw Failure(PID_ERROR_INTERNAL, "OpenSSL cannot compute a SHA-256");
 }
@@ -24,16 +24,16 @@ void require(bool done) {
 } // namespace
 
 Sha256::Sha256() : context_(EVP_MD_CTX_new(), EVP_MD_CTX_free) {
-    require(context_ && EVP_DigestInit_ex(context_.get(), EVP_sha256(), nullptr) == 1);
+    expect_done(context_ && EVP_DigestInit_ex(context_.get(), EVP_sha256(), nullptr) == 1);
 }
 
 void Sha256::add(const void* data, std::size_t bytes) {
-    require(EVP_DigestUpdate(context_.get(), data, bytes) == 1);
+    expect_done(EVP_DigestUpdate(context_.get(), data, bytes) == 1);
 }
 
 std::string Sha256::hex() {
     std::array<unsigned char, 32> digest{};
-    require(EVP_DigestFinal_ex(context_.get(), digest.data(), nullptr) == 1);
+    expect_done(EVP_DigestFinal_ex(context_.get(), digest.data(), nullptr) == 1);
     std::string text;
     for (const unsigned byte : digest) {
         text += "0123456789abcdef"[byte >> 4U];
