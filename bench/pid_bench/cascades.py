@@ -78,8 +78,6 @@ class Cascade:
     """A way from a latent to pixels that is compared with PiD."""
 
     name: str
-    summary: str
-    """One line for a list of cascades."""
     upscaler: Callable[[Options], Upscaler]
     opt_in: bool = False
     """Whether it only runs when asked for by name: it takes long."""
@@ -101,8 +99,9 @@ def build_cascade(
     Raises `BenchInputError` for an unknown cascade, a space whose autoencoder diffusers lacks, or a
     size, depth or number of steps that cannot be; `PidInputError` for an unknown space.
     """
-    cascade = find_cascade(name)
-    vae = find_vae(space)
+    if name not in CASCADES:
+        raise BenchInputError(f"expected a cascade ({', '.join(CASCADES)}), but got {name!r}")
+    cascade, vae = CASCADES[name], find_vae(space)
     multiple = SCALE * vae.down
     if min(height, width) < 1 or height % multiple or width % multiple:
         raise BenchInputError(
@@ -134,13 +133,6 @@ def build_cascade(
         run=run,
         reduced=f"{kept} of {full} blocks" if kept < full else "",
     )
-
-
-def find_cascade(name: str) -> Cascade:
-    """The cascade of that name; raises `BenchInputError` if there is none."""
-    if name not in CASCADES:
-        raise BenchInputError(f"expected a cascade ({', '.join(CASCADES)}), but got {name!r}")
-    return CASCADES[name]
 
 
 def find_vae(space: str) -> Vae:
@@ -357,10 +349,10 @@ def ddim_schedule(steps: int) -> tuple[list[int], list[float]]:
 CASCADES = {
     cascade.name: cascade
     for cascade in (
-        Cascade("vae+lanczos", "decode, then resize: the floor", _lanczos),
-        Cascade("vae+rrdbnet", "decode, then Real-ESRGAN x4", _rrdbnet),
-        Cascade("vae+onestep-sd3", "decode, then one step of SD3 medium on tiles", _onestep_sd3),
-        Cascade("vae+sdx4", "decode, then Stable Diffusion x4 upscaler", _sdx4, opt_in=True),
+        Cascade("vae+lanczos", _lanczos),  # the floor
+        Cascade("vae+rrdbnet", _rrdbnet),
+        Cascade("vae+onestep-sd3", _onestep_sd3),
+        Cascade("vae+sdx4", _sdx4, opt_in=True),
     )
 }
 """Every cascade by name."""

@@ -14,8 +14,6 @@ class Backend:
     """One way to run a pipeline."""
 
     name: str
-    title: str
-    """What it is, for tables."""
     network: str
     """reference (the network as it stands), public (as the public code runs it) or program (our
     stages, from a bundle)."""
@@ -33,41 +31,22 @@ class Backend:
 BACKENDS = {
     backend.name: backend
     for backend in (
-        Backend("eager", "reference, torch eager", "reference", "eager"),
-        Backend("compile", "reference, torch.compile", "reference", "inductor"),
-        Backend("public", "as the public code runs it", "public", "eager"),
-        Backend("torch", "our stages, torch eager", "program", "eager"),
-        Backend("torch-compile", "our stages, torch.compile", "program", "inductor"),
-        Backend(
-            "onnxruntime", "our stages, ONNX Runtime", "program", "graphs", runtime="onnxruntime"
-        ),
+        Backend("eager", "reference", "eager"),
+        Backend("compile", "reference", "inductor"),
+        Backend("public", "public", "eager"),
+        Backend("torch", "program", "eager"),
+        Backend("torch-compile", "program", "inductor"),
+        Backend("onnxruntime", "program", "graphs", runtime="onnxruntime"),
         Backend(
             "onnxruntime-rtx",
-            "our stages, ONNX Runtime with TensorRT for RTX",
             "program",
             "engines",
             ("cuda",),
-            runtime="onnxruntime",
+            "onnxruntime",
             provider="nvtensorrtrtx",
         ),
-        Backend(
-            "tensorrt",
-            "our stages, TensorRT",
-            "program",
-            "engines",
-            ("cuda",),
-            runtime="tensorrt",
-            flavor="enterprise",
-        ),
-        Backend(
-            "tensorrt-rtx",
-            "our stages, TensorRT for RTX",
-            "program",
-            "engines",
-            ("cuda",),
-            runtime="tensorrt",
-            flavor="rtx",
-        ),
+        Backend("tensorrt", "program", "engines", ("cuda",), "tensorrt", flavor="enterprise"),
+        Backend("tensorrt-rtx", "program", "engines", ("cuda",), "tensorrt", flavor="rtx"),
     )
 }
 """By name. Cascades, which have no bundle, run on those of torch alone."""

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from pid_bench.cascades import build_cascade
 from pid_bench.cases import BACKENDS, PID, Backend, Case, tokens_of
 from pid_bench.measure import WHOLE, Clock, EventClock, WallClock, device_clock
-from pid_bench.pid_stages import CAPTION_TOKENS
+from pid_bench.pid_stages import caption_tokens_of
 from pid_bench.stage import Pipeline
 from pid_ref.checkpoint import read_checkpoint, state_shapes
 from pid_ref.config import PidConfig
@@ -159,7 +159,7 @@ def _program(case: Case, backend: Backend, materials: Materials) -> Contender:
         ]
         attention = f"TensorRT, {bucket.attentions_fused} of {bucket.attentions} fused"
     elif backend.provider:
-        attention = backend.title
+        attention = "ONNX Runtime with TensorRT for RTX"
     timed = cast(Session, _TimedSession(session, clock))
     decoder = Decoder(manifest, timed, read_constants(bundle, manifest))
     latent, caption, _ = inputs_of(case, config)
@@ -206,8 +206,8 @@ def inputs_of(case: Case, config: PidConfig) -> tuple[Tensor, Tensor, Tensor]:
     multiple = config.size_multiple
     shape = (1, config.latent_channels, case.height // multiple, case.width // multiple)
     latent = numbers.standard_normal(shape, np.float32)
-    tokens = min(CAPTION_TOKENS, config.text_max_length)
-    caption = numbers.standard_normal((1, tokens, config.text_dim), np.float32)
+    shape = (1, caption_tokens_of(config), config.text_dim)
+    caption = numbers.standard_normal(shape, np.float32)
     device = torch.device(case.device)
     return (
         torch.from_numpy(latent).to(device),

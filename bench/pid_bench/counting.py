@@ -6,17 +6,13 @@ from dataclasses import asdict, replace
 
 from pid_bench.cases import BACKENDS, PID, Case, Network, tokens_of
 from pid_bench.contenders import pipeline_of
-from pid_bench.pid_stages import CAPTION_TOKENS, KNOWN_TIMES, program_works, reference_step
+from pid_bench.pid_stages import caption_tokens_of, program_works, reference_step
 from pid_bench.report import Counted, Row, StageRow
-from pid_bench.work import NO_WORK, Work, count, total
-from pid_export.program import build_program
+from pid_bench.work import Work, count, total
 from pid_ref.config import PidConfig
 from pid_runtime.backends.stages import DTYPES
 from pid_runtime.bundle.engines import read_engine_sets
-from pid_runtime.bundle.manifest import PRECISIONS, Manifest, Run
-
-SECTIONS = ("prologue", "step", "image")
-"""Stages of a program."""
+from pid_runtime.bundle.manifest import PRECISIONS, Manifest
 
 
 def counted_row(case: Case, network: Network, manifest: Manifest | None = None) -> Row:
@@ -41,9 +37,8 @@ def counted_row(case: Case, network: Network, manifest: Manifest | None = None) 
         network.reduced,
         list(by_section.values()),
         [
-            _stage(name, by_section[name], case.steps if name == "step" else 1)
-            for name in SECTIONS
-            if name in by_section
+            _stage(name, work, case.steps if name == "step" else 1)
+            for name, work in by_section.items()
         ],
     )
     if manifest is not None and flavor:
@@ -97,8 +92,7 @@ def _pid_works(case: Case, config: PidConfig) -> Mapping[str, Work]:
 
 @functools.cache
 def _reference_work(config: PidConfig, height: int, width: int, steps: int, precision: str) -> Work:
-    tokens = min(CAPTION_TOKENS, config.text_max_length)
-    stage = reference_step(config, height, width, tokens, steps)
+    stage = reference_step(config, height, width, caption_tokens_of(config), steps)
     return count(stage, DTYPES[PRECISIONS[precision]])
 
 
@@ -106,17 +100,6 @@ def _reference_work(config: PidConfig, height: int, width: int, steps: int, prec
 def _section_works(
     config: PidConfig, height: int, width: int, steps: int, precision: str
 ) -> Mapping[str, Work]:
-    """Work by section of the program; the modulation table counts with the step."""
-    tokens = min(CAPTION_TOKENS, config.text_max_length)
-    program = build_program(config, precision, KNOWN_TIMES)
-    section_of = {
-        run.graph: section
-        for section in SECTIONS
-        for run in program.sections[section]
-        if isinstance(run, Run)
-    }
-    sections: dict[str, Work] = {}
-    for graph, work in program_works(config, height, width, tokens, steps, precision).items():
-        section = section_of.get(graph, "step")
-        sections[section] = sections.get(section, NO_WORK) + work
-    return sections
+    tokens = caption_tokens_of(config)
+    sections = program_works(config, height, width, tokens, steps, precision)
+    return {section: total(works.values()) for section, works in sections.items()}

@@ -126,17 +126,12 @@ def _onnxruntime_matmul(rows: int, inner: int, columns: int, threads: int) -> Ca
 
     from pid_export.onnx_ports import OPSET
 
-    tensor = onnx.helper.make_tensor_value_info
-    weight = np.ones((inner, columns), np.float32)
-    graph = onnx.helper.make_graph(
-        [onnx.helper.make_node("MatMul", ["x", "w"], ["y"])],
-        "matmul",
-        [tensor("x", onnx.TensorProto.FLOAT, [rows, inner])],
-        [tensor("y", onnx.TensorProto.FLOAT, [rows, columns])],
-        [onnx.numpy_helper.from_array(weight, "w")],
+    model = onnx.parser.parse_model(
+        f'<ir_version: 10, opset_import: ["": {OPSET}]> '
+        f"matmul (float[{rows}, {inner}] x) => (float[{rows}, {columns}] y) {{ y = MatMul(x, w) }}"
     )
-    opset = onnx.helper.make_opsetid("", OPSET)
-    model = onnx.helper.make_model(graph, opset_imports=[opset], ir_version=10)
+    weight = onnx.numpy_helper.from_array(np.ones((inner, columns), np.float32), "w")
+    model.graph.initializer.append(weight)
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     session = ort.InferenceSession(model.SerializeToString(), options)

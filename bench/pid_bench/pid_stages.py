@@ -23,11 +23,16 @@ KNOWN_TIMES = 1 + max(STEP_COUNTS)
 """Rows of a bundle's modulation table: the single step's time, and those of four steps."""
 
 
+def caption_tokens_of(config: PidConfig) -> int:
+    """Text tokens that decodes with a network are measured with."""
+    return min(CAPTION_TOKENS, config.text_max_length)
+
+
 def reference_step(
     config: PidConfig,
     height: int,
     width: int,
-    caption_tokens: int = CAPTION_TOKENS,
+    caption_tokens: int,
     steps: int = 1,
 ) -> Stage:
     """The reference network at `height` x `width` output pixels, called once per step.
@@ -52,14 +57,14 @@ def program_works(
     config: PidConfig,
     height: int,
     width: int,
-    caption_tokens: int = CAPTION_TOKENS,
+    caption_tokens: int,
     steps: int = 4,
     precision: str = "bf16",
-) -> dict[str, Work]:
-    """A decode by our program, by graph: the prologue once, `steps` steps, the image once.
+) -> dict[str, dict[str, Work]]:
+    """A decode by our program, by section and graph: `steps` steps, all else once.
 
-    The modulation table is under "table". precision: fp32, fp16 or bf16, as bundles have it. Every
-    graph is counted on all tokens at once: chunks have the same FLOP, but read their weights
+    The modulation table is "table" of the steps. precision: fp32, fp16 or bf16, as bundles have it.
+    Every graph is counted on all tokens at once: chunks have the same FLOP, but read their weights
     again. Raises `PidInputError` unless height and width are multiples of the network's
     `size_multiple`.
     """
@@ -76,8 +81,9 @@ def program_works(
         text_tokens=caption_tokens,
         rows=KNOWN_TIMES,
     )
-    works: dict[str, Work] = {"table": _table(program)}
+    sections: dict[str, dict[str, Work]] = {}
     for section, times in (("prologue", 1), ("step", steps), ("image", 1)):
+        works = sections[section] = {"table": _table(program)} if section == "step" else {}
         for run in program.sections[section]:
             if isinstance(run, Run):
                 spec = program.graphs[run.graph]
@@ -92,7 +98,7 @@ def program_works(
                 works[run.graph] = works.get(run.graph, NO_WORK) + count_calls(
                     stage, (), inputs, times
                 )
-    return works
+    return sections
 
 
 def _table(program: ProgramSpec) -> Work:

@@ -244,7 +244,7 @@ def _installed() -> tuple[str, ...]:
 
 def _precisions(args: Namespace, device: str, manifest: Manifest | None) -> tuple[str, ...]:
     if args.precision is not None:
-        return parse_precisions(args.precision)
+        return parse_list(args.precision, PRECISIONS, "--precision", words=())
     if manifest is not None:
         return (manifest.precision,)
     return ("fp32",) if device == "cpu" else ("bf16",)
@@ -279,28 +279,20 @@ def _check_cascades(network: Network) -> None:
     diffusers()
 
 
-def parse_list(text: str, known: Iterable[str], option: str) -> tuple[str, ...]:
-    """Read "a,b", each one known, or "all" or "none". Raises `BenchInputError` otherwise."""
+def parse_list(
+    text: str, known: Iterable[str], option: str, words: tuple[str, ...] = ("all", "none")
+) -> tuple[str, ...]:
+    """Read "a,b", each one known, or one of the words. Raises `BenchInputError` otherwise."""
     known = tuple(known)
-    if text in ("all", "none"):
+    if text in words:
         return known if text == "all" else ()
     names = tuple(dict.fromkeys(part.strip() for part in text.split(",")))
     for name in names:
         if name not in known:
+            hint = f" (or {', '.join(words)})" if words else ""
             raise BenchInputError(
-                f"expected {option} of {', '.join(known)} (or all, none), but got {name[:60]!r}; "
+                f"expected {option} of {', '.join(known)}{hint}, but got {name[:60]!r}; "
                 "choose from these"
-            )
-    return names
-
-
-def parse_precisions(text: str) -> tuple[str, ...]:
-    """Read "bf16,fp32". Raises `BenchInputError` for others."""
-    names = tuple(dict.fromkeys(part.strip() for part in text.split(",")))
-    for name in names:
-        if name not in PRECISIONS:
-            raise BenchInputError(
-                f"expected --precision of {', '.join(PRECISIONS)}, but got {name[:60]!r}"
             )
     return names
 

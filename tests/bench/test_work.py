@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pid_bench.pid_stages import (
+    CAPTION_TOKENS,
     KNOWN_TIMES,
     program_works,
     reference_step,
@@ -57,7 +58,11 @@ def work_of(make: Callable[[], nn.Module], *shapes: tuple[int, ...]) -> Work:
 
 def program_work(*args: Any, **options: Any) -> Work:
     """A whole decode by our program; see `program_works`."""
-    return total(program_works(*args, **options).values())
+    return total(by_graph(program_works(*args, **options)).values())
+
+
+def by_graph(sections: dict[str, dict[str, Work]]) -> dict[str, Work]:
+    return {graph: work for works in sections.values() for graph, work in works.items()}
 
 
 # Single operations
@@ -230,7 +235,9 @@ def test_the_programs_weights_are_the_bundles(precision: str) -> None:
 
 
 def test_works_by_graph() -> None:
-    works = program_works(V1, HEIGHT, WIDTH, T)
+    sections = program_works(V1, HEIGHT, WIDTH, T)
+    works = by_graph(sections)
+    assert sum(map(len, sections.values())) == len(works)
     program = build_program(V1, "bf16", KNOWN_TIMES)
     assert set(works) == {"table", *program.graphs} - {"patchify", "unpatchify_bytes"}
     s, d = L + T, V1.hidden_size
@@ -270,9 +277,9 @@ def test_chunks_have_the_same_flop_and_read_the_weights_again() -> None:
 )
 def test_the_released_networks(variant: str, side: int, tflop: float) -> None:
     config = find_checkpoint("flux", variant).config
-    reference = count(reference_step(config, side, side), torch.bfloat16)
+    reference = count(reference_step(config, side, side, CAPTION_TOKENS), torch.bfloat16)
     assert reference.flop / 1e12 == pytest.approx(tflop, rel=0.005)
-    program = program_work(config, side, side)
+    program = program_work(config, side, side, CAPTION_TOKENS)
     assert 0.9 * 4 * reference.flop < program.flop < 4 * reference.flop
     assert program.weight_bytes < 0.7 * reference.weight_bytes
     assert program.parameters < 0.7 * reference.parameters
@@ -281,6 +288,6 @@ def test_the_released_networks(variant: str, side: int, tflop: float) -> None:
 def test_sizes_that_cannot_be() -> None:
     for height, width in ((64, 100), (0, 64), (-64, 64)):
         with pytest.raises(PidInputError, match=f"multiples of 32, but got {width}x{height}$"):
-            reference_step(V1, height, width)
+            reference_step(V1, height, width, T)
         with pytest.raises(PidInputError, match=f"multiples of 32, but got {width}x{height}$"):
-            program_work(V1, height, width)
+            program_work(V1, height, width, T)
