@@ -41,6 +41,11 @@ def test_lines_have_labelled_axes() -> None:
     assert {"pid", "output, megapixels", "median, ms", "50", "2"} <= set(texts(svg))
 
 
+def test_charts_of_next_to_nothing() -> None:
+    assert "median, ms" in texts(stacked_bars([("pid", {"step": 0.0})], "median, ms", str))
+    assert "median, ms" in texts(log_lines({"pid": [(1.0, 20.0)]}, "megapixels", "median, ms"))
+
+
 def test_the_same_data_give_the_same_file_in_another_process() -> None:
     code = f"import runpy, sys; sys.stdout.write(runpy.run_path({__file__!r})['bars']())"
     other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
