@@ -15,12 +15,13 @@ from pid_bench.cascades import CASCADES, SCALE, UPSCALER_STEPS, find_vae
 from pid_bench.cases import BACKENDS, PID, Case, Network, tokens_of
 from pid_bench.diffusers_modules import diffusers
 from pid_bench.errors import BenchInputError
-from pid_engines.flavors import FLAVORS, gpu_target, library_version
+from pid_engines.flavors import BUILDERS, gpu_target, library_version
 from pid_export.bundle import BUCKETS, config_of
 from pid_ref.config import PidConfig
 from pid_ref.registry import find_checkpoint, find_space
 from pid_ref.sampler import timesteps
 from pid_runtime.bundle.engines import read_engine_sets
+from pid_runtime.bundle.flavors import FLAVORS
 from pid_runtime.bundle.folder import read_manifest
 from pid_runtime.bundle.manifest import PRECISIONS, Manifest
 from pid_runtime.command.console import read_size
@@ -237,7 +238,8 @@ def _installed() -> tuple[str, ...]:
         flavor = FLAVORS.get(backend.flavor)
         if flavor is None or library_version(flavor) is None:
             continue
-        if not flavor.targets or gpu_target() in flavor.targets:
+        targets = BUILDERS[flavor.name].targets
+        if not targets or gpu_target() in targets:
             names += (name,)
     return names
 

@@ -2,7 +2,6 @@
 
 import contextlib
 import logging
-import os
 import resource
 import shutil
 import sys
@@ -19,7 +18,7 @@ from filelock import FileLock, Timeout
 from pid_engines.attention import attention_graph
 from pid_engines.child import ChildError, Children, PartDone
 from pid_engines.errors import BuildError, BuildInputError
-from pid_engines.flavors import FIRST_WITH_BF16, Flavor, architecture
+from pid_engines.flavors import BUILDERS, FIRST_WITH_BF16, architecture
 from pid_engines.gates import (
     LARGEST_FP16_KEYS,
     Attention,
@@ -28,6 +27,7 @@ from pid_engines.gates import (
     overflows,
     read_report,
 )
+from pid_engines.keys import engine_key, recorded_key
 from pid_engines.profiles import EnginePlan, plan_engines
 from pid_engines.worker import BuildRequest, BuildResult
 from pid_export.arena import plan_arena
@@ -37,11 +37,11 @@ from pid_runtime.bundle.engines import (
     EngineBucket,
     EngineSet,
     engine_folder,
-    engine_key,
     read_engine_sets,
     with_engine_sets,
 )
-from pid_runtime.bundle.files import check_space, file_sha256
+from pid_runtime.bundle.files import check_space, file_sha256, write_whole
+from pid_runtime.bundle.flavors import Flavor
 from pid_runtime.bundle.folder import read_manifest
 from pid_runtime.bundle.json_reader import read_member
 from pid_runtime.bundle.manifest import MANIFEST_FILE, Copy, Manifest, Run
@@ -98,7 +98,7 @@ class BuildOptions:
             "workspace_bytes": self.workspace_bytes,
             "attention_graph": ATTENTION_GRAPH,
         }
-        return flags | {name: True for name, _ in self.flavor.builder_flags}
+        return flags | {name: True for name, _ in BUILDERS[self.flavor.name].flags}
 
     @property
     def set_name(self) -> str:
@@ -157,7 +157,7 @@ def build_engines(
         folder = engine_folder(bundle, options.set_name)
         built: dict[str, Engine] = {}
         if old is not None and not options.force:
-            built = _current(folder, old, tasks, allow_unfused=options.allow_unfused)
+            built = _current(manifest, folder, old, tasks, allow_unfused=options.allow_unfused)
         missing = [task for task in tasks if task.file not in built]
         reused = frozenset(built)
         _check_space(bundle, manifest, missing)
@@ -170,7 +170,7 @@ def build_engines(
             changed = with_engine_sets(manifest, {options.set_name: engines})
             for task in missing:
                 (staging / task.file).replace(folder / task.file)
-            _write_manifest(bundle, changed)
+            write_whole(bundle / MANIFEST_FILE, changed.to_json() + "\n")
         _remove_others(folder, {task.plan.name for task in tasks})
     own = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     plans = {task.file: task.plan for task in tasks}
@@ -262,14 +262,24 @@ def _without_unreadable_sets(manifest: Manifest, *, force: bool) -> Manifest:
 
 
 def _current(
-    folder: Path, old: EngineSet, tasks: Sequence[Task], *, allow_unfused: bool
+    manifest: Manifest,
+    folder: Path,
+    old: EngineSet,
+    tasks: Sequence[Task],
+    *,
+    allow_unfused: bool,
 ) -> dict[str, Engine]:
     """Engines that need not be built: they were built from the same, and their files are whole."""
-    known = {engine.key: engine for engines in old.graphs.values() for engine in engines}
+    known = {
+        engine.file: engine
+        for graph, engines in old.graphs.items()
+        for engine in engines
+        if engine.key == recorded_key(manifest, graph, old, engine)
+    }
     found: dict[str, Engine] = {}
     for task in tasks:
-        engine, path = known.get(task.key), folder / task.file
-        if engine is None or engine.file != task.file or not path.is_file():
+        engine, path = known.get(task.file), folder / task.file
+        if engine is None or engine.key != task.key or not path.is_file():
             continue
         if path.stat().st_size != engine.bytes or file_sha256(path) != engine.sha256:
             _log.warning("%s was altered: it is built again", path)
@@ -300,7 +310,9 @@ def _build_all(
         return _checked_report(task, log, options), result
 
     results: dict[str, tuple[Report, BuildResult]] = {}
-    with ThreadPoolExecutor(1 if options.flavor.timing_cache else options.jobs) as pool:
+    with ThreadPoolExecutor(
+        1 if BUILDERS[options.flavor.name].timing_cache else options.jobs
+    ) as pool:
         futures = {pool.submit(build, task): task.file for task in tasks}
         try:
             for future in as_completed(futures):
@@ -329,9 +341,9 @@ def request_of(
         flags=options.flags,
         onnx=str(source),
         graph=graph,
-        profiles=tuple(dict(profile) for profile in task.plan.profiles),
+        profiles=task.plan.profiles,
         engine=str(staging / task.file),
-        timing_cache=str(cache) if options.flavor.timing_cache else "",
+        timing_cache=str(cache) if BUILDERS[options.flavor.name].timing_cache else "",
     )
 
 
@@ -390,7 +402,7 @@ def _engine(manifest: Manifest, task: Task, report: Report, result: BuildResult)
         key=task.key,
         graph_sha256=manifest.files[graph.file].sha256,
         weights_sha256=graph.weights_sha256,
-        profiles=tuple(dict(profile) for profile in task.plan.profiles),
+        profiles=task.plan.profiles,
         weights_bytes=report.weights_bytes,
         scratch_bytes=report.scratch_bytes,
         attentions=len(task.attentions),
@@ -522,21 +534,6 @@ def _check_space(bundle: Path, manifest: Manifest, tasks: Sequence[Task]) -> Non
         for task in tasks
     )
     check_space(bundle, needed, "the engines", "copy the bundle to another disk")
-
-
-def _write_manifest(bundle: Path, manifest: Manifest) -> None:
-    """Replace the manifest at once."""
-    path = bundle / MANIFEST_FILE
-    mode = path.stat().st_mode & 0o777
-    descriptor, partial = tempfile.mkstemp(".partial", f".{MANIFEST_FILE}.", bundle)
-    try:
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            file.write(manifest.to_json() + "\n")
-        Path(partial).chmod(mode)
-        Path(partial).replace(path)
-    except BaseException:
-        Path(partial).unlink(missing_ok=True)
-        raise
 
 
 def _remove_others(folder: Path, names: set[str]) -> None:

@@ -197,7 +197,7 @@ def _table(build: Build) -> str:
                     fused + (" in bf16" if engine.bf16_island else ""),
                 ]
             )
-    text = _aligned(rows)
+    text = console.aligned(rows)
     rows = [["bucket", "weights", "buffers", "scratch", "arena of both", "peak", "fused"]]
     rows += [
         [
@@ -211,20 +211,8 @@ def _table(build: Build) -> str:
         ]
         for name, each in buckets.items()
     ]
-    return f"{text}\n\n{_aligned(rows)}"
+    return f"{text}\n\n{console.aligned(rows)}"
 
 
 def _megabytes(size: int) -> str:
     return f"{size / 1e6:.1f} MB"
-
-
-def _aligned(rows: Sequence[Sequence[str]]) -> str:
-    """Rows as text: the first column to the left, others to the right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join(
-        "  ".join(
-            cell.rjust(width) if index else cell.ljust(width)
-            for index, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    )

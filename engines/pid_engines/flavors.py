@@ -1,4 +1,4 @@
-"""The two libraries that build engines: TensorRT, and TensorRT for RTX."""
+"""The builders of the TensorRT libraries: which is there, and what GPUs it builds for."""
 
 import importlib
 from dataclasses import dataclass
@@ -6,48 +6,34 @@ from typing import Any
 
 from pid_engines.errors import BuildInputError
 from pid_runtime.backends.device import CudaDevice
+from pid_runtime.bundle.flavors import FLAVORS, Flavor
 from pid_runtime.errors import PidRuntimeError
 
 
 @dataclass(frozen=True)
-class Flavor:
-    """A library, and where it differs from the other one. All else is the same in both."""
+class Builder:
+    """Where the builder of a library differs from the others."""
 
-    name: str
-    """What `--flavor` and the manifest call it."""
-    title: str
-    """What people call it."""
-    module: str
-    """The Python module: builder, ONNX parser and runtime."""
-    extra: str
-    """The extra of pid-trt that installs it."""
     targets: tuple[str, ...]
     """GPU architectures it builds for without having one; none when it builds where it runs."""
     default_targets: tuple[str, ...]
-    builder_flags: tuple[tuple[str, str], ...]
+    flags: tuple[tuple[str, str], ...]
     """Flags of the manifest that are always set, each with its name in `BuilderFlag`."""
     timing_cache: bool
     """Whether it times kernels on the GPU, one build at a time, and caches what it measured."""
 
 
-FLAVORS = {
-    flavor.name: flavor
-    for flavor in (
-        Flavor(
-            "rtx",
-            "TensorRT for RTX",
-            "tensorrt_rtx",
-            "tensorrt-rtx",
-            ("sm75", "sm80", "sm86", "sm89", "sm120", "sm121"),
-            ("sm86", "sm89", "sm120"),
-            # CUDA graphs can only be captured of engines that allocate nothing themselves.
-            (("user_allocation", "REQUIRE_USER_ALLOCATION"),),
-            timing_cache=False,
-        ),
-        Flavor("enterprise", "TensorRT", "tensorrt", "tensorrt", (), (), (), timing_cache=True),
-    )
+BUILDERS = {
+    "rtx": Builder(
+        ("sm75", "sm80", "sm86", "sm89", "sm120", "sm121"),
+        ("sm86", "sm89", "sm120"),
+        # CUDA graphs can only be captured of engines that allocate nothing themselves.
+        (("user_allocation", "REQUIRE_USER_ALLOCATION"),),
+        timing_cache=False,
+    ),
+    "enterprise": Builder((), (), (), timing_cache=True),
 }
-"""By name; `--flavor auto` takes the first that is installed."""
+"""By the name of the flavour; `--flavor auto` takes the first that is installed."""
 
 FIRST_WITH_BF16 = 80
 """Oldest architecture with bfloat16 arithmetic, as the number in its name."""
@@ -60,7 +46,7 @@ def architecture(target: str) -> int:
 
 def load_library(flavor: Flavor) -> Any:
     """The library's module. Raises `ImportError` or `OSError` when it is not installed."""
-    return importlib.import_module(flavor.module)
+    return importlib.import_module(flavor.modules[0])
 
 
 def library_version(flavor: Flavor) -> str | None:
@@ -76,19 +62,19 @@ def find_flavor(name: str) -> tuple[Flavor, str]:
 
     Raises `BuildInputError` for an unknown name and when it is not installed.
     """
-    if name != "auto" and name not in FLAVORS:
-        known = ", ".join((*FLAVORS, "auto"))
+    if name != "auto" and name not in BUILDERS:
+        known = ", ".join((*BUILDERS, "auto"))
         raise BuildInputError(f"expected --flavor to be one of {known}, but got {name!r}")
-    wanted = [flavor for flavor in FLAVORS.values() if name in (flavor.name, "auto")]
+    wanted = [FLAVORS[each] for each in BUILDERS if name in (each, "auto")]
     for flavor in wanted:
         version = library_version(flavor)
         if version is not None:
             return flavor, version
     titles = " or ".join(flavor.title for flavor in wanted)
-    commands = " or ".join(f"pip install 'pid-trt[{flavor.extra}]'" for flavor in wanted)
+    commands = " or ".join(flavor.install for flavor in wanted)
     raise BuildInputError(
         f"expected {titles} to be installed, but cannot import "
-        f"{' or '.join(flavor.module for flavor in wanted)}; {commands}"
+        f"{' or '.join(flavor.modules[0] for flavor in wanted)}; {commands}"
     )
 
 
@@ -109,12 +95,13 @@ def parse_targets(text: str | None, flavor: Flavor) -> tuple[str, ...]:
 
     Raises `BuildInputError` for what the flavour does not build for.
     """
+    builder = BUILDERS[flavor.name]
     if text is None:
-        return flavor.default_targets or (gpu_target(),)
+        return builder.default_targets or (gpu_target(),)
     names = {part.strip() for part in text.split(",")}
     if names == {"current"}:
         names = {gpu_target()}
-    elif not flavor.targets:
+    elif not builder.targets:
         here = gpu_target()
         if names != {here}:
             raise BuildInputError(
@@ -122,9 +109,9 @@ def parse_targets(text: str | None, flavor: Flavor) -> tuple[str, ...]:
                 f"({here}), but got {text!r}; run pid-build on the other GPU, or take --flavor rtx"
             )
     for name in sorted(names):
-        if flavor.targets and name not in flavor.targets:
+        if builder.targets and name not in builder.targets:
             raise BuildInputError(
-                f"expected targets of {', '.join(flavor.targets)} or current, which "
+                f"expected targets of {', '.join(builder.targets)} or current, which "
                 f"{flavor.title} builds for, but got {name!r}{_hint(name)}"
             )
     return tuple(sorted(names, key=architecture))

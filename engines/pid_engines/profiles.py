@@ -5,14 +5,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from pid_engines.errors import BuildInputError
+from pid_runtime.bundle.engines import Profile, Range
 from pid_runtime.bundle.manifest import Bucket, Graph, Manifest, Noise, Run
 from pid_runtime.bundle.sizes import Shape, sizes_for
-
-Range = tuple[int, int, int]
-"""Smallest, best and largest size."""
-
-Profile = dict[str, Range]
-"""Sizes of every symbol of a graph's inputs but B, which is always 1."""
 
 LARGEST_ASPECT = 8
 """Images up to this many times as wide as high, or as high as wide, are sure to have an engine."""

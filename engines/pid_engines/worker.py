@@ -7,7 +7,6 @@ and builder write what they have to say to stderr.
 """
 
 import hashlib
-import os
 import resource
 import sys
 import time
@@ -18,9 +17,12 @@ from typing import Any
 
 from pid_engines.child import PartDone, serve
 from pid_engines.errors import BuildError
-from pid_engines.flavors import FLAVORS, Flavor, load_library
+from pid_engines.flavors import BUILDERS, Builder, load_library
 from pid_engines.gates import port_difference
 from pid_engines.profiles import shape_ranges
+from pid_runtime.bundle.engines import Profile
+from pid_runtime.bundle.files import write_whole
+from pid_runtime.bundle.flavors import FLAVORS
 from pid_runtime.bundle.json_reader import read_member
 from pid_runtime.bundle.manifest import Graph
 
@@ -38,7 +40,7 @@ class BuildRequest:
     """Path of the graph; its weights are beside it."""
     graph: Graph
     """As the manifest describes it."""
-    profiles: tuple[dict[str, tuple[int, ...]], ...]
+    profiles: tuple[Profile, ...]
     engine: str
     """Path of the new file."""
     timing_cache: str
@@ -71,8 +73,7 @@ def _answer(asked: dict[str, Any], progress: PartDone) -> dict[str, Any]:
 def build(request: BuildRequest, progress: PartDone) -> BuildResult:
     """Build an engine. Raises `BuildError` when the library does not."""
     begin = time.monotonic()
-    flavor = FLAVORS[request.flavor]
-    trt = load_library(flavor)
+    trt = load_library(FLAVORS[request.flavor])
     errors: list[str] = []
     builder = trt.Builder(_logger(trt, errors))
     network = builder.create_network(_network_flags(trt))
@@ -81,7 +82,7 @@ def build(request: BuildRequest, progress: PartDone) -> BuildResult:
     if difference is not None:
         raise BuildError(difference)
     config = builder.create_builder_config()
-    _configure(trt, flavor, config, request)
+    _configure(trt, BUILDERS[request.flavor], config, request)
     for profile in request.profiles:
         _add_profile(builder, config, request.graph, profile)
     config.progress_monitor = _monitor(trt, progress)
@@ -89,8 +90,10 @@ def build(request: BuildRequest, progress: PartDone) -> BuildResult:
     if plan is None:
         raise BuildError(errors[-1] if errors else "the builder gave no engine and no reason")
     if request.timing_cache:
-        _write_whole(Path(request.timing_cache), config.get_timing_cache().serialize())
-    digest = _write_whole(Path(request.engine), plan)
+        write_whole(Path(request.timing_cache), memoryview(config.get_timing_cache().serialize()))
+    content = memoryview(plan)
+    write_whole(Path(request.engine), content)
+    digest = hashlib.sha256(content).hexdigest()
     peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return BuildResult(plan.nbytes, digest, round(time.monotonic() - begin, 3), peak)
 
@@ -112,15 +115,15 @@ def _parse(trt: Any, builder: Any, network: Any, request: BuildRequest) -> None:
         raise BuildError(f"cannot parse {request.onnx}: {said}")
 
 
-def _configure(trt: Any, flavor: Flavor, config: Any, request: BuildRequest) -> None:
+def _configure(trt: Any, kind: Builder, config: Any, request: BuildRequest) -> None:
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # the log then lists the kernels
     config.builder_optimization_level = request.flags["opt_level"]
     if request.flags["workspace_bytes"]:
         config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, request.flags["workspace_bytes"])
-    for name, flag in flavor.builder_flags:
+    for name, flag in kind.flags:
         if request.flags.get(name):
             config.set_flag(getattr(trt.BuilderFlag, flag))
-    if flavor.targets:
+    if kind.targets:
         config.num_compute_capabilities = len(request.targets)
         for index, target in enumerate(request.targets):
             config.set_compute_capability(getattr(trt.ComputeCapability, target.upper()), index)
@@ -202,16 +205,6 @@ def _monitor(trt: Any, progress: PartDone) -> Any:
             return True
 
     return Monitor()
-
-
-def _write_whole(path: Path, content: Any) -> str:
-    """Write a file that appears whole or not at all; its SHA-256."""
-    view = memoryview(content)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    with partial.open("wb") as file:
-        file.write(view)
-    partial.replace(path)
-    return hashlib.sha256(view).hexdigest()
 
 
 if __name__ == "__main__":

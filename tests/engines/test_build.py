@@ -25,7 +25,7 @@ from pid_engines.build import BuildOptions, Task, build_engines, plan_tasks
 from pid_engines.child import Child
 from pid_engines.cli import main
 from pid_engines.errors import BuildError, BuildInputError
-from pid_engines.flavors import FLAVORS, find_flavor, parse_targets
+from pid_engines.flavors import find_flavor, parse_targets
 from pid_engines.gates import (
     Attention,
     Report,
@@ -38,6 +38,7 @@ from pid_engines.worker import BuildResult
 from pid_export.arena import Lifetime, lifetimes
 from pid_runtime.bundle.engines import check_engine_set, engine_folder, read_engine_sets
 from pid_runtime.bundle.files import file_sha256
+from pid_runtime.bundle.flavors import FLAVORS, Flavor
 from pid_runtime.bundle.folder import read_manifest
 from pid_runtime.bundle.manifest import SECTIONS, Copy, Graph, Manifest, Port
 from pid_runtime.bundle.sizes import sizes_for
@@ -502,6 +503,39 @@ def test_unreadable_engines_are_an_error_unless_forced(built: Built, options: Bu
     assert build._without_unreadable_sets(manifest, force=True) is manifest
 
 
+@pytest.mark.parametrize(
+    ("edit", "stale"),
+    [
+        (lambda e: None, 0),
+        (lambda e: e.update(version="1.7.1.117"), None),
+        (lambda e: e["flags"].update(opt_level=5), None),
+        (lambda e: first(e)["profiles"][0].update(Q=[1, 2, 1 << 20]), 1),
+        (lambda e: first(e).update(bf16_island=True), 1),
+        (lambda e: first(e).update(key="0" * 64), 1),
+    ],
+)
+def test_an_edited_section_makes_engines_stale(
+    built_once: Built,
+    options: BuildOptions,
+    edit: Callable[[dict[str, Any]], object],
+    stale: int | None,
+) -> None:
+    """Those are built again; all of them where it is None."""
+    manifest = read_manifest(built_once.bundle)
+    engines = json.loads(json.dumps(manifest.engines))
+    edit(engines[options.set_name])
+    old = read_engine_sets(replace(manifest, engines=engines))[options.set_name]
+    tasks = plan_tasks(built_once.bundle, manifest, options)
+    found = build._current(manifest, built_once.folder, old, tasks, allow_unfused=False)
+    wanted = {task.file: task.key for task in tasks}
+    assert all(engine.key == wanted[file] for file, engine in found.items())
+    assert len(tasks) - len(found) == (len(tasks) if stale is None else stale)
+
+
+def first(engines: dict[str, Any]) -> dict[str, Any]:
+    return engines["graphs"]["attention"][0]
+
+
 def other_graph(manifest: Manifest) -> Manifest:
     file = replace(manifest.files["image.1.onnx"], sha256="0" * 64)
     return replace(manifest, files={**manifest.files, "image.1.onnx": file})
@@ -750,8 +784,8 @@ def test_a_damaged_bundle(copy: Path, refusal: Refusal) -> None:
 
 
 def test_no_library(monkeypatch: pytest.MonkeyPatch, copy: Path, refusal: Refusal) -> None:
-    def missing(flavor: flavors.Flavor) -> Any:
-        raise ImportError(flavor.module)
+    def missing(flavor: Flavor) -> Any:
+        raise ImportError(flavor.name)
 
     monkeypatch.setattr(flavors, "load_library", missing)
     assert "pip install 'pid-trt[tensorrt-rtx]'\n" in refusal(main, copy, "--flavor", "rtx")

@@ -4,12 +4,13 @@ import hashlib
 import json
 from pathlib import Path
 
+from pid_engines.keys import engine_key
 from pid_runtime.bundle.engines import (
     Engine,
     EngineBucket,
     EngineSet,
+    Profile,
     engine_folder,
-    engine_key,
     with_engine_sets,
 )
 from pid_runtime.bundle.folder import read_manifest
@@ -101,7 +102,7 @@ def add_engines(
     return engine_set
 
 
-def _profile(manifest: Manifest, graph: str, tokens: int) -> dict[str, tuple[int, ...]]:
+def _profile(manifest: Manifest, graph: str, tokens: int) -> Profile:
     """An optimisation profile for up to as many tokens, and all of the text."""
     ports = manifest.graphs[graph].inputs.values()
     symbols = {size for port in ports for size in port.shape if isinstance(size, str)} - {"B"}

@@ -38,34 +38,11 @@ from pid_runtime.bundle.engines import (
     read_engine_sets,
 )
 from pid_runtime.bundle.files import write_whole
+from pid_runtime.bundle.flavors import FLAVORS
 from pid_runtime.bundle.manifest import Bucket, Manifest
 from pid_runtime.errors import PidRuntimeError
 
 _log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Flavor:
-    """A TensorRT library, and where it differs from the others."""
-
-    title: str
-    modules: tuple[str, ...]
-    """Python modules that have it, the best first."""
-    install: str
-    compiles: bool
-    """Whether it compiles kernels for the GPU at run time, and so has a cache of them, kernels for
-    the shape at hand, and engines that cannot be captured in a CUDA graph before it is done."""
-
-
-FLAVORS = {
-    "enterprise": Flavor(
-        "TensorRT", ("tensorrt", "tensorrt_lean"), "pip install 'pid-trt[tensorrt]'", compiles=False
-    ),
-    "rtx": Flavor(
-        "TensorRT for RTX", ("tensorrt_rtx",), "pip install 'pid-trt[tensorrt-rtx]'", compiles=True
-    ),
-}
-"""By the name an engine set has for it; see `pid_runtime.bundle.engines.FLAVORS`."""
 
 
 @dataclass

@@ -5,31 +5,34 @@ architectures, in the folder `engines/SET` of the bundle. `pid-build` writes thi
 TensorRT backend reads it; other backends do not look at it.
 """
 
-import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from pid_runtime.bundle.files import file_sha256
-from pid_runtime.bundle.json_reader import NAME, read_member
+from pid_runtime.bundle.flavors import FLAVORS
+from pid_runtime.bundle.json_reader import NAME, read_member, require
 from pid_runtime.bundle.manifest import Bucket, Graph, Manifest
 from pid_runtime.bundle.manifest_check import check_bucket
 from pid_runtime.errors import PidRuntimeError
 
-FLAVORS = ("enterprise", "rtx")
-"""TensorRT, and TensorRT for RTX."""
-
 ENGINE_FOLDER = "engines"
 """Folder of a bundle in which every engine set has a folder of its own."""
 
-Profile = Mapping[str, tuple[int, ...]]
-"""Sizes an engine takes: (smallest, best, largest) of every symbol but B, which is always 1."""
+Range = tuple[int, int, int]
+"""Smallest, best and largest size."""
+
+Profile = dict[str, Range]
+"""Sizes an engine takes: of every symbol of its graph's inputs but B, which is always 1."""
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _TARGET = re.compile(r"sm[0-9]{2,3}")
+
+_require = partial(require, fix="build the engines again with pid-build BUNDLE --force")
 
 
 @dataclass(frozen=True)
@@ -41,13 +44,13 @@ class Engine:
     bytes: int
     sha256: str
     key: str
-    """SHA-256 of all it was built from; see `engine_key`."""
+    """SHA-256 of all it was built from: by it the builder knows an engine again."""
     graph_sha256: str
     """Of the ONNX file it was built from."""
     weights_sha256: str
     """Of that graph's weights."""
-    profiles: tuple[dict[str, tuple[int, ...]], ...]
-    """Its optimisation profiles, in the engine's order; see `Profile`."""
+    profiles: tuple[Profile, ...]
+    """Its optimisation profiles, in the engine's order."""
     weights_bytes: int
     """Device memory of its weights."""
     scratch_bytes: tuple[int, ...]
@@ -93,7 +96,7 @@ class EngineSet:
     """Engines of every graph, built together."""
 
     flavor: str
-    """One of `FLAVORS`."""
+    """Name of one of `FLAVORS`."""
     version: str
     """Of the library that built it, as the library says it: 1.7.1.116."""
     targets: tuple[str, ...]
@@ -148,38 +151,6 @@ def engine_folder(bundle: Path, name: str) -> Path:
     return bundle / ENGINE_FOLDER / name
 
 
-def engine_key(
-    manifest: Manifest,
-    graph: str,
-    *,
-    flavor: str,
-    version: str,
-    targets: Sequence[str],
-    flags: Mapping[str, Any],
-    profiles: Sequence[Profile],
-    bf16_island: bool,
-) -> str:
-    """What identifies an engine: SHA-256, as hexadecimal, of all it is built from.
-
-    That is the graph's ONNX file and weights as the manifest has them, and the arguments, as JSON
-    with sorted names and without spaces. The order of targets does not matter.
-    """
-    described = manifest.graphs[graph]
-    parts = {
-        "graph_sha256": manifest.files[described.file].sha256,
-        "weights_sha256": described.weights_sha256,
-        "precision": manifest.precision,
-        "flavor": flavor,
-        "version": version,
-        "targets": sorted(targets),
-        "flags": dict(flags),
-        "profiles": [{name: list(sizes) for name, sizes in each.items()} for each in profiles],
-        "bf16_island": bf16_island,
-    }
-    text = json.dumps(parts, sort_keys=True, separators=(",", ":"), allow_nan=False)
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
 def read_engine_sets(manifest: Manifest) -> dict[str, EngineSet]:
     """The engine sets of a manifest, by name, in the manifest's order.
 
@@ -229,7 +200,7 @@ def choose_engine_set(
     for each, reason in reasons.items():
         if reason is None:
             return each
-    flavor = next((each for each in FLAVORS if each in versions), FLAVORS[-1])
+    flavor = next((each for each in FLAVORS if each in versions), "rtx")
     if name is not None:
         flavor = sets[name].flavor
     has = "; ".join(f"{each} {reason}" for each, reason in reasons.items()) or "it has none"
@@ -254,36 +225,19 @@ def check_engine_set(
         if not engines:
             raise PidRuntimeError(f"engines {name} have none for graph {graph!r}; {rebuild}")
         for engine in engines:
-            change = _change(manifest, graph, described, engine_set, engine)
+            change = _change(manifest, graph, described, engine)
             if change is None:
                 change = _damage(engine_folder(bundle, name) / engine.file, engine, verify)
             if change is not None:
                 raise PidRuntimeError(f"engines {name} do not fit this bundle: {change}; {rebuild}")
 
 
-def _change(
-    manifest: Manifest, graph: str, described: Graph, engine_set: EngineSet, engine: Engine
-) -> str | None:
+def _change(manifest: Manifest, graph: str, described: Graph, engine: Engine) -> str | None:
     """How the bundle differs from the one an engine was built from."""
     if engine.graph_sha256 != manifest.files[described.file].sha256:
         return f"graph {graph!r} ({described.file}) has changed since they were built"
     if engine.weights_sha256 != described.weights_sha256:
         return f"the weights of graph {graph!r} have changed since they were built"
-    key = engine_key(
-        manifest,
-        graph,
-        flavor=engine_set.flavor,
-        version=engine_set.version,
-        targets=engine_set.targets,
-        flags=engine_set.flags,
-        profiles=engine.profiles,
-        bf16_island=engine.bf16_island,
-    )
-    if engine.key != key:
-        return (
-            f"{engine.file} was built with another version, target, precision, profile or flag "
-            "than the manifest says"
-        )
     return None
 
 
@@ -360,12 +314,3 @@ def _check_engine(what: str, graph: Graph, engine: Engine) -> None:
         for sizes in profile.values():
             ordered = len(sizes) == 3 and 0 < sizes[0] <= sizes[1] <= sizes[2]
             _require(ordered, f"smallest, best and largest sizes of {what}", sizes)
-
-
-def _require(condition: bool, wanted: str, got: object) -> None:
-    if not condition:
-        shown = " ".join(str(got).split())[:80]
-        raise PidRuntimeError(
-            f"expected {wanted}, but the manifest has {shown}; build the engines again with "
-            "pid-build BUNDLE --force"
-        )

@@ -92,6 +92,13 @@ def unexpected(wanted: str | None, raw: Any, where: str) -> PidRuntimeError:
     return PidRuntimeError(f"expected {wanted or 'an object'} in {where}, but got {repr(raw)[:80]}")
 
 
+def require(condition: bool, wanted: str, got: object, fix: str) -> None:
+    """Raise `PidRuntimeError` unless a condition holds. fix: what to do about it."""
+    if not condition:
+        shown = " ".join(str(got).split())[:80]
+        raise PidRuntimeError(f"expected {wanted}, but the manifest has {shown}; {fix}")
+
+
 def _name(name: str, where: str) -> str:
     if not NAME.fullmatch(name):
         raise PidRuntimeError(f"expected a plain name in {where}, but got {name[:80]!r}")

@@ -7,10 +7,11 @@ is missing, and nothing reads or writes outside the arena.
 import math
 import re
 from collections.abc import Iterable, Mapping
+from functools import partial
 from itertools import pairwise
 from typing import Any, TypeVar
 
-from pid_runtime.bundle.json_reader import NAME
+from pid_runtime.bundle.json_reader import NAME, require
 from pid_runtime.bundle.manifest import (
     BLOCK_DCT,
     MANIFEST_FILE,
@@ -63,6 +64,8 @@ CODEC_CHANNELS = {BLOCK_DCT: 16}
 """Channels of the latents of every kind of codec this version knows."""
 
 Part = TypeVar("Part")
+
+_require = partial(require, fix="export the bundle again")
 
 
 def check_manifest(manifest: Manifest) -> None:
@@ -346,11 +349,3 @@ def _named(parts: Mapping[str, Part], name: str, what: str) -> Part:
     if name not in parts or not NAME.fullmatch(name):
         raise PidRuntimeError(f"expected a {what} the manifest knows, but got {name[:80]!r}")
     return parts[name]
-
-
-def _require(condition: bool, wanted: str, got: object) -> None:
-    if not condition:
-        shown = " ".join(str(got).split())[:80]
-        raise PidRuntimeError(
-            f"expected {wanted}, but the manifest has {shown}; export the bundle again"
-        )

@@ -13,7 +13,6 @@ from pid_runtime.bundle.engines import (
     check_engine_set,
     choose_engine_set,
     engine_folder,
-    engine_key,
     read_engine_sets,
     with_engine_sets,
 )
@@ -115,43 +114,6 @@ def test_a_name_is_no_path(manifest: Manifest) -> None:
     moved = replace(manifest, engines={"../rtx": manifest.engines[NAME]})
     with pytest.raises(PidRuntimeError, match="expected a plain name"):
         read_engine_sets(moved)
-
-
-# keys
-
-
-def test_a_key_depends_on_all_it_is_built_from(manifest: Manifest) -> None:
-    def key(manifest: Manifest = manifest, graph: str = "image.0", **changes: Any) -> str:
-        arguments: dict[str, Any] = {
-            "flavor": "rtx",
-            "version": "1.7.1.116",
-            "targets": ("sm86", "sm89"),
-            "flags": {"opt_level": 3},
-            "profiles": ({"L": (1, 2, 3)},),
-            "bf16_island": False,
-        }
-        return engine_key(manifest, graph, **{**arguments, **changes})
-
-    described = manifest.graphs["image.0"]
-    file = manifest.files[described.file]
-    graph = replace(manifest, files={**manifest.files, described.file: replace(file, sha256="0")})
-    reweighed = {**manifest.graphs, "image.0": replace(described, weights_sha256="0")}
-    keys = [
-        key(),
-        key(graph),
-        key(replace(manifest, graphs=reweighed)),
-        key(replace(manifest, precision="bf16")),
-        key(flavor="enterprise"),
-        key(version="1.7.1.117"),
-        key(targets=("sm86",)),
-        key(flags={"opt_level": 2}),
-        key(profiles=({"L": (1, 2, 4)},)),
-        key(profiles=({"L": (1, 2, 3)}, {"L": (3, 3, 3)})),
-        key(bf16_island=True),
-    ]
-    assert len(set(keys)) == len(keys)
-    assert all(len(each) == 64 for each in keys)
-    assert key(targets=("sm89", "sm86")) == key(profiles=[{"L": [1, 2, 3]}]) == keys[0]
 
 
 # selection
@@ -278,22 +240,6 @@ def test_changed_weights_make_engines_stale(bundle: Path, manifest: Manifest) ->
     graph = replace(manifest.graphs["image.1"], weights_sha256="1" * 64)
     message = stale(bundle, replace(manifest, graphs={**manifest.graphs, "image.1": graph}))
     assert "the weights of graph 'image.1' have changed since they were built" in message
-
-
-@pytest.mark.parametrize(
-    "edit",
-    [
-        lambda e: e.update(version="1.7.1.117"),
-        lambda e: e["flags"].update(opt_level=5),
-        lambda e: first(e)["profiles"][0].update(Q=[1, 2, 1 << 20]),
-        lambda e: first(e).update(bf16_island=True),
-    ],
-)
-def test_an_edited_section_makes_engines_stale(
-    bundle: Path, manifest: Manifest, edit: Callable[[dict[str, Any]], object]
-) -> None:
-    message = stale(bundle, edited(manifest, edit))
-    assert "was built with another version, target, precision, profile or flag" in message
 
 
 def test_altered_missing_and_cut_files_are_found(bundle: Path, manifest: Manifest) -> None:
