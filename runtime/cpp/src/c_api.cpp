@@ -344,9 +344,6 @@ pid_status pid_decoder_get_info(const pid_decoder* decoder, pid_decoder_info* in
                    info->struct_bytes);
         const Manifest& manifest = decoder->decoder.manifest();
         const Network& network = manifest.network;
-        std::uint64_t tokens = 0;
-        for (const auto& [name, bucket] : manifest.buckets)
-            tokens = std::max(tokens, bucket.max_tokens);
         pid_decoder_info own{};
         own.struct_bytes = info->struct_bytes;
         own.name = manifest.model.name.c_str();
@@ -357,8 +354,8 @@ pid_status pid_decoder_get_info(const pid_decoder* decoder, pid_decoder_info* in
         own.pixels_per_latent = static_cast<std::int64_t>(network.pixels_per_latent());
         own.text_dim = static_cast<std::int64_t>(network.text_dim);
         own.text_max_length = static_cast<std::int64_t>(network.text_max_length);
-        own.max_image_pixels = static_cast<std::int64_t>(
-            product(tokens, product(network.patch_size, network.patch_size)));
+        own.max_image_pixels = static_cast<std::int64_t>(product(
+            most_tokens(manifest.buckets), product(network.patch_size, network.patch_size)));
         own.default_steps = static_cast<std::int32_t>(manifest.sampler.steps);
         own.max_steps = static_cast<std::int32_t>(manifest.sampler.max_steps);
         own.takes_times = manifest.sampler.times.empty() ? 1 : 0;

@@ -31,6 +31,15 @@ std::string text_of(const Parts&... parts) {
     return text.str();
 }
 
+// Parts as text, with `between` them.
+template <typename Parts>
+std::string joined(const Parts& parts, const char* between = ", ") {
+    std::string text;
+    for (const auto& part : parts)
+        text += text_of(text.empty() ? "" : between, part);
+    return text;
+}
+
 // Bad input. The message is one line: what was expected, what came, and how to mend it.
 template <typename... Parts>
 [[noreturn]] void refuse(const Parts&... parts) {

@@ -53,10 +53,7 @@ std::string known_steps(const Sampler& sampler) {
     for (const auto& [steps, rows] : sampler.schedules)
         numbers.push_back(rows.size());
     std::sort(numbers.begin(), numbers.end());
-    std::string text;
-    for (const std::size_t number : numbers)
-        text += (text.empty() ? "" : ", ") + std::to_string(number);
-    return text;
+    return joined(numbers);
 }
 
 std::string latents_of(const Manifest& manifest) {

@@ -212,10 +212,8 @@ Provider find_provider(const std::string& name, bool has_library) {
     const std::vector<std::string> available = Ort::GetAvailableProviders();
     if (std::find(available.begin(), available.end(), full) != available.end())
         return {full, false};
-    std::string known;
-    for (const std::string& each : available)
-        known += (known.empty() ? "" : ", ") + each;
-    refuse("expected one of this ONNX Runtime's providers (", known, "), but got ", shown(name),
+    refuse("expected one of this ONNX Runtime's providers (", joined(available), "), but got ",
+           shown(name),
            "; GPU providers come with ONNX Runtime's GPU package, or as a provider library");
 }
 

@@ -167,20 +167,13 @@ public:
     bool whole_batches() const override { return false; }
 
     const Bucket& bucket_for(std::uint64_t tokens) const override {
-        const EngineBucket* smallest = nullptr;
-        std::uint64_t largest = 0;
-        for (const auto& [name, bucket] : set_.buckets) {
-            largest = std::max(largest, bucket.max_tokens);
-            if (bucket.max_tokens >= tokens &&
-                (smallest == nullptr || bucket.max_tokens < smallest->max_tokens))
-                smallest = &bucket;
-        }
+        const auto* smallest = smallest_bucket(set_.buckets, tokens);
         const std::uint64_t patch = manifest_.network.patch_size;
         if (smallest == nullptr)
-            refuse("expected at most ", largest, " patch tokens (H/", patch, " x W/", patch,
-                   "), as these engines were built for, but got ", tokens,
+            refuse("expected at most ", most_tokens(set_.buckets), " patch tokens (H/", patch,
+                   " x W/", patch, "), as these engines were built for, but got ", tokens,
                    "; build a larger bucket with pid-build --buckets, or decode a smaller latent");
-        return *smallest;
+        return smallest->second;
     }
 
     void prepare(const std::vector<PlannedCall>& calls, std::uint64_t needed_bytes,

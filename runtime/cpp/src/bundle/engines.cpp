@@ -14,13 +14,6 @@
 namespace pid::core {
 namespace {
 
-std::string joined(const std::vector<std::string>& parts, const char* between) {
-    std::string text;
-    for (const std::string& part : parts)
-        text += (text.empty() ? "" : between) + part;
-    return text;
-}
-
 std::string command_for(const std::filesystem::path& bundle, const std::string& flavor,
                         const std::string& targets) {
     return "pid-build " + bundle.string() + " --flavor " + flavor + " --target " + targets;
@@ -200,7 +193,7 @@ std::string obstacle(const EngineSet& set, const std::string& flavor, const std:
         return "was built by version " + set.version + ", not " + version;
     if (std::find(set.targets.begin(), set.targets.end(), target) != set.targets.end())
         return "";
-    return "was built for " + joined(set.targets, ", ");
+    return "was built for " + joined(set.targets);
 }
 
 // How the bundle differs from the one an engine was built from; "" if it does not.
@@ -272,9 +265,8 @@ EngineUse engine_for(const EngineSet& set, const std::string& graph, const Sizes
         wanted.push_back(text_of(symbol, "=", sizes.value(symbol)));
     for (const auto& [name, bucket] : set.buckets)
         built.push_back(name);
-    refuse("expected an engine of graph '", graph, "' for ", joined(wanted, ", "),
-           ", but these engines were built for buckets ",
-           built.empty() ? "none" : joined(built, ", "),
+    refuse("expected an engine of graph '", graph, "' for ", joined(wanted),
+           ", but these engines were built for buckets ", built.empty() ? "none" : joined(built),
            "; build the bucket with pid-build --buckets");
 }
 
@@ -314,7 +306,7 @@ EngineSet choose_engines(const std::filesystem::path& bundle, const Manifest& ma
     }
     if (!wanted.empty() && reasons.empty())
         refuse("expected engines of ", bundle.string(), " (",
-               known.empty() ? "none" : joined(known, ", "), "), but got ", shown(wanted),
+               known.empty() ? "none" : joined(known), "), but got ", shown(wanted),
                "; build them with pid-build");
     refuse("expected ", bundle.string(), " to have engines for ", flavor, " ", version, " on ",
            target, ", but ", reasons.empty() ? "it has none" : joined(reasons, "; "),

@@ -192,10 +192,8 @@ void check_version(const Json& raw) {
         version.push_back(integer(number, where));
     if (version.size() == 2 && version[0] == format_major)
         return;
-    std::string found;
-    for (const std::uint64_t number : version)
-        found += (found.empty() ? "" : ".") + std::to_string(number);
-    refuse("expected bundle format ", format_major, ".x, but got version ", found.substr(0, 80),
+    refuse("expected bundle format ", format_major, ".x, but got version ",
+           joined(version, ".").substr(0, 80),
            "; update pid-trt, or export the bundle again with this version");
 }
 
@@ -338,18 +336,11 @@ Manifest Manifest::parse(std::string_view text_of_file) {
 }
 
 const std::pair<const std::string, Bucket>& Manifest::bucket_for(std::uint64_t tokens) const {
-    const std::pair<const std::string, Bucket>* smallest = nullptr;
-    std::uint64_t largest = 0;
-    for (const auto& bucket : buckets) { // in the order of their names
-        largest = std::max(largest, bucket.second.max_tokens);
-        if (bucket.second.max_tokens >= tokens &&
-            (smallest == nullptr || bucket.second.max_tokens < smallest->second.max_tokens))
-            smallest = &bucket;
-    }
+    const auto* smallest = smallest_bucket(buckets, tokens);
     if (smallest == nullptr)
-        refuse("expected at most ", largest, " patch tokens (H/", network.patch_size, " x W/",
-               network.patch_size, "), the largest bucket of this bundle, but got ", tokens,
-               "; export with a larger bucket or decode a smaller latent");
+        refuse("expected at most ", most_tokens(buckets), " patch tokens (H/", network.patch_size,
+               " x W/", network.patch_size, "), the largest bucket of this bundle, but got ",
+               tokens, "; export with a larger bucket or decode a smaller latent");
     return *smallest;
 }
 

@@ -1,6 +1,7 @@
 // The manifest: a decoder as data. See docs/bundle-format.md, which this implements.
 #pragma once
 
+#include <algorithm>
 #include <array>
 #include <cstdint>
 #include <map>
@@ -129,6 +130,28 @@ struct Bucket {
     // is by engine sets alone.
     std::map<std::string, std::vector<std::uint64_t>> scratch;
 };
+
+// The largest budget of some buckets, by name, or of an engine set's.
+template <typename AnyBucket>
+std::uint64_t most_tokens(const std::map<std::string, AnyBucket>& buckets) {
+    std::uint64_t most = 0;
+    for (const auto& [name, bucket] : buckets)
+        most = std::max(most, bucket.max_tokens);
+    return most;
+}
+
+// The smallest of them that holds so many patch tokens, the first by name of several; nullptr when
+// none does.
+template <typename AnyBucket>
+const std::pair<const std::string, AnyBucket>*
+smallest_bucket(const std::map<std::string, AnyBucket>& buckets, std::uint64_t tokens) {
+    const std::pair<const std::string, AnyBucket>* smallest = nullptr;
+    for (const auto& bucket : buckets)
+        if (bucket.second.max_tokens >= tokens &&
+            (smallest == nullptr || bucket.second.max_tokens < smallest->second.max_tokens))
+            smallest = &bucket;
+    return smallest;
+}
 
 // The times a decode visits.
 struct Sampler {
