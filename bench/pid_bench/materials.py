@@ -12,8 +12,9 @@ from pid_bench.counting import counted_row
 from pid_bench.errors import BenchInputError
 from pid_bench.runner import Job
 from pid_bench.selection import Selection, buckets_for
-from pid_engines.build import BuildOptions, build_engines
+from pid_engines.build import build_engines
 from pid_engines.flavors import find_flavor, parse_targets
+from pid_engines.options import BuildOptions
 from pid_export.bundle import ExportOptions, export_bundle
 from pid_ref.checkpoint import read_checkpoint, state_shapes
 from pid_ref.weights import RandomWeights

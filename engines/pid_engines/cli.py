@@ -8,9 +8,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pid_engines.build import PLANS, Build, BuildOptions, build_engines
+from pid_engines.build import Build, build_engines
 from pid_engines.errors import BuildError, BuildInputError
 from pid_engines.flavors import find_flavor, parse_targets
+from pid_engines.options import PLANS, BuildOptions
 from pid_runtime.bundle.engines import Engine
 from pid_runtime.command import console
 

@@ -18,7 +18,7 @@ from typing import Any
 from pid_engines.child import PartDone, serve
 from pid_engines.errors import BuildError
 from pid_engines.flavors import BUILDERS, Builder, load_library
-from pid_engines.gates import port_difference
+from pid_engines.ports import network_ports, port_difference
 from pid_engines.profiles import shape_ranges
 from pid_runtime.bundle.engines import Profile
 from pid_runtime.bundle.files import write_whole
@@ -78,7 +78,7 @@ def build(request: BuildRequest, progress: PartDone) -> BuildResult:
     builder = trt.Builder(_logger(trt, errors))
     network = builder.create_network(_network_flags(trt))
     _parse(trt, builder, network, request)
-    difference = port_difference(request.graph, _ports(network))
+    difference = port_difference(request.graph, network_ports(network))
     if difference is not None:
         raise BuildError(difference)
     config = builder.create_builder_config()
@@ -147,23 +147,6 @@ def _add_profile(
     for name, shape in dynamic.items():
         profile.set_shape(name, *shape_ranges(shape, sizes))
     config.add_optimization_profile(profile)
-
-
-def _ports(network: Any) -> dict[str, dict[str, tuple[str, list[int]]]]:
-    """Names, dtypes and shapes of a network's inputs and outputs."""
-    inputs = [network.get_input(index) for index in range(network.num_inputs)]
-    outputs = [network.get_output(index) for index in range(network.num_outputs)]
-    return {
-        kind: {
-            each.name: (_DTYPES.get(each.dtype.name, str(each.dtype.name)), list(each.shape))
-            for each in tensors
-        }
-        for kind, tensors in (("inputs", inputs), ("outputs", outputs))
-    }
-
-
-_DTYPES = {"FLOAT": "float32", "HALF": "float16", "BF16": "bfloat16", "UINT8": "uint8"}
-"""The manifest's names of dtypes."""
 
 
 def _logger(trt: Any, errors: list[str]) -> Any:

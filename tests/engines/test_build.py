@@ -20,20 +20,20 @@ import pytest
 from filelock import FileLock
 
 from pid_engines import build, flavors
-from pid_engines.attention import attention_graph
-from pid_engines.build import BuildOptions, Task, build_engines, plan_tasks
+from pid_engines import tasks as planning
+from pid_engines.attention_graph import attention_graph
+from pid_engines.attentions import Attention, find_attentions, overflows
+from pid_engines.build import build_engines
+from pid_engines.builder_log import BuilderReport, read_report
 from pid_engines.child import Child
 from pid_engines.cli import main
 from pid_engines.errors import BuildError, BuildInputError
 from pid_engines.flavors import find_flavor, parse_targets
-from pid_engines.gates import (
-    Attention,
-    Report,
-    find_attentions,
-    overflows,
-    port_difference,
-    read_report,
-)
+from pid_engines.options import BuildOptions, with_plan
+from pid_engines.ports import port_difference
+from pid_engines.processes import build_all, request_of
+from pid_engines.profiles import EnginePlan
+from pid_engines.tasks import Task, current_engines, plan_tasks
 from pid_engines.worker import BuildResult
 from pid_export.arena import Lifetime, lifetimes
 from pid_runtime.bundle.engines import check_engine_set, engine_folder, read_engine_sets
@@ -237,7 +237,7 @@ def test_several_targets_and_a_graph_without_sizes(free_bundle: Path, tmp_path: 
     """The network of free timesteps has a graph without any symbol; it needs no profile."""
     manifest = read_manifest(free_bundle)
     graph = manifest.graphs["timestep"]
-    plan = build.EnginePlan("timestep", "timestep", ({},), (frozenset({"tiny"}),))
+    plan = EnginePlan("timestep", "timestep", ({},), (frozenset({"tiny"}),))
     task = Task(plan, "", (), False, None)
     flavor, version = find_flavor("rtx")
     several = BuildOptions(flavor, version, ("sm86", "sm89", "sm120"))
@@ -248,14 +248,14 @@ def test_several_targets_and_a_graph_without_sizes(free_bundle: Path, tmp_path: 
 
 def build_alone(
     bundle: Path, manifest: Manifest, options: BuildOptions, task: Task, folder: Path
-) -> tuple[Report, BuildResult]:
+) -> tuple[BuilderReport, BuildResult]:
     """Build one engine into a folder."""
     logs = engine_folder(bundle, options.set_name) / "logs"
     existed = (bundle / "engines").exists()
     logs.mkdir(parents=True, exist_ok=True)
     try:
         done: list[float] = []
-        results = build._build_all(bundle, manifest, options, [task], folder, done.append)
+        results = build_all(bundle, manifest, options, [task], folder, done.append)
     finally:
         if not existed:
             shutil.rmtree(bundle / "engines")
@@ -306,7 +306,7 @@ def engine_log(
     task: Task, bundle: Path, manifest: Manifest, options: BuildOptions, folder: Path
 ) -> str:
     """What the builder says while it builds an engine."""
-    request = build.request_of(bundle, manifest, options, task, folder)
+    request = request_of(bundle, manifest, options, task, folder)
     log = folder / "log"
     with Child([sys.executable, "-m", "pid_engines.worker"], log=log) as child:
         child.ask(asdict(request))
@@ -340,7 +340,7 @@ def test_attention_in_float32_is_not_fused(
                     attribute.i = onnx.TensorProto.FLOAT
         return model.SerializeToString()
 
-    monkeypatch.setattr(build, "attention_graph", in_float32)
+    monkeypatch.setattr(planning, "attention_graph", in_float32)
     forget(built, "attention")
     before = tree(built.bundle)
     with pytest.raises(BuildError, match=r"fuse every attention of .* fused 0 of 1; see .*\.log"):
@@ -383,7 +383,7 @@ MEMORY = "[INFO] Total Activation Memory: 5 bytes\n" * 2 + "[INFO] Total Weights
 )
 def test_fused_attention_is_read_from_the_log(log: str, fused: int) -> None:
     report = read_report(MEMORY + log, [Attention("s", ("a", "b"))], profiles=2)
-    assert report == Report(7, (5, 5), fused)
+    assert report == BuilderReport(7, (5, 5), fused)
 
 
 @pytest.mark.parametrize("log", ["", MEMORY * 2, MEMORY.replace("Weights", "Other")])
@@ -526,7 +526,7 @@ def test_an_edited_section_makes_engines_stale(
     edit(engines[options.set_name])
     old = read_engine_sets(replace(manifest, engines=engines))[options.set_name]
     tasks = plan_tasks(built_once.bundle, manifest, options)
-    found = build._current(manifest, built_once.folder, old, tasks, allow_unfused=False)
+    found = current_engines(manifest, built_once.folder, old, tasks, allow_unfused=False)
     wanted = {task.file: task.key for task in tasks}
     assert all(engine.key == wanted[file] for file, engine in found.items())
     assert len(tasks) - len(found) == (len(tasks) if stale is None else stale)
@@ -876,7 +876,7 @@ def test_a_lean_plan_has_shorter_chunks(golden_bundle: Path, options: BuildOptio
     for most, want in ((2000, 1024), (700, 700)):
         small = replace(manifest.buckets["small"], max_tokens=4096, chunk_tokens=most)
         wide = replace(manifest, buckets={"small": small})
-        assert build._with_plan(wide, "fast") == wide
-        assert build._with_plan(wide, "lean").buckets["small"].chunk_tokens == want
+        assert with_plan(wide, "fast") == wide
+        assert with_plan(wide, "lean").buckets["small"].chunk_tokens == want
     lean = replace(options, plan="lean")
     assert lean.set_name == f"{options.set_name}-lean"
