@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from safetensors.numpy import save_file
 
+from pid_engines.child import Child
 from pid_runtime.bundle.folder import parse_manifest, read_manifest
 from pid_runtime.bundle.manifest import MANIFEST_FILE
 from pid_runtime.bundle.manifest_check import ALIGNMENT, LARGEST_ARENA
@@ -513,22 +514,12 @@ def test_a_project_with_the_sources_and_two_decoders_in_two_threads(
 # Parity with Python
 
 
-class Process:
+class Process(Child):
     """runtime/cpp/tests/decoder_process.cpp, which decodes as it is told."""
 
     def __init__(self, program: Path, folder: Path) -> None:
+        super().__init__([program])
         self.folder, self.files = folder, 0
-        self.process = subprocess.Popen(
-            [program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
-
-    def ask(self, request: dict[str, Any]) -> dict[str, Any]:
-        assert self.process.stdin and self.process.stdout
-        self.process.stdin.write(json.dumps(request) + "\n")
-        self.process.stdin.flush()
-        answer = json.loads(self.process.stdout.readline())
-        assert "error" not in answer, answer
-        return answer
 
     def save(self, array: Floats) -> dict[str, Any]:
         self.files += 1
@@ -552,9 +543,9 @@ class Process:
 @pytest.fixture
 def process(release: Path, tmp_path: Path) -> Iterator[Process]:
     decoder = Process(executable(release, "pid_decoder_process"), tmp_path)
-    yield decoder
-    decoder.process.communicate(timeout=60)
-    assert decoder.process.returncode == 0
+    with decoder:
+        yield decoder
+        decoder.end()
 
 
 def assert_equal(got: NDArray[Any], want: NDArray[Any], tolerance: float) -> None:
