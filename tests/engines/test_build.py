@@ -13,24 +13,20 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import onnx
-import onnxruntime as ort
 import pytest
 from filelock import FileLock
 
 from pid_engines import build, flavors
 from pid_engines import tasks as planning
 from pid_engines.attention_graph import attention_graph
-from pid_engines.attentions import Attention, find_attentions, overflows
 from pid_engines.build import build_engines
-from pid_engines.builder_log import BuilderReport, read_report
+from pid_engines.builder_log import BuilderReport
 from pid_engines.child import Child
 from pid_engines.cli import main
 from pid_engines.errors import BuildError, BuildInputError
-from pid_engines.flavors import find_flavor, parse_targets
+from pid_engines.flavors import find_flavor
 from pid_engines.options import BuildOptions, with_plan
-from pid_engines.ports import port_difference
 from pid_engines.processes import build_all, request_of
 from pid_engines.profiles import EnginePlan
 from pid_engines.tasks import Task, current_engines, plan_tasks
@@ -215,24 +211,6 @@ def test_a_table_for_people(built: Built, run_command: RunCommand) -> None:
     assert f"{count} engines" in last and f"{count} were there already" in last
 
 
-def test_attention_is_that_of_the_bundle(golden_bundle: Path) -> None:
-    """The graph that engines are built from computes the same as the one it stands for."""
-    graph = read_manifest(golden_bundle).graphs["attention"]
-    rng = np.random.default_rng(0)
-    width = int(graph.inputs["q"].shape[-1])
-    feed = {
-        name: rng.standard_normal((1, rows, width), np.float32)
-        for name, rows in (("q", 7), ("k", 19), ("v", 19))
-    }
-    want, got = (
-        np.asarray(
-            ort.InferenceSession(source, providers=["CPUExecutionProvider"]).run(None, feed)[0]
-        )
-        for source in (golden_bundle / graph.file, attention_graph(graph))
-    )
-    assert want.shape == got.shape and np.abs(want - got).max() <= 1e-5
-
-
 def test_several_targets_and_a_graph_without_sizes(free_bundle: Path, tmp_path: Path) -> None:
     """The network of free timesteps has a graph without any symbol; it needs no profile."""
     manifest = read_manifest(free_bundle)
@@ -322,11 +300,6 @@ def test_an_island_needs_bfloat16(bf16_bundle: Path, options: BuildOptions) -> N
     assert plan_tasks(bf16_bundle, half_manifest(bf16_bundle, 60_000), old)
 
 
-def test_keys_are_counted() -> None:
-    assert not overflows([{"Q": (1, 9, 9), "S": (1, 65_504, 65_504)}, {}])
-    assert overflows([{"S": (1, 9, 9)}, {"Q": (1, 9, 9), "S": (1, 9, 65_505)}])
-
-
 def test_attention_in_float32_is_not_fused(
     built: Built, options: BuildOptions, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -360,47 +333,6 @@ def forget(built: Built, graph: str) -> None:
     )
 
 
-LINE = "Name: {}, LayerType: kgen, Inputs: [], TacticName: {}_0x1, StreamId: 0, Metadata: {}\n"
-ONE = "[ONNX Layer: a][ONNX Layer: s][ONNX Layer: b]"
-MEMORY = "[INFO] Total Activation Memory: 5 bytes\n" * 2 + "[INFO] Total Weights Memory: 7 bytes\n"
-
-
-@pytest.mark.parametrize(
-    ("log", "fused"),
-    [
-        (LINE.format("_gemm_mha_v2_myl0_1", "_gemm_mha_v2", ONE) * 2, 1),
-        (LINE.format("_gemm_mha_v2_myl0_1", "_gemm_mha_v2", ONE), 0),  # in one profile of two
-        (LINE.format("gemm_1", "__myelin_CASK_STUB", ONE) * 2, 0),
-        (LINE.format("_gemm_mha_v2_myl0_1", "_gemm_mha_v2", "[ONNX Layer: s]") * 2, 0),
-        (LINE.format("_gemm_mha_v2_myl0_1", "_gemm_mha_v2", ONE.replace("s", "t")) * 2, 0),
-        (
-            LINE.format("_gemm_mha_v2_myl0_1", "_gemm_mha_v2", ONE) * 2
-            + LINE.format("softmax_2", "__myl_Max", "[ONNX Layer: s]"),
-            0,
-        ),
-        ("", 0),
-    ],
-)
-def test_fused_attention_is_read_from_the_log(log: str, fused: int) -> None:
-    report = read_report(MEMORY + log, [Attention("s", ("a", "b"))], profiles=2)
-    assert report == BuilderReport(7, (5, 5), fused)
-
-
-@pytest.mark.parametrize("log", ["", MEMORY * 2, MEMORY.replace("Weights", "Other")])
-def test_a_log_without_the_memory_is_refused(log: str) -> None:
-    assert "expected the builder to report the memory of 2 profiles" in str(read_report(log, [], 2))
-
-
-def test_attentions_are_found(bf16_bundle: Path) -> None:
-    found = {
-        path.stem: len(find_attentions(onnx.load(path, load_external_data=False)))
-        for path in bf16_bundle.glob("*.onnx")
-        if "contrib" not in path.name
-    }
-    assert {name for name, count in found.items() if count} == {"attention", "pixel_attention"}
-    assert set(found.values()) == {0, 1}
-
-
 def fix_length(model: onnx.ModelProto) -> None:
     for value in (*model.graph.input, *model.graph.output):
         value.type.tensor_type.shape.dim[1].dim_value = 12
@@ -428,29 +360,6 @@ def test_other_ports_than_the_manifests(
         build_engines(built.bundle, options)
     assert part in str(error.value) and "caption.log" in str(error.value)
     assert tree(built.bundle) == before
-
-
-def test_ports_are_compared() -> None:
-    shape = ("B", "L", 8)
-    graph = Graph(
-        "a.onnx", "", {}, {"x": Port("bfloat16", shape)}, {"y": Port("float32", shape)}, 0, ""
-    )
-    same: dict[str, Any] = {
-        "inputs": {"x": ("bfloat16", [-1, -1, 8])},
-        "outputs": {"y": ("float32", [1, -1, 8])},
-    }
-    assert port_difference(graph, same) is None
-    for kind, ports in (
-        ("inputs", {"x": ("float16", [-1, -1, 8])}),
-        ("inputs", {"x": ("bfloat16", [-1, 64, 8])}),
-        ("inputs", {"x": ("bfloat16", [-1, -1, -1])}),
-        ("inputs", {"x": ("bfloat16", [-1, -1])}),
-        ("inputs", {"x": ("bfloat16", [2, -1, 8])}),
-        ("inputs", {}),
-        ("outputs", {"z": ("float32", [1, -1, 8])}),
-        ("outputs", {**same["outputs"], "more": ("float32", [1])}),
-    ):
-        assert port_difference(graph, {**same, kind: ports}) is not None, ports
 
 
 # What is there already
@@ -809,21 +718,6 @@ def test_no_gpu(copy: Path, refusal: Refusal, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(flavors, "library_version", lambda flavor: "11.4.0")
     for arguments in ([], ["--target", "current"], ["--target", "sm90"]):
         assert "found none" in refusal(main, copy, "--flavor", "enterprise", *arguments)
-
-
-def test_targets_of_the_gpu_that_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(flavors, "gpu_target", lambda: "sm90")
-    enterprise, rtx = FLAVORS["enterprise"], FLAVORS["rtx"]
-    assert parse_targets(None, enterprise) == parse_targets("sm90", enterprise) == ("sm90",)
-    assert parse_targets("current", enterprise) == ("sm90",)
-    assert parse_targets(None, rtx) == ("sm86", "sm89", "sm120")
-    assert parse_targets(" sm120, sm86", rtx) == ("sm86", "sm120")
-    with pytest.raises(
-        BuildInputError, match=r"for the GPU that is there \(sm90\), but got 'sm89'"
-    ):
-        parse_targets("sm89", enterprise)
-    with pytest.raises(BuildInputError, match="but got 'sm90'"):
-        parse_targets("current", rtx)
 
 
 def test_a_file_in_the_way(copy: Path, refusal: Refusal) -> None:
