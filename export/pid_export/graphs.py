@@ -2,8 +2,8 @@
 
 import logging
 import warnings
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, MutableMapping
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import onnx
@@ -41,7 +41,7 @@ class Placed:
 class GraphExporter:
     """Traces every distinct stage once and writes a graph for each place it is used in."""
 
-    _templates: ClassVar[list[tuple[GraphSpec, Dimensions, str, bytes]]] = []
+    _traces: ClassVar[MutableMapping[str, bytes]] = {}
     """Traced stages, for every exporter of the process: a trace takes a second or two."""
 
     def __init__(self, network: Dimensions, precision: str) -> None:
@@ -49,7 +49,7 @@ class GraphExporter:
 
     def export(self, name: str, spec: GraphSpec, placed: Mapping[str, Placed]) -> bytes:
         """The ONNX file of a graph, whose weights are where `placed` says (by full name)."""
-        model = onnx.load_from_string(self._template(spec))
+        model = onnx.load_from_string(self._traced(spec))
         model.graph.name = name
         for tensor in model.graph.initializer:
             if tensor.data_location == onnx.TensorProto.EXTERNAL:
@@ -60,91 +60,101 @@ class GraphExporter:
                     tensor.external_data.add(key=key, value=str(value))
         return model.SerializeToString(deterministic=True)
 
-    def _template(self, spec: GraphSpec) -> bytes:
-        network = self._network
-        if spec.stage != "latent":
-            # Other stages see little of the latent branch: decoders of all spaces share them.
-            network = replace(network, latent_channels=0, latent_ratio=0, latent_unpatchify=1)
-            network = replace(network, latent_padding="zeros", latent_res_blocks=0)
-            if not spec.options.get("inject"):
-                network = replace(network, latent_hidden=0, latent_gate="token")
-        for known, dimensions, precision, template in self._templates:
-            if (known, dimensions, precision) == (spec, network, self._precision):
-                return template
-        self._templates.append((spec, network, self._precision, self._trace(spec)))
-        return self._templates[-1][-1]
-
-    def _trace(self, spec: GraphSpec) -> bytes:
+    def _traced(self, spec: GraphSpec) -> bytes:
+        """The graph of a stage, traced once for all networks that are alike in what it uses."""
+        network: Any = _Used(self._network)
         with torch.device("meta"):
-            stage = build_stage(spec.stage, spec.options, self._network, self._precision).eval()
-        samples = {
-            name: torch.empty(
-                _sample_shape(port, self._network), dtype=DTYPES[port.dtype], device="meta"
-            )
-            for name, port in spec.inputs.items()
-        }
-        dims: dict[str, Any] = {}
-        shapes = {
-            name: {
-                axis: self._dim(size, dims)
-                for axis, size in enumerate(port.shape)
-                if isinstance(size, str)
-            }
-            for name, port in spec.inputs.items()
-        }
-        quiet = logging.getLogger("torch.onnx")
-        level = quiet.level
-        quiet.setLevel(logging.ERROR)
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                program = torch.export.export(
-                    stage, (), kwargs=samples, dynamic_shapes=shapes, strict=False
-                )
-                exported = torch.onnx.export(
-                    program,
-                    dynamo=True,
-                    opset_version=OPSET,
-                    output_names=list(spec.outputs),
-                    optimize=False,
-                    verbose=False,
-                )
-        finally:
-            quiet.setLevel(level)
-        if exported is None:
-            raise ExportError(f"torch exported nothing for stage {spec.stage}")
-        model = exported.model
-        # The optimiser would fold weights, which are not there: it sees them as inputs instead.
-        weights = {name: model.graph.initializers.pop(name) for name in stage.state_dict()}
-        for weight in weights.values():
-            weight.const_value = None
-        model.graph.inputs.extend(weights.values())
-        optimize_ir(model)
-        del model.graph.inputs[len(spec.inputs) :]
-        for name, parameter in stage.state_dict().items():
-            weights[name].const_value = ir.ExternalTensor(
-                WEIGHTS_FILE,
-                0,
-                parameter.numel() * parameter.element_size(),
-                _IR_TYPES[parameter.dtype],
-                shape=ir.Shape(parameter.shape),
-                name=name,
-            )
-            model.graph.initializers[name] = weights[name]
-        _name_axes(model, spec)
-        proto = ir.serde.serialize_model(model)
-        del proto.graph.value_info[:]
-        for node in _nodes(proto.graph):
-            del node.metadata_props[:]
-            node.doc_string = ""
-        del proto.metadata_props[:]
-        proto.graph.doc_string = ""
-        proto.producer_name, proto.producer_version = "pid-trt", ""
-        return proto.SerializeToString(deterministic=True)
+            stage = build_stage(spec.stage, spec.options, network, self._precision).eval()
+        text = any("T" in port.shape for port in spec.inputs.values())
+        longest_text = network.text_max_length if text else 0
+        used = (network.used, self._precision) if network.used else ()
+        key = repr((spec.stage, spec.options, spec.inputs, spec.outputs, used))
+        if key not in self._traces:
+            self._traces[key] = _trace(spec, stage, longest_text)
+        return self._traces[key]
 
-    def _dim(self, symbol: str, dims: dict[str, Any]) -> Any:
-        largest = self._network.text_max_length if symbol == "T" else 1 << 24
-        return dims.setdefault(symbol, torch.export.Dim(symbol, min=1, max=largest))
+
+class _Used:
+    """Dimensions that remember which of them have been used."""
+
+    def __init__(self, network: Dimensions) -> None:
+        self._network = network
+        self.used: dict[str, Any] = {}
+
+    def __getattr__(self, name: str) -> Any:
+        return self.used.setdefault(name, getattr(self._network, name))
+
+
+def _trace(spec: GraphSpec, stage: torch.nn.Module, longest_text: int) -> bytes:
+    samples = {
+        name: torch.empty(
+            _sample_shape(port, longest_text), dtype=DTYPES[port.dtype], device="meta"
+        )
+        for name, port in spec.inputs.items()
+    }
+    dims: dict[str, Any] = {}
+    shapes = {
+        name: {
+            axis: _dim(size, dims, longest_text)
+            for axis, size in enumerate(port.shape)
+            if isinstance(size, str)
+        }
+        for name, port in spec.inputs.items()
+    }
+    quiet = logging.getLogger("torch.onnx")
+    level = quiet.level
+    quiet.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            program = torch.export.export(
+                stage, (), kwargs=samples, dynamic_shapes=shapes, strict=False
+            )
+            exported = torch.onnx.export(
+                program,
+                dynamo=True,
+                opset_version=OPSET,
+                output_names=list(spec.outputs),
+                optimize=False,
+                verbose=False,
+            )
+    finally:
+        quiet.setLevel(level)
+    if exported is None:
+        raise ExportError(f"torch exported nothing for stage {spec.stage}")
+    model = exported.model
+    # The optimiser would fold weights, which are not there: it sees them as inputs instead.
+    weights = {name: model.graph.initializers.pop(name) for name in stage.state_dict()}
+    for weight in weights.values():
+        weight.const_value = None
+    model.graph.inputs.extend(weights.values())
+    optimize_ir(model)
+    del model.graph.inputs[len(spec.inputs) :]
+    for name, parameter in stage.state_dict().items():
+        weights[name].const_value = ir.ExternalTensor(
+            WEIGHTS_FILE,
+            0,
+            parameter.numel() * parameter.element_size(),
+            _IR_TYPES[parameter.dtype],
+            shape=ir.Shape(parameter.shape),
+            name=name,
+        )
+        model.graph.initializers[name] = weights[name]
+    _name_axes(model, spec)
+    proto = ir.serde.serialize_model(model)
+    del proto.graph.value_info[:]
+    for node in _nodes(proto.graph):
+        del node.metadata_props[:]
+        node.doc_string = ""
+    del proto.metadata_props[:]
+    proto.graph.doc_string = ""
+    proto.producer_name, proto.producer_version = "pid-trt", ""
+    return proto.SerializeToString(deterministic=True)
+
+
+def _dim(symbol: str, dims: dict[str, Any], longest_text: int) -> Any:
+    largest = longest_text if symbol == "T" else 1 << 24
+    return dims.setdefault(symbol, torch.export.Dim(symbol, min=1, max=largest))
 
 
 def check_graph(name: str, content: bytes, spec: GraphSpec) -> None:
@@ -189,8 +199,8 @@ def _without_weights(model: onnx.ModelProto) -> onnx.ModelProto:
     return bare
 
 
-def _sample_shape(port: Port, network: Dimensions) -> tuple[int, ...]:
-    samples = {**_SAMPLES, "T": min(_SAMPLES["T"], network.text_max_length)}
+def _sample_shape(port: Port, longest_text: int) -> tuple[int, ...]:
+    samples = {**_SAMPLES, "T": min(_SAMPLES["T"], longest_text)}
     return tuple(size if isinstance(size, int) else samples[size] for size in port.shape)
 
 
