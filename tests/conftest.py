@@ -1,7 +1,9 @@
-"""Small bundles, exported once per session."""
+"""Small bundles, exported once for all workers of a run."""
 
+import hashlib
 import json
 import logging
+import os
 import shutil
 import signal
 from collections.abc import Callable, Iterator, Sequence
@@ -11,12 +13,15 @@ from typing import Any
 
 import pytest
 import torch
+from filelock import FileLock
 from safetensors import safe_open
 
 from pid_export.bundle import ExportOptions, export_bundle
+from pid_export.graphs import GraphExporter
 from pid_ref.checkpoint import state_shapes
 from pid_ref.config import PidConfig
 from pid_ref.weights import RandomWeights
+from pid_runtime.bundle.files import write_whole
 from places import GOLDEN
 
 SMALL_BUCKETS = (("tiny", 64), ("small", 1024))
@@ -66,29 +71,76 @@ def network_of_golden() -> Callable[[str], PidConfig]:
     return golden_config
 
 
+class SharedTraces(dict[str, bytes]):
+    """Traced stages in a folder, for all workers of a run: nothing of an earlier run is in it."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__()
+        self.folder = folder
+        folder.mkdir(exist_ok=True)
+
+    def __contains__(self, key: object) -> bool:
+        file = self._file(str(key))
+        if not super().__contains__(key) and file.exists():
+            super().__setitem__(str(key), file.read_bytes())
+        return super().__contains__(key)
+
+    def __setitem__(self, key: str, trace: bytes) -> None:
+        super().__setitem__(key, trace)
+        write_whole(self._file(key), trace)
+
+    def _file(self, key: str) -> Path:
+        return self.folder / hashlib.sha256(key.encode()).hexdigest()
+
+
 @pytest.fixture(scope="session")
-def golden_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def shared_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of this run that is the same for all its workers."""
+    own = tmp_path_factory.getbasetemp()
+    return own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _traces_are_shared(shared_folder: Path) -> None:
+    GraphExporter._traces = SharedTraces(shared_folder / "traces")
+
+
+@pytest.fixture(scope="session")
+def export_once(shared_folder: Path) -> Callable[..., Path]:
+    """A function that exports flux_2k under a name unless another worker has; not to be changed."""
+
+    def export(name: str, **options: Any) -> Path:
+        folder = shared_folder / name
+        with FileLock(shared_folder / f"{name}.lock"):
+            if not (folder / "flux_2k").exists():
+                export_golden(folder, "flux_2k", **options)
+        return folder / "flux_2k"
+
+    return export
+
+
+@pytest.fixture(scope="session")
+def golden_bundle(export_once: Callable[..., Path]) -> Path:
     """The network of golden file flux_2k: not to be changed (see `edit_bundle`)."""
-    return export_golden(tmp_path_factory.mktemp("golden_bundle"), "flux_2k")
+    return export_once("golden_bundle")
 
 
 @pytest.fixture(scope="session")
-def chunked_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def chunked_bundle(export_once: Callable[..., Path]) -> Path:
     """The same as `golden_bundle`, but its per-token stages take at most 5 tokens at a time."""
-    return export_golden(tmp_path_factory.mktemp("chunked_bundle"), "flux_2k", chunk_tokens=5)
+    return export_once("chunked_bundle", chunk_tokens=5)
 
 
 @pytest.fixture(scope="session")
-def free_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def free_bundle(export_once: Callable[..., Path]) -> Path:
     """The same as `golden_bundle`, but for any timesteps."""
-    folder = tmp_path_factory.mktemp("free_bundle")
-    return export_golden(folder, "flux_2k", arbitrary_timesteps=True)
+    return export_once("free_bundle", arbitrary_timesteps=True)
 
 
 @pytest.fixture(scope="session")
-def bf16_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def bf16_bundle(export_once: Callable[..., Path]) -> Path:
     """The same as `golden_bundle`, but in bfloat16, as engines are built from."""
-    return export_golden(tmp_path_factory.mktemp("bf16_bundle"), "flux_2k", precision="bf16")
+    return export_once("bf16_bundle", precision="bf16")
 
 
 @pytest.fixture
