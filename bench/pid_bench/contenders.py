@@ -25,12 +25,15 @@ from pid_ref.config import PidConfig
 from pid_ref.network import PidNet
 from pid_ref.sampler import sample
 from pid_ref.weights import RandomWeights
-from pid_runtime.backends.session import Call, Session
+from pid_runtime.backends.choice import choose_graphs
+from pid_runtime.backends.device import CudaDevice
+from pid_runtime.backends.graphs import Call, Graphs, LoadedGraphs
+from pid_runtime.backends.memory import Memory
 from pid_runtime.backends.stages import DTYPES
 from pid_runtime.bundle.engines import read_engine_sets
 from pid_runtime.bundle.folder import read_constants, read_manifest
 from pid_runtime.bundle.manifest import PRECISIONS
-from pid_runtime.decoder import Decoder, open_session
+from pid_runtime.decoder import Bundle
 from pid_runtime.noise import image_noise
 
 SEED = 0
@@ -130,7 +133,7 @@ def _program(case: Case, backend: Backend, materials: Materials) -> Contender:
     bundle = Path(materials.bundle)
     manifest = read_manifest(bundle, verify=False)
     device = backend.provider or case.device
-    session = open_session(
+    graphs = choose_graphs(
         bundle,
         manifest,
         backend.runtime,
@@ -139,29 +142,31 @@ def _program(case: Case, backend: Backend, materials: Materials) -> Contender:
         verify=False,
         engines=materials.engines or None,
     )
+    graphs.load()
     config = PidConfig(**materials.config)
     attention = "ONNX Runtime"
     on_device = case.device == "cuda"
     clock: Clock = WallClock(torch.cuda.synchronize) if on_device else WallClock()
     if backend.runtime == "torch":
-        from pid_runtime.backends.torch import TorchSession
+        from pid_runtime.backends.torch import LoadedStages
 
         if backend.compile == "inductor":
-            cast(TorchSession, session).compile()
+            cast(LoadedStages, graphs).compile()
         clock = device_clock(case.device)
         attention = _sdpa(case, config.num_heads, config.head_dim, _dtype(case.precision))
     elif backend.runtime == "tensorrt":
-        from pid_runtime.backends.tensorrt import TensorRtSession
-
-        clock = EventClock(torch.cuda.ExternalStream(cast(TensorRtSession, session).stream))
+        clock = EventClock()
         bucket = read_engine_sets(manifest)[materials.engines].buckets[
             manifest.bucket_for(tokens_of(config, (case.width, case.height)))[0]
         ]
         attention = f"TensorRT, {bucket.attentions_fused} of {bucket.attentions} fused"
     elif backend.provider:
         attention = "ONNX Runtime with TensorRT for RTX"
-    timed = cast(Session, _TimedSession(session, clock))
-    decoder = Decoder(manifest, timed, read_constants(bundle, manifest))
+    timed = cast(LoadedGraphs, _TimedGraphs(graphs, clock))
+    with Bundle(bundle, manifest, timed, read_constants(bundle, manifest)) as opened:
+        decoder = opened.decoder()
+    if isinstance(clock, EventClock) and backend.runtime == "tensorrt":
+        clock.stream = torch.cuda.ExternalStream(cast(CudaDevice, decoder.memory).stream_handle)
     latent, caption, _ = inputs_of(case, config)
     given = (latent, caption) if on_device else (latent.numpy(), caption.numpy())
 
@@ -216,24 +221,31 @@ def inputs_of(case: Case, config: PidConfig) -> tuple[Tensor, Tensor, Tensor]:
     )
 
 
-class _TimedSession:
-    """A session whose sequences (prologue, step, image) are timed; all else is the session's."""
+class _TimedGraphs:
+    """Loaded graphs whose sequences (prologue, step, image) are timed; all else is theirs."""
 
-    def __init__(self, session: Session, clock: Clock) -> None:
-        self._session = session
+    def __init__(self, loaded: LoadedGraphs, clock: Clock) -> None:
+        self._loaded = loaded
         self._clock = clock
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._session, name)
+        return getattr(self._loaded, name)
 
-    def sequence(self, name: str, calls: Sequence[Call]) -> Call:
-        run = self._session.sequence(name, calls)
+    def graphs(self, memory: Memory) -> Graphs:
+        graphs: Any = self._loaded.graphs(memory)
+        sequence = graphs.sequence
 
-        def timed() -> None:
-            with self._clock.span(name):
-                run()
+        def timed_sequence(name: str, calls: Sequence[Call]) -> Call:
+            run = sequence(name, calls)
 
-        return timed
+            def timed() -> None:
+                with self._clock.span(name):
+                    run()
+
+            return timed
+
+        graphs.sequence = timed_sequence
+        return graphs
 
 
 class _TimedModule(nn.Module):

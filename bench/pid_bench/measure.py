@@ -63,19 +63,19 @@ class WallClock:
 
 
 class EventClock:
-    """Time on a CUDA stream. stream: a torch stream; torch's current one when None."""
+    """Time on a CUDA stream. stream: a torch stream, which may be set later; torch's when None."""
 
     timer = "events"
 
     def __init__(self, stream: Any = None) -> None:
-        self._stream = stream
+        self.stream = stream
         self._events: list[tuple[str, Any, Any]] = []
 
     @contextlib.contextmanager
     def span(self, name: str) -> Generator[None, None, None]:
         import torch
 
-        stream = self._stream or torch.cuda.current_stream()
+        stream = self.stream or torch.cuda.current_stream()
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         begin.record(stream)
         yield

@@ -25,11 +25,11 @@ from pid_ref.network import PidNet
 from pid_ref.registry import CHECKPOINTS
 from pid_ref.sampler import sample, timesteps
 from pid_ref.weights import RandomWeights
-from pid_runtime.backends.session import Session
+from pid_runtime.backends.memory import Memory
 from pid_runtime.bundle.files import file_sha256
 from pid_runtime.bundle.manifest import Manifest, Noise, Run
 from pid_runtime.bundle.sizes import Sizes, sizes_of_request
-from pid_runtime.decoder import Decoder
+from pid_runtime.decoder import Bundle, Decoder
 from pid_runtime.interpreter import Program, graph_calls
 from pid_runtime.request import update_factors
 
@@ -264,53 +264,50 @@ def verify_sampler(
             yield compare(f"table {name}", constants[name], table.numpy(), tolerance)
 
 
-def verify_stages(
-    manifest: Manifest,
-    session: Session,
-    constants: Mapping[str, NDArray[np.float32]],
-    values: Values,
-    sizes: Sizes,
-) -> Iterator[Comparison]:
+def verify_stages(bundle: Bundle, values: Values, sizes: Sizes) -> Iterator[Comparison]:
     """Run every graph on the reference's inputs and compare its outputs, one after another."""
-    bucket = session.bucket_for(sizes.value("L"))
+    manifest, memory = bundle.manifest, bundle.graphs.memory()
+    graphs = bundle.graphs.graphs(memory)
+    bucket = graphs.bucket_for(sizes.value("L"))
     needed = Program.arena_bytes(bucket, sizes)
-    session.prepare(graph_calls(manifest, bucket, sizes), needed, sizes.value("B"))
-    block = session.allocate(needed)
-    program = Program(manifest, session, bucket, sizes, block, constants)
+    graphs.prepare(graph_calls(manifest, bucket, sizes), needed, sizes.value("B"))
+    block = memory.allocate(needed)
+    program = Program(manifest, graphs, memory, bucket, sizes, block, bundle.constants)
     tolerance = TOLERANCES[manifest.precision]
     for instruction in manifest.instructions():
         if isinstance(instruction, Noise):
             program.load_noise(instruction, values[f"{instruction.target}_image"].numpy())
-            got = session.read(program.buffer(instruction.target))
+            got = memory.read(program.buffer(instruction.target))
             yield compare(instruction.graph, got, values[instruction.target].numpy(), tolerance)
         if not isinstance(instruction, Run):
             continue
         graph = manifest.graphs[instruction.graph]
         for operand in instruction.inputs.values():
             if manifest.buffers[operand.buffer].kind not in ("table", "constant"):
-                session.write(program.buffer(operand.buffer), values[operand.buffer].numpy())
+                memory.write(program.buffer(operand.buffer), values[operand.buffer].numpy())
         views = {name: program.view(instruction, name, sizes) for name in instruction.outputs}
         for name, view in views.items():  # what a graph leaves unwritten must not pass
-            _spoil(session, view, graph.outputs[name].dtype)
+            _spoil(memory, view, graph.outputs[name].dtype)
         for call in program.bind_run(instruction, sizes):
             call()
         for name, view in views.items():
             operand = instruction.outputs[name]
             buffer = manifest.buffers[operand.buffer]
-            got = session.read(view)
+            got = memory.read(view)
             at = sizes.index(buffer.shape, operand.start)
             want = values[operand.buffer].numpy().reshape(-1)[at : at + got.size]
             yield compare(f"{instruction.graph} {operand.buffer}", got, want, tolerance)
     # A decode may be given this memory next: it must not find the right values there.
     for name, buffer in manifest.buffers.items():
         if buffer.kind in ("temporary", "output"):
-            _spoil(session, program.buffer(name), buffer.dtype)
+            _spoil(memory, program.buffer(name), buffer.dtype)
+    graphs.close()
 
 
-def _spoil(session: Session, tensor: Any, dtype: str) -> None:
+def _spoil(memory: Memory, tensor: Any, dtype: str) -> None:
     """Fill a tensor with NaN; bytes with 255, four of which are a NaN to whoever has them next."""
     garbage = np.uint8(255) if dtype == "uint8" else np.float32(np.nan)
-    session.write(tensor, np.full(tuple(tensor.shape), garbage))
+    memory.write(tensor, np.full(tuple(tensor.shape), garbage))
 
 
 def verify_decode(

@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 from pid_export.errors import ExportInputError
 from pid_ref.errors import PidInputError
+from pid_runtime.backends.choice import BACKENDS
 from pid_runtime.bundle.folder import read_constants, read_manifest
 from pid_runtime.bundle.manifest import Manifest
 from pid_runtime.command import console
-from pid_runtime.decoder import BACKENDS, Decoder, open_session
+from pid_runtime.decoder import Bundle
 
 if TYPE_CHECKING:
     from pid_export.verify import Comparison
@@ -132,12 +133,14 @@ def _verify_bundle(args: Namespace) -> int:
         del net  # a full-size reference takes 5.4 GB that the bundle can use
         gc.collect()
         advance(1)
-        session = open_session(args.bundle, manifest, args.backend, args.device)
-        for comparison in verify.verify_stages(manifest, session, constants, values, sizes):
-            comparisons.append(comparison)
-            advance(1)
-        with Decoder(manifest, session, constants) as decoder:
-            comparisons.append(verify.verify_decode(decoder, inputs, times, want))
+        with Bundle.open(
+            args.bundle, args.backend, args.device, manifest=manifest, verify=False
+        ) as bundle:
+            for comparison in verify.verify_stages(bundle, values, sizes):
+                comparisons.append(comparison)
+                advance(1)
+            with bundle.decoder() as decoder:
+                comparisons.append(verify.verify_decode(decoder, inputs, times, want))
     passed = all(comparison.passed for comparison in comparisons)
     tolerance = verify.TOLERANCES[manifest.precision]
     result = {

@@ -1,15 +1,17 @@
-"""`Decoder`: a bundle, opened, turning latents into images."""
+"""`Bundle`, opened, and `Decoder`s of it, which turn latents into images."""
 
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from pid_runtime.backends.session import Block, Session
-from pid_runtime.bundle.folder import read_constants, read_manifest
+from pid_runtime.backends.choice import choose_graphs
+from pid_runtime.backends.graphs import LoadedGraphs
+from pid_runtime.backends.memory import Block
+from pid_runtime.bundle.folder import check_files, read_constants, read_manifest
 from pid_runtime.bundle.manifest import Manifest, Noise
 from pid_runtime.bundle.sizes import Sizes
 from pid_runtime.errors import PidRuntimeError
@@ -19,30 +21,26 @@ from pid_runtime.request import Request, Rule, check_request, empty_caption
 
 Progress = Callable[[int, int], None]
 
-HOST_BACKENDS = ("onnxruntime", "torch")
-"""Backends that run without a GPU too."""
 
-BACKENDS = (*HOST_BACKENDS, "tensorrt")
+class Bundle:
+    """A bundle, opened on one backend: what its decoders share, weights above all.
 
-
-class Decoder:
-    """Decodes latents with one bundle on one backend.
-
-    The arena is allocated for the first shape decoded and kept: a shape that fits decodes in the
-    same memory, a larger one replaces it, and only a change of shape rebinds the program. A
-    decoder serves one thread at a time; use one decoder per thread.
+    Serves any number of threads, each with a decoder of its own. It may be closed before they are:
+    graphs and weights are released with the last of them.
     """
 
     def __init__(
-        self, manifest: Manifest, session: Session, constants: Mapping[str, NDArray[np.float32]]
+        self,
+        path: Path,
+        manifest: Manifest,
+        graphs: LoadedGraphs,
+        constants: Mapping[str, NDArray[np.float32]],
     ) -> None:
-        """Wrap an open session; most callers want `Decoder.open`."""
-        self.manifest = manifest
-        self._session = session
-        self._constants = constants
-        self._block: Block | None = None
-        self._block_bytes = 0
-        self._program: Program | None = None
+        """Wrap loaded graphs; most callers want `Bundle.open`."""
+        self.path, self.manifest, self.graphs, self.constants = path, manifest, graphs, constants
+        self._lock = threading.Lock()
+        self._is_open = True
+        self._users = 1  # who opened it, and its decoders
 
     @classmethod
     def open(
@@ -55,7 +53,8 @@ class Decoder:
         verify: bool = True,
         engines: str | None = None,
         cuda_graphs: bool = True,
-    ) -> "Decoder":
+        manifest: Manifest | None = None,
+    ) -> "Bundle":
         """Open a bundle.
 
         backend: "onnxruntime", "torch" or "tensorrt". device: for onnxruntime a provider, "cpu"
@@ -64,12 +63,16 @@ class Decoder:
         whole process. verify: check the SHA-256 of every file, not only its size.
         engines: for tensorrt, the engine set to run; None for the first that this GPU and the
         libraries installed run, which the log names. cuda_graphs: for tensorrt, replay the steps
-        as CUDA graphs from the second decode in a shape on.
+        as CUDA graphs from the second decode in a shape on. manifest: the bundle's, if it has been
+        read already.
         Raises `PidRuntimeError` for a broken bundle or a backend that is not there.
         """
         path = Path(bundle)
-        manifest = read_manifest(path, verify)
-        session = open_session(
+        if manifest is None:
+            manifest = read_manifest(path, verify)
+        elif verify:
+            check_files(path, manifest, verify)
+        graphs = choose_graphs(
             path,
             manifest,
             backend,
@@ -79,23 +82,103 @@ class Decoder:
             engines=engines,
             cuda_graphs=cuda_graphs,
         )
-        return cls(manifest, session, read_constants(path, manifest))
+        graphs.load()
+        return cls(path, manifest, graphs, read_constants(path, manifest))
+
+    def decoder(self) -> "Decoder":
+        """One more decoder, for one thread. Raises `PidRuntimeError` when the bundle is closed."""
+        with self._lock:
+            if not self._is_open:
+                raise PidRuntimeError(f"expected {self.path} to be open, but it was closed")
+            self._users += 1
+        try:
+            return Decoder(self)
+        except BaseException:
+            self.release()
+            raise
+
+    def release(self) -> None:
+        """Take one user away; graphs and weights go with the last. For `close` and decoders."""
+        with self._lock:
+            self._users -= 1
+            last = not self._users
+        if last:
+            self.graphs.close()
+
+    def __enter__(self) -> "Bundle":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Make no more decoders, and release graphs and weights when none is left."""
+        with self._lock:
+            was_open, self._is_open = self._is_open, False
+        if was_open:
+            self.release()
+
+
+class Decoder:
+    """Decodes latents with one bundle on one backend.
+
+    The arena is allocated for the first shape decoded and kept: a shape that fits decodes in the
+    same memory, a larger one replaces it, and only a change of shape rebinds the program. A
+    decoder serves one thread at a time; use one decoder of a `Bundle` per thread.
+    """
+
+    def __init__(self, bundle: Bundle) -> None:
+        """Most callers want `Decoder.open`, or `Bundle.decoder`."""
+        self.manifest = bundle.manifest
+        self._bundle = bundle
+        self.memory = bundle.graphs.memory()
+        self.graphs = bundle.graphs.graphs(self.memory)
+        self._block: Block | None = None
+        self._block_bytes = 0
+        self._program: Program | None = None
+        self._is_open = True
+        self._busy = threading.Lock()
+
+    @classmethod
+    def open(
+        cls,
+        bundle: str | Path,
+        backend: str = "onnxruntime",
+        device: str | None = None,
+        *,
+        threads: int | None = None,
+        verify: bool = True,
+        engines: str | None = None,
+        cuda_graphs: bool = True,
+        manifest: Manifest | None = None,
+    ) -> "Decoder":
+        """Open a bundle for one decoder alone; arguments and errors as of `Bundle.open`."""
+        opened = Bundle.open(
+            bundle,
+            backend,
+            device,
+            threads=threads,
+            verify=verify,
+            engines=engines,
+            cuda_graphs=cuda_graphs,
+            manifest=manifest,
+        )
+        with opened:
+            return opened.decoder()
 
     def __enter__(self) -> "Decoder":
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def close(self) -> None:
-        """Release the graphs and the arena; the decoder cannot be used afterwards."""
-        self._program = self._block = None
-        self._session.close()
+        """Release the arena; the decoder cannot be used afterwards. Again does nothing."""
+        if self._is_open:
+            self._is_open = False
+            self._program = self._block = None
+            self.graphs.close()
+            self._bundle.release()
 
     def decode(
         self,
@@ -146,29 +229,17 @@ class Decoder:
             times=times,
             rule=rule,
         )
-        session, schedule = self._session, request.schedule
-        program = self._bind(request.sizes)
-
-        def fill(_: Session, bound: Program, instruction: Noise, draw: int) -> None:
-            if draw and schedule.updates[draw - 1, 2] == 0:  # not used, but must not hold a NaN
-                session.fill_zero(bound.buffer(instruction.target))
-            elif request.noises[draw] is not None:
-                bound.load_noise(instruction, request.noises[draw])
-            else:
-                bound.fill_noise(instruction, request.seeds, draw)
-
-        self._write(program, request)
-        program.run("prologue", noise=lambda s, p, i, _: fill(s, p, i, 0))
-        if schedule.moments is not None:
-            for row in schedule.rows:
-                program.run("timestep", row=row, step=row)
-        for step, row in enumerate(schedule.rows):
-            program.run("step", row, step, lambda s, p, i, k: fill(s, p, i, k + 1))
-            if progress is not None:
-                progress(step + 1, schedule.steps)
-        program.run("image" if output == "float32" else "image_bytes")
-        image = program.buffer("image" if output == "float32" else "image_bytes")
-        return session.clone(image) if dlpack else session.read(image)
+        if not self._is_open:
+            raise PidRuntimeError("expected an open decoder, but it was closed; open another")
+        if not self._busy.acquire(blocking=False):
+            raise PidRuntimeError(
+                "expected one decode at a time, but another thread's runs in this decoder; use a "
+                "decoder of the bundle for each thread"
+            )
+        try:
+            return self._run(request, output, dlpack, progress)
+        finally:
+            self._busy.release()
 
     def encode(self, image: Any, *, sigma: float = 0.0, seed: int = 0) -> NDArray[np.float32]:
         """Latents of images, for a bundle with a codec: float32 `[B, C, H / 8, W / 8]`.
@@ -200,24 +271,50 @@ class Decoder:
         """
         if self._program is None:
             raise PidRuntimeError("expected a decode before its state is read")
-        state = self._session.read(self._program.buffer("state"))
+        state = self.memory.read(self._program.buffer("state"))
         return state.reshape(*state.shape[:2], -1, 3)
+
+    def _run(self, request: Request, output: str, dlpack: bool, progress: Progress | None) -> Any:
+        """Decode a request."""
+        memory, schedule = self.memory, request.schedule
+        program = self._bind(request.sizes)
+
+        def fill(bound: Program, instruction: Noise, draw: int) -> None:
+            if draw and schedule.updates[draw - 1, 2] == 0:  # not used, but must not hold a NaN
+                memory.fill_zero(bound.buffer(instruction.target))
+            elif request.noises[draw] is not None:
+                bound.load_noise(instruction, request.noises[draw])
+            else:
+                bound.fill_noise(instruction, request.seeds, draw)
+
+        self._write(program, request)
+        program.run("prologue", noise=lambda p, i, _: fill(p, i, 0))
+        if schedule.moments is not None:
+            for row in schedule.rows:
+                program.run("timestep", row=row, step=row)
+        for step, row in enumerate(schedule.rows):
+            program.run("step", row, step, lambda p, i, k: fill(p, i, k + 1))
+            if progress is not None:
+                progress(step + 1, schedule.steps)
+        program.run("image" if output == "float32" else "image_bytes")
+        image = program.buffer("image" if output == "float32" else "image_bytes")
+        return memory.clone(image) if dlpack else memory.read(image)
 
     def _bind(self, sizes: Sizes) -> Program:
         """The program at these sizes: the one of the last decode if they have not changed."""
         if self._program is not None and self._program.sizes == sizes:
             return self._program
-        bucket = self._session.bucket_for(sizes.value("L"))
+        bucket = self.graphs.bucket_for(sizes.value("L"))
         needed = Program.arena_bytes(bucket, sizes)
         self._program = None
         fits = self._block is not None and needed <= self._block_bytes
         if not fits:
             self._block = None  # give the old arena back before asking for the new one
         calls = graph_calls(self.manifest, bucket, sizes)
-        self._session.prepare(calls, 0 if fits else needed, sizes.value("B"))
+        self.graphs.prepare(calls, 0 if fits else needed, sizes.value("B"))
         if not fits:
             try:
-                self._block, self._block_bytes = self._session.allocate(needed), needed
+                self._block, self._block_bytes = self.memory.allocate(needed), needed
             except (MemoryError, RuntimeError) as error:
                 reason = str(error).partition("\n")[0]
                 raise PidRuntimeError(
@@ -225,77 +322,30 @@ class Decoder:
                     "decode a smaller shape or batch"
                 ) from None
         self._program = Program(
-            self.manifest, self._session, bucket, sizes, self._block, self._constants
+            self.manifest,
+            self.graphs,
+            self.memory,
+            bucket,
+            sizes,
+            self._block,
+            self._bundle.constants,
         )
         return self._program
 
     def _write(self, program: Program, request: Request) -> None:
         """Put a decode's inputs into the arena."""
-        session, schedule = self._session, request.schedule
+        memory, schedule = self.memory, request.schedule
         batch, rows = request.sizes.value("B"), request.sizes.value("N")
-        session.write(program.buffer("latent"), request.latent)
+        memory.write(program.buffer("latent"), request.latent)
         if request.caption.shape[0] == batch:
-            session.write(program.buffer("caption"), request.caption)
+            memory.write(program.buffer("caption"), request.caption)
         else:
             for image in range(batch):
-                session.write(program.image_part("caption", image), request.caption)
-        session.write(program.buffer("sigma"), request.sigmas)
-        session.write(program.buffer("update"), _padded(schedule.updates, rows))
+                memory.write(program.image_part("caption", image), request.caption)
+        memory.write(program.buffer("sigma"), request.sigmas)
+        memory.write(program.buffer("update"), _padded(schedule.updates, rows))
         if schedule.moments is not None:
-            session.write(program.buffer("timestep"), _padded(schedule.moments, rows))
-
-
-def open_session(
-    bundle: Path,
-    manifest: Manifest,
-    backend: str,
-    device: str | None = None,
-    *,
-    threads: int | None = None,
-    verify: bool = True,
-    engines: str | None = None,
-    cuda_graphs: bool = True,
-) -> Session:
-    """A backend with a bundle's graphs loaded; arguments as of `Decoder.open`.
-
-    Raises `PidRuntimeError` for a backend, provider or device that is not there.
-    """
-    if threads is not None and threads < 1:
-        raise PidRuntimeError(f"expected at least one thread, but got {threads}; leave it out")
-    if engines is not None and backend != "tensorrt":
-        raise PidRuntimeError(
-            f"expected the tensorrt backend to run engines {engines!r}, but got {backend!r}"
-        )
-    if backend == "onnxruntime":
-        from pid_runtime.backends.onnxruntime import OnnxRuntimeSession
-
-        provider, colon, ordinal = (device or "cpu").partition(":")
-        if colon and not (ordinal.isascii() and ordinal.isdecimal()):
-            raise PidRuntimeError(f"expected a device such as cuda:0, but got {device!r}")
-        return OnnxRuntimeSession(bundle, manifest, provider, int(ordinal or 0), threads)
-    if backend == "torch":
-        try:
-            from pid_runtime.backends.torch import TorchSession
-        except ImportError:
-            raise PidRuntimeError(
-                "expected PyTorch for the torch backend, but it is not installed; "
-                "pip install 'pid-trt[torch]'"
-            ) from None
-        return TorchSession(bundle, manifest, device or "cpu", threads)
-    if backend == "tensorrt":
-        from pid_runtime.backends.tensorrt import TensorRtSession
-
-        return TensorRtSession(
-            bundle,
-            manifest,
-            device or "cuda:0",
-            engines,
-            cuda_graphs=cuda_graphs,
-            verify=verify,
-        )
-    raise PidRuntimeError(
-        f"expected a backend of {', '.join(BACKENDS)}, but got {backend!r}; choose one of these"
-    )
+            memory.write(program.buffer("timestep"), _padded(schedule.moments, rows))
 
 
 def _padded(values: NDArray[np.float32], rows: int) -> NDArray[np.float32]:

@@ -1,4 +1,4 @@
-"""Runs a manifest's program on a session: the whole of the runtime that is not a backend.
+"""Runs a manifest's program on graphs and memory: the whole of the runtime that is not a backend.
 
 A program is bound to one set of sizes at a time. Binding lays the buffers out in the arena,
 resolves every operand to a contiguous part of it, and turns each instruction into the calls it
@@ -12,12 +12,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from pid_runtime.backends.session import Block, Call, Session, Tensor
+from pid_runtime.backends.graphs import Call, Graphs, PlannedCall
+from pid_runtime.backends.memory import Block, Memory, Tensor
 from pid_runtime.bundle.manifest import Bucket, Copy, Manifest, Noise, Operand, Port, Run
 from pid_runtime.bundle.sizes import ITEM_BYTES, Sizes
 from pid_runtime.tables import compute_table
 
-NoiseSource = Callable[[Session, "Program", Noise, int], None]
+NoiseSource = Callable[["Program", Noise, int], None]
 """Fills the target of a noise instruction with draw number k; see `Program.run_step`."""
 
 
@@ -27,7 +28,8 @@ class Program:
     def __init__(
         self,
         manifest: Manifest,
-        session: Session,
+        graphs: Graphs,
+        memory: Memory,
         bucket: Bucket,
         sizes: Sizes,
         block: Block,
@@ -37,8 +39,8 @@ class Program:
 
         constants: values of the buffers of kind "constant", by buffer.
         """
-        self.manifest, self.session, self.bucket, self.sizes = manifest, session, bucket, sizes
-        self.block = block
+        self.manifest, self.graphs, self.memory = manifest, graphs, memory
+        self.bucket, self.sizes, self.block = bucket, sizes, block
         # Nothing in here refers to the program: it, and its memory, go with the last reference.
         self._calls: dict[tuple[str, int, int], list[Call | Noise]] = {}
         self._patchify: dict[int, Call] = {}
@@ -49,9 +51,9 @@ class Program:
         }
         for name, buffer in manifest.buffers.items():
             if buffer.kind == "table":
-                session.write(self.buffer(name), compute_table(buffer.source, sizes))
+                memory.write(self.buffer(name), compute_table(buffer.source, sizes))
             elif buffer.kind == "constant":
-                session.write(self.buffer(name), constants[name])
+                memory.write(self.buffer(name), constants[name])
 
     @staticmethod
     def arena_bytes(bucket: Bucket, sizes: Sizes) -> int:
@@ -84,22 +86,22 @@ class Program:
             if not isinstance(call, Noise):
                 call()
             elif noise is not None:
-                noise(self.session, self, call, step)
+                noise(self, call, step)
 
     def load_noise(self, instruction: Noise, image: Tensor) -> None:
         """Fill a noise instruction's target from an image `[B, 3, H, W]` float32."""
-        self.session.write(self.buffer(instruction.image), image)
+        self.memory.write(self.buffer(instruction.image), image)
         key = id(instruction)
         if key not in self._patchify:
             scratch = self._scratch[key]
             calls = list(self._bind_run(instruction.patchify(), self.sizes, scratch))
-            self._patchify[key] = self.session.sequence("noise", calls)
+            self._patchify[key] = self.graphs.sequence("noise", calls)
         self._patchify[key]()
 
     def fill_noise(self, instruction: Noise, seeds: Sequence[int], draw: int) -> None:
         """Fill a noise instruction's target with draw `draw`, each image from its own seed."""
         for image, seed in enumerate(seeds):
-            self.session.fill_normal(self.image_part(instruction.target, image), seed, draw)
+            self.memory.fill_normal(self.image_part(instruction.target, image), seed, draw)
 
     def view(self, run: Run, name: str, sizes: Sizes) -> Tensor:
         """All of what a run reads or writes under a port's name, for a batch of one image."""
@@ -116,16 +118,16 @@ class Program:
                 calls += self._bind(instruction, sizes)
                 continue
             if calls:
-                yield self.session.sequence(section, calls)
+                yield self.graphs.sequence(section, calls)
             calls = []
             yield instruction
         if calls:
-            yield self.session.sequence(section, calls)
+            yield self.graphs.sequence(section, calls)
 
     def _bind(self, instruction: Run | Copy, sizes: Sizes) -> Iterator[Call]:
         if isinstance(instruction, Copy):
             source, target = self.buffer(instruction.source), self.buffer(instruction.target)
-            yield functools.partial(self.session.copy, source, target)
+            yield functools.partial(self.memory.copy, source, target)
         else:
             yield from self.bind_run(instruction, sizes)
 
@@ -141,7 +143,7 @@ class Program:
         if scratch_offset is not None:
             begin = scratch_offset * sizes.value("B")
             size = self.arena_bytes(self.bucket, sizes) - begin
-            scratch = self.session.tensor(self.block, begin, "uint8", (size,))
+            scratch = self.memory.tensor(self.block, begin, "uint8", (size,))
         local = sizes.extended(run.dims)
         graph = self.manifest.graphs[run.graph]
         ports = {**graph.inputs, **graph.outputs}
@@ -149,7 +151,7 @@ class Program:
         slices = slices_of(run, self.bucket, local)
         chunked = len(slices) > 1
         whole = (
-            self.session.whole_batches
+            self.graphs.whole_batches
             and not chunked
             and all(self._covers_batch(operands[name], port, local) for name, port in ports.items())
         )
@@ -166,7 +168,7 @@ class Program:
                     )
                     for name, port in ports.items()
                 }
-                yield self.session.bind(run.graph, tensors, scratch)
+                yield self.graphs.bind(run.graph, tensors, scratch)
 
     def _covers_batch(self, operand: Operand, port: Port, local: Sizes) -> bool:
         """Whether the batch elements of an operand lie next to each other."""
@@ -198,12 +200,10 @@ class Program:
     def _tensor(self, name: str, first: int, shape: Sequence[int]) -> Tensor:
         dtype = self.manifest.buffers[name].dtype
         offset = self.bucket.offsets[name] * self.sizes.value("B") + first * ITEM_BYTES[dtype]
-        return self.session.tensor(self.block, offset, dtype, tuple(shape))
+        return self.memory.tensor(self.block, offset, dtype, tuple(shape))
 
 
-def graph_calls(
-    manifest: Manifest, bucket: Bucket, sizes: Sizes
-) -> Iterator[tuple[str, Mapping[str, int]]]:
+def graph_calls(manifest: Manifest, bucket: Bucket, sizes: Sizes) -> Iterator[PlannedCall]:
     """Graph and sizes of every kind of call that a decode of one image of these sizes makes."""
     for instruction in manifest.instructions():
         if isinstance(instruction, Copy):

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from pid_runtime.backends.session import as_array
+from pid_runtime.backends.memory import as_array
 from pid_runtime.bundle.manifest import Manifest, Sampler
 from pid_runtime.bundle.sizes import Sizes, sizes_of_request
 from pid_runtime.errors import PidRuntimeError

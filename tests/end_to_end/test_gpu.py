@@ -18,7 +18,8 @@ import torch
 from numpy.typing import NDArray
 
 from pid_engines.cli import main
-from pid_runtime.backends.tensorrt import TensorRtSession
+from pid_runtime.backends.device import CudaDevice
+from pid_runtime.backends.tensorrt import TensorRtGraphs
 from pid_runtime.bundle.engines import read_engine_sets
 from pid_runtime.bundle.folder import read_manifest
 from pid_runtime.decoder import Decoder
@@ -80,10 +81,16 @@ def decoder(built: Built) -> Iterator[Decoder]:
         yield decoder
 
 
-def session_of(decoder: Decoder) -> TensorRtSession:
-    session = decoder._session
-    assert isinstance(session, TensorRtSession)
-    return session
+def graphs_of(decoder: Decoder) -> TensorRtGraphs:
+    graphs = decoder.graphs
+    assert isinstance(graphs, TensorRtGraphs)
+    return graphs
+
+
+def device_of(decoder: Decoder) -> CudaDevice:
+    device = decoder.memory
+    assert isinstance(device, CudaDevice)
+    return device
 
 
 def error(image: Floats, expected: Floats) -> float:
@@ -113,21 +120,21 @@ def test_cuda_graphs_change_nothing(built: Built, bucket: str) -> None:
         for _ in range(3):
             images = [decoder.decode(**first), decoder.decode(**second)]
             assert all((a == b).all() for a, b in zip(images, expected, strict=True))
-        assert session_of(decoder).cuda_graphs, "recording failed; the log says why"
+        assert graphs_of(decoder).cuda_graphs, "recording failed; the log says why"
 
 
 def test_memory_is_as_planned(built: Built) -> None:
     manifest = read_manifest(built.bundle, verify=False)
     (engines,) = read_engine_sets(manifest).values()
     with built.open() as decoder:
-        session = session_of(decoder)
-        device = session._device
+        graphs = graphs_of(decoder)
+        device = device_of(decoder)
         before = device.free_bytes()
         for bucket in SHAPES:
             plan = engines.buckets[bucket]
             for _ in range(2):
                 decoder.decode(**built.inputs(bucket))
-            assert session.scratch is None, "an engine needs more scratch than was planned"
+            assert graphs.scratch is None, "an engine needs more scratch than was planned"
             used = before - device.free_bytes()
             # Kernels' code, graphs and the driver's granularity are not in the plan.
             assert used <= plan.peak_device_bytes + (512 << 20)
@@ -139,14 +146,14 @@ def test_memory_is_as_planned(built: Built) -> None:
 
 def test_noise_is_made_on_the_gpu(decoder: Decoder, built: Built) -> None:
     decoder.decode(**built.inputs("tiny"))
-    session = session_of(decoder)
-    tensor = session.tensor(session.allocate(4 * 100_001), 0, "float32", (100_001,))
+    device = device_of(decoder)
+    tensor = device.tensor(device.allocate(4 * 100_001), 0, "float32", (100_001,))
     for seed, draw in ((0, 0), (2**64 - 1, 3)):
-        session.fill_zero(tensor)
-        session.fill_normal(tensor, seed, draw)
+        device.fill_zero(tensor)
+        device.fill_normal(tensor, seed, draw)
         expected = standard_normal(seed, draw, 100_001)
-        np.testing.assert_allclose(session.read(tensor), expected, rtol=0, atol=1e-6)
-    assert session._device._kernel, "install nvidia-cuda-nvrtc"
+        np.testing.assert_allclose(device.read(tensor), expected, rtol=0, atol=1e-6)
+    assert device._kernel, "install nvidia-cuda-nvrtc"
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="torch has no CUDA here")
@@ -184,10 +191,10 @@ def test_decoders_run_in_threads(built: Built) -> None:
 
 
 def test_too_much_is_refused_before_it_starts(built: Built, decoder: Decoder) -> None:
-    session = session_of(decoder)
-    free = session._device.free_bytes()
+    graphs = graphs_of(decoder)
+    free = device_of(decoder).free_bytes()
     with pytest.raises(PidRuntimeError, match="GB of free device memory for this shape"):
-        session.prepare([], free + 1, 1)
+        graphs.prepare([], free + 1, 1)
     decoder.decode(**built.inputs("tiny"))
 
 

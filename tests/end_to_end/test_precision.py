@@ -71,8 +71,8 @@ def test_no_worse_than_autocast(golden: Golden, autocast_error: float, bundle: P
 def test_the_measure_can_fail(golden: Golden, autocast_error: float, bundle: Path) -> None:
     """A state kept in eight bits is found out."""
     with Decoder.open(bundle, "torch") as decoder:
-        session: Any = decoder._session
-        stage = session._stages["update"]
+        graphs: Any = decoder.graphs
+        stage = graphs._stages["update"]
         stage.register_forward_hook(
             lambda module, inputs, state: state.to(torch.float8_e4m3fn).float()
         )

@@ -121,7 +121,7 @@ def test_a_graph_that_never_runs(manifest: Manifest) -> None:
 
 
 class CallRecorder:
-    """A session that only writes down which graphs are called at which shapes."""
+    """Graphs and memory that only write down which graphs are called at which shapes."""
 
     whole_batches = True
 
@@ -152,7 +152,9 @@ def calls(manifest: Manifest, h: int, w: int, text: int) -> list[tuple[str, Shap
     # With nothing but temporary buffers, a program has nothing to fill.
     buffers = {name: replace(each, kind="temporary") for name, each in manifest.buffers.items()}
     recorder: Any = CallRecorder()
-    program = Program(replace(manifest, buffers=buffers), recorder, bucket, sizes, None, {})
+    program = Program(
+        replace(manifest, buffers=buffers), recorder, recorder, bucket, sizes, None, {}
+    )
     for each in manifest.instructions():
         if not isinstance(each, Copy):
             run = each.patchify() if isinstance(each, Noise) else each

@@ -22,7 +22,8 @@ from pid_export.golden import (
     tolerance_here,
 )
 from pid_export.verify_cli import main
-from pid_runtime.decoder import HOST_BACKENDS, Decoder
+from pid_runtime.backends.choice import HOST_BACKENDS
+from pid_runtime.decoder import Decoder
 from places import GOLDEN
 
 FILES = sorted((GOLDEN).glob("*.safetensors"))

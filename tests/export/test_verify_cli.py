@@ -22,8 +22,9 @@ from pid_ref.checkpoint import state_shapes
 from pid_ref.config import PidConfig
 from pid_ref.sampler import timesteps
 from pid_ref.weights import RandomWeights
-from pid_runtime.backends.torch import TorchSession
-from pid_runtime.bundle.folder import read_constants, read_manifest
+from pid_runtime.backends.torch import TorchGraphs
+from pid_runtime.bundle.folder import read_manifest
+from pid_runtime.decoder import Bundle
 from places import GOLDEN
 
 RunCommand = Callable[..., tuple[int, str, str]]
@@ -268,12 +269,10 @@ def test_every_tensor_counts(golden_bundle: Path, tmp_path: Path) -> None:
     for i in range(max(map(len, tensors.values()))):
         turned = {graph: keys[i] for graph, keys in tensors.items() if i < len(keys)}
         altered = alter(golden_bundle, tmp_path, dict.fromkeys(turned.values(), turn))
-        session = TorchSession(altered, manifest)
-        constants = read_constants(altered, manifest)
-        comparisons = verify.verify_stages(manifest, session, constants, values, sizes)
-        wrong = graphs_of([each.name for each in comparisons if not each.passed])
+        with Bundle.open(altered, "torch", manifest=manifest, verify=False) as bundle:
+            comparisons = verify.verify_stages(bundle, values, sizes)
+            wrong = graphs_of([each.name for each in comparisons if not each.passed])
         assert wrong == set(turned), turned
-        session.close()
 
 
 def test_a_fault_that_no_image_shows(
@@ -437,15 +436,15 @@ def test_what_a_graph_does_not_write_fails(
             twice.append(again["run"])
             fields["program"][section].insert(index, again)
 
-    def bind(session: TorchSession, graph: str, tensors: Any, scratch: Any) -> Callable[[], None]:
+    def bind(graphs: TorchGraphs, graph: str, tensors: Any, scratch: Any) -> Callable[[], None]:
         bound.append(graph)
         idle = graph in twice and bound.count(graph) % 2 == 0
-        return (lambda: None) if idle else real(session, graph, tensors, scratch)
+        return (lambda: None) if idle else real(graphs, graph, tensors, scratch)
 
     twice: list[str] = []
     bound: list[str] = []
-    real = TorchSession.bind
-    monkeypatch.setattr(TorchSession, "bind", bind)
+    real = TorchGraphs.bind
+    monkeypatch.setattr(TorchGraphs, "bind", bind)
     found = failures(run_command, edit_bundle(edit), "--backend", "torch")
     assert twice == ["caption", "unpatchify_bytes"]
     assert found == ["caption y.0", "unpatchify_bytes image_bytes"]

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from fakes.engines import VERSION
 from pid_runtime.backends.dlpack import CPU, RawTensor
-from pid_runtime.backends.torch import TorchSession
+from pid_runtime.backends.torch import LoadedStages, TorchGraphs
 from pid_runtime.bundle.folder import read_manifest
 from pid_runtime.bundle.manifest import Manifest
 from pid_runtime.noise import standard_normal
@@ -461,7 +461,7 @@ class FakeEngine:
     context_class: type[FakeContext] = FakeContext
     config_class: type[FakeConfig] = FakeConfig
 
-    def __init__(self, gpu: Gpu, manifest: Manifest, stages: TorchSession, blob: bytes) -> None:
+    def __init__(self, gpu: Gpu, manifest: Manifest, stages: TorchGraphs, blob: bytes) -> None:
         fields = json.loads(blob)
         self.gpu, self.manifest, self.stages = gpu, manifest, stages
         self.graph, self.file = fields["graph"], fields["file"]
@@ -489,7 +489,9 @@ class FakeRtxEngine(FakeEngine):
 
 def fake_tensorrt(gpu: Gpu, bundle: Path, engine_class: type[FakeEngine]) -> SimpleNamespace:
     manifest = read_manifest(bundle, verify=False)
-    stages = TorchSession(bundle, manifest)
+    loaded = LoadedStages(bundle, manifest)
+    loaded.load()
+    stages = loaded.graphs(loaded.memory())
 
     class FakeLogger:
         Severity = SimpleNamespace(INTERNAL_ERROR=0, ERROR=1, WARNING=2)

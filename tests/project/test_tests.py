@@ -19,7 +19,9 @@ MIRRORS = {
 
 ELSEWHERE = {
     "reference/test_reference.py": "pid_ref: config network sampler weights",
-    "runtime/test_decoder.py": "runtime/pid_runtime: interpreter request backends/session",
+    "runtime/test_decoder.py": (
+        "runtime/pid_runtime: interpreter request backends/choice backends/graphs backends/memory"
+    ),
     "runtime/test_tables.py": "runtime/pid_runtime: bundle/sizes",
     "runtime/backends/test_tensorrt.py": "runtime/pid_runtime: backends/device backends/dlpack",
     "runtime/bundle/test_manifest.py": (

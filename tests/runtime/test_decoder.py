@@ -2,9 +2,11 @@
 
 import shutil
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -12,9 +14,11 @@ import torch
 from numpy.typing import NDArray
 from safetensors.numpy import load_file
 
+from pid_runtime.backends.choice import HOST_BACKENDS, choose_graphs
+from pid_runtime.backends.graphs import LoadedGraphs
 from pid_runtime.bundle.folder import read_manifest
 from pid_runtime.command.images import to_uint8
-from pid_runtime.decoder import HOST_BACKENDS, Decoder
+from pid_runtime.decoder import Bundle, Decoder
 from pid_runtime.errors import PidRuntimeError
 from pid_runtime.noise import image_noise
 from places import GOLDEN
@@ -56,6 +60,11 @@ def eager(golden_bundle: Path) -> Iterator[Decoder]:
 @pytest.fixture(params=HOST_BACKENDS)
 def pid(request: pytest.FixtureRequest, ort: Decoder, eager: Decoder) -> Decoder:
     return ort if request.param == "onnxruntime" else eager
+
+
+@pytest.fixture
+def pid_of(ort: Decoder, eager: Decoder) -> Callable[[str], Decoder]:
+    return {"onnxruntime": ort, "torch": eager}.__getitem__
 
 
 def differ(a: Any, b: Any) -> float:
@@ -270,6 +279,99 @@ def test_any_times(free_bundle: Path, ort: Decoder, backend: str) -> None:
             free.decode(LATENT, times=np.linspace(1, 0, 102).tolist())
         with pytest.raises(PidRuntimeError, match="expected 4 steps, but got times of 1"):
             free.decode(LATENT, times=[1, 0], steps=4)
+
+
+# Bundles that decoders share
+
+
+@pytest.mark.parametrize("backend", HOST_BACKENDS)
+def test_decoders_of_a_bundle_read_nothing_again(
+    golden_bundle: Path, tmp_path: Path, pid_of: Callable[[str], Decoder], backend: str
+) -> None:
+    copied = tmp_path / "bundle"
+    shutil.copytree(golden_bundle, copied)
+    expected = pid_of(backend).decode(LATENT, CAPTION, seed=3)
+    with Bundle.open(copied, backend, threads=1) as bundle:
+        shutil.rmtree(copied)
+        decoders = [bundle.decoder() for _ in range(2)]
+    for decoder in decoders:  # the bundle is closed: its weights stay for them
+        with decoder:
+            np.testing.assert_array_equal(decoder.decode(LATENT, CAPTION, seed=3), expected)
+
+
+@pytest.mark.parametrize("backend", HOST_BACKENDS)
+def test_decoders_of_a_bundle_run_side_by_side(
+    golden_bundle: Path, pid_of: Callable[[str], Decoder], backend: str
+) -> None:
+    seeds = range(4)
+    expected = [pid_of(backend).decode(LATENT, CAPTION, seed=seed) for seed in seeds]
+    with Bundle.open(golden_bundle, backend, threads=1) as bundle:
+
+        def decode(seed: int) -> list[Floats]:
+            with bundle.decoder() as decoder:
+                return [decoder.decode(LATENT, CAPTION, seed=seed) for _ in range(3)]
+
+        with ThreadPoolExecutor(len(seeds)) as threads:
+            for images, want in zip(threads.map(decode, seeds), expected, strict=True):
+                for image in images:
+                    np.testing.assert_array_equal(image, want)
+
+
+def test_graphs_go_with_their_last_user(golden_bundle: Path) -> None:
+    graphs = choose_graphs(golden_bundle, read_manifest(golden_bundle), "onnxruntime")
+    closed: list[bool] = []
+    graphs.load()
+    manifest = read_manifest(golden_bundle)
+    watched = SimpleNamespace(
+        memory=graphs.memory, graphs=graphs.graphs, close=lambda: closed.append(True)
+    )
+    bundle = Bundle(golden_bundle, manifest, cast(LoadedGraphs, watched), {})
+    first, second = bundle.decoder(), bundle.decoder()
+    bundle.close()
+    bundle.close()
+    first.close()
+    first.close()
+    assert not closed
+    second.close()
+    assert closed == [True]
+
+
+def test_a_closed_bundle_makes_no_decoder(golden_bundle: Path) -> None:
+    bundle = Bundle.open(golden_bundle, threads=1)
+    bundle.close()
+    with pytest.raises(PidRuntimeError, match=r"expected \S+ to be open, but it was closed"):
+        bundle.decoder()
+
+
+@pytest.mark.parametrize("backend", HOST_BACKENDS)
+def test_a_closed_decoder_is_refused(golden_bundle: Path, backend: str) -> None:
+    with Decoder.open(golden_bundle, backend, threads=1) as decoder:
+        decoder.decode(LATENT, CAPTION, steps=1)
+    with pytest.raises(PidRuntimeError, match="expected an open decoder, but it was closed"):
+        decoder.decode(LATENT, CAPTION, steps=1)
+
+
+def test_a_decoder_serves_one_thread_at_a_time(pid: Decoder) -> None:
+    expected = pid.decode(LATENT, CAPTION, seed=5)
+    refused: list[str] = []
+
+    def meanwhile(step: int, steps: int) -> None:
+        with ThreadPoolExecutor(1) as other, pytest.raises(PidRuntimeError) as caught:
+            other.submit(pid.decode, LATENT, CAPTION, seed=6).result()
+        refused.append(str(caught.value))
+
+    image = pid.decode(LATENT, CAPTION, seed=5, progress=meanwhile)
+    assert len(refused) == 4
+    assert all("expected one decode at a time" in message for message in refused)
+    np.testing.assert_array_equal(image, expected)
+    np.testing.assert_array_equal(pid.decode(LATENT, CAPTION, seed=5), expected)
+
+
+@pytest.mark.parametrize("backend", HOST_BACKENDS)
+def test_choosing_graphs_reads_no_weights(
+    golden_bundle: Path, tmp_path: Path, backend: str
+) -> None:
+    choose_graphs(tmp_path / "nowhere", read_manifest(golden_bundle), backend).close()
 
 
 # Mistakes

@@ -19,7 +19,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pid_runtime.backends.dlpack import CUDA, RawTensor
-from pid_runtime.backends.session import Call, as_array, from_bits, to_bits
+from pid_runtime.backends.graphs import Call
+from pid_runtime.backends.memory import as_array, as_bytes, from_bytes
 from pid_runtime.errors import PidRuntimeError
 from pid_runtime.noise import standard_normal
 
@@ -134,6 +135,13 @@ class CudaDevice:
         """Enqueue a copy between tensors of the same size."""
         self._view(source).copy_to(self._view(target), stream=self._stream)
 
+    def clone(self, tensor: RawTensor) -> RawTensor:
+        """Copy a tensor to new memory, which any stream may read when this returns."""
+        clone = self.tensor(self.allocate(tensor.size_bytes), 0, tensor.dtype, tensor.shape)
+        self.copy(tensor, clone)
+        self.synchronize()
+        return clone
+
     def fill_zero(self, tensor: RawTensor) -> None:
         """Enqueue a fill with zeros."""
         self._view(tensor).fill(0, stream=self._stream)
@@ -147,7 +155,7 @@ class CudaDevice:
         self.use()
         on_host = not hasattr(source, "__dlpack_device__")
         if on_host or source.__dlpack_device__()[0] not in DLPACK_DEVICES:
-            self._upload(tensor, to_bits(as_array(source), tensor.dtype))
+            self._upload(tensor, as_array(source))
             return
         view = self._core.utils.StridedMemoryView.from_dlpack(source, stream_ptr=self.stream_handle)
         shape, dtype = tuple(view.shape), _dtype_of(source, view)
@@ -161,7 +169,7 @@ class CudaDevice:
             self.copy(given, tensor)
             self.synchronize()  # the owner may reuse its memory when this returns
         else:
-            self._upload(tensor, to_bits(self.read(given), tensor.dtype))
+            self._upload(tensor, self.read(given))
 
     def read(self, tensor: RawTensor) -> NDArray[Any]:
         """Copy a tensor to a new array on the host, bfloat16 as float32."""
@@ -174,7 +182,7 @@ class CudaDevice:
             part.copy_to(self._memory(int(staging.handle), size, staging), stream=self._stream)
             self.synchronize()
             result[begin : begin + size] = memory[:size]
-        return from_bits(result, tensor.dtype).reshape(tensor.shape)
+        return from_bytes(result, tensor.dtype).reshape(tensor.shape)
 
     def fill_normal(self, tensor: RawTensor, seed: int, draw: int) -> None:
         """Fill a float32 tensor with `pid_runtime.noise.standard_normal(seed, draw, size)`.
@@ -244,11 +252,11 @@ class CudaDevice:
         error, count = driver.cuDeviceGetCount()
         return int(count) if error == success else 0
 
-    def _upload(self, tensor: RawTensor, bits: NDArray[Any]) -> None:
-        """Copy an array's bytes into a tensor, through pinned memory."""
-        data = bits.reshape(-1).view(np.uint8)
+    def _upload(self, tensor: RawTensor, array: NDArray[Any]) -> None:
+        """Copy an array, converted to the tensor's dtype, through pinned memory."""
+        data = as_bytes(array, tensor.dtype)
         if data.size != tensor.size_bytes:
-            raise ValueError(f"{bits.shape} does not fill a tensor {tensor.shape}")
+            raise ValueError(f"{array.shape} does not fill a tensor {tensor.shape}")
         staging, memory = self._staging_memory()
         for begin in range(0, data.size, STAGING_BYTES):
             size = min(STAGING_BYTES, data.size - begin)

@@ -64,6 +64,10 @@ class RawTensor:
         """What it takes."""
         return math.prod(self.shape) * _TYPES[self.dtype][1] // 8
 
+    def part(self, offset_bytes: int, dtype: str, shape: tuple[int, ...]) -> "RawTensor":
+        """A tensor inside this one's memory, which lives as long."""
+        return RawTensor(self.address + offset_bytes, dtype, shape, self.device, self.owner)
+
     def __dlpack_device__(self) -> tuple[int, int]:
         return self.device
 

@@ -2,6 +2,7 @@
 
 import functools
 import importlib
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,8 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from pid_runtime.backends.dlpack import CPU, CUDA, RawTensor
-from pid_runtime.backends.session import Call, as_array, from_bits, in_order, to_bits
+from pid_runtime.backends.graphs import Call, PlannedCall, in_order
+from pid_runtime.backends.memory import HostMemory, Memory, as_array, as_bytes, from_bytes
 from pid_runtime.bundle.manifest import Bucket, Manifest
 from pid_runtime.errors import PidRuntimeError
 from pid_runtime.noise import core_count, standard_normal
@@ -33,18 +35,14 @@ PLUGINS = {"NvTensorRTRTXExecutionProvider": "onnxruntime_ep_nv_tensorrt_rtx"}
 CONTRIB_PROVIDERS = ("CPUExecutionProvider", "CUDAExecutionProvider")
 """Providers with ONNX Runtime's own operators, which `contrib_file` of a graph uses."""
 
-ALIGNMENT = 4096
 
-
-class OnnxRuntimeSession:
-    """Runs a bundle's graphs in ONNX Runtime.
+class LoadedSessions:
+    """A bundle's graphs in ONNX Runtime.
 
     All graphs share one scratch arena, so that thirty sessions cost no more memory than one. Each
     has its own threads, which sleep while it does not run: a thread pool for the whole process
     would make every other ONNX Runtime session in it fail.
     """
-
-    whole_batches = True
 
     def __init__(
         self,
@@ -56,77 +54,112 @@ class OnnxRuntimeSession:
     ) -> None:
         """provider: a short name in `PROVIDERS` or a full one. threads: CPU threads, all when None.
 
-        Raises `PidRuntimeError` for a provider this ONNX Runtime lacks, or a graph it cannot load.
+        Raises `PidRuntimeError` for a provider this ONNX Runtime lacks, or cannot run this bundle.
         """
         self.provider = find_provider(provider)
-        self._on_host = self.provider == PROVIDERS["cpu"]
-        if self._on_host and manifest.precision == "bf16":
+        self.manifest = manifest
+        self.on_host = self.provider == PROVIDERS["cpu"]
+        if self.on_host and manifest.precision == "bf16":
             raise PidRuntimeError(
                 "ONNX Runtime's CPU provider has no bf16 kernels; export with --precision fp32, or "
                 "use --backend torch"
             )
-        self._device = (CPU, 0) if self._on_host else (CUDA, device_id)
-        self._device_name = "cpu" if self._on_host else "cuda"
+        self.sessions: dict[str, ort.InferenceSession] = {}
+        self._bundle, self._device_id, self._threads = bundle, device_id, threads
+
+    def load(self) -> None:
         options = ort.SessionOptions()
         options.log_severity_level = 3
-        options.intra_op_num_threads = threads or core_count()
+        options.intra_op_num_threads = self._threads or core_count()
         options.add_session_config_entry("session.force_spinning_stop", "1")
         options.add_session_config_entry("session.use_env_allocators", "1")
         _share_scratch()
         providers: list[Any] | None = [self.provider]
         if self.provider in PLUGINS:
-            options.add_provider_for_devices([_plugin_device(self.provider, device_id)], {})
+            options.add_provider_for_devices([_plugin_device(self.provider, self._device_id)], {})
             providers = None  # they are in the options
-        elif not self._on_host:
-            gpu = {"device_id": str(device_id)}
+        elif not self.on_host:
+            gpu = {"device_id": str(self._device_id)}
             kinds = dict.fromkeys((self.provider, PROVIDERS["cuda"]))
             providers = [*((kind, gpu) for kind in kinds), PROVIDERS["cpu"]]
-        self._manifest = manifest
-        self._graphs: dict[str, ort.InferenceSession] = {}
-        self._ports = {
-            name: (tuple(g.inputs), tuple(g.outputs)) for name, g in manifest.graphs.items()
-        }
-        for name, graph in manifest.graphs.items():
+        for name, graph in self.manifest.graphs.items():
             file = graph.file
             if graph.contrib_file is not None and self.provider in CONTRIB_PROVIDERS:
                 file = graph.contrib_file
             try:
-                self._graphs[name] = ort.InferenceSession(
-                    bundle / file, options, providers, enable_fallback=0
+                self.sessions[name] = ort.InferenceSession(
+                    self._bundle / file, options, providers, enable_fallback=0
                 )
             except Exception as error:
                 reason = str(error).splitlines()[0]
                 raise PidRuntimeError(f"{self.provider} cannot load {file}: {reason}") from error
 
+    def memory(self) -> "HostMemory | OrtMemory":
+        return HostMemory() if self.on_host else OrtMemory("cuda", self._device_id)
+
+    def graphs(self, memory: Memory) -> "OnnxRuntimeGraphs":
+        return OnnxRuntimeGraphs(self.manifest, self.sessions)
+
+    def close(self) -> None:
+        self.sessions.clear()
+
+
+class OnnxRuntimeGraphs:
+    """Runs graphs through IoBinding, which any number of decoders may do in the same sessions."""
+
+    whole_batches = True
+
+    def __init__(self, manifest: Manifest, sessions: Mapping[str, ort.InferenceSession]) -> None:
+        """sessions: by graph."""
+        self._manifest, self._sessions = manifest, sessions
+
     def bucket_for(self, tokens: int) -> Bucket:
         return self._manifest.bucket_for(tokens)[1]
 
-    def prepare(
-        self, calls: Iterable[tuple[str, Mapping[str, int]]], needed_bytes: int, batch: int
-    ) -> None:
+    def prepare(self, calls: Iterable[PlannedCall], needed_bytes: int, batch: int) -> None:
         pass  # graphs run at any size
 
+    def bind(self, graph: str, tensors: Mapping[str, RawTensor], scratch: RawTensor | None) -> Call:
+        session, described = self._sessions[graph], self._manifest.graphs[graph]
+        binding = session.io_binding()
+        for names, bind in (
+            (described.inputs, binding.bind_input),
+            (described.outputs, binding.bind_output),
+        ):
+            for name in names:
+                t = tensors[name]
+                kind, ordinal = t.device
+                device = "cpu" if kind == CPU else "cuda"
+                bind(name, device, ordinal, ONNX_TYPES[t.dtype], t.shape, t.address)
+        return lambda: session.run_with_iobinding(binding)
+
+    def sequence(self, name: str, calls: Sequence[Call]) -> Call:
+        return in_order(calls)
+
+    def close(self) -> None:
+        pass  # sessions belong to the bundle
+
+
+class OrtMemory:
+    """A device's memory, which ONNX Runtime allocates and copies."""
+
+    def __init__(self, device: str, device_id: int) -> None:
+        """device: as ONNX Runtime calls it, "cuda" or "cpu"."""
+        self._name = device
+        self._device = (CPU if device == "cpu" else CUDA, device_id)
+
     def allocate(self, size_bytes: int) -> RawTensor:
-        if self._on_host:
-            memory = np.empty(size_bytes + ALIGNMENT, np.uint8)
-            address = -(-memory.ctypes.data // ALIGNMENT) * ALIGNMENT
-        else:
-            memory = ort.OrtValue.ortvalue_from_shape_and_type(
-                [size_bytes], np.uint8, self._device_name, self._device[1]
-            )
-            address = memory.data_ptr()
-        return RawTensor(address, "uint8", (size_bytes,), self._device, memory)
+        memory = ort.OrtValue.ortvalue_from_shape_and_type(
+            [size_bytes], np.uint8, self._name, self._device[1]
+        )
+        return RawTensor(memory.data_ptr(), "uint8", (size_bytes,), self._device, memory)
 
     def tensor(
         self, block: RawTensor, offset_bytes: int, dtype: str, shape: tuple[int, ...]
     ) -> RawTensor:
-        return RawTensor(block.address + offset_bytes, dtype, shape, self._device, block.owner)
+        return block.part(offset_bytes, dtype, shape)
 
     def write(self, tensor: RawTensor, source: Any) -> None:
-        if self._on_host:
-            target = np.from_dlpack(tensor)
-            np.copyto(_writable(target), as_array(source).reshape(target.shape))
-            return
         if hasattr(source, "__dlpack_device__") and source.__dlpack_device__()[0] == CUDA:
             value = ort.OrtValue.from_dlpack(source)
             if value.element_type() == ONNX_TYPES[tensor.dtype]:
@@ -136,53 +169,24 @@ class OnnxRuntimeSession:
                 self.copy(given, tensor)
                 return
             source = value.numpy()
-        bits = to_bits(as_array(source), tensor.dtype)
-        _bytes_of(tensor).update_inplace(bits.reshape(-1).view(np.uint8))
+        _bytes_of(tensor).update_inplace(as_bytes(as_array(source), tensor.dtype))
 
     def read(self, tensor: RawTensor) -> NDArray[Any]:
-        if self._on_host:
-            return np.from_dlpack(tensor).copy()
-        return from_bits(_bytes_of(tensor).numpy(), tensor.dtype).reshape(tensor.shape)
+        return from_bytes(_bytes_of(tensor).numpy(), tensor.dtype).reshape(tensor.shape)
 
-    def clone(self, tensor: RawTensor) -> Any:
-        if self._on_host:
-            return self.read(tensor)
+    def clone(self, tensor: RawTensor) -> RawTensor:
         target = self.tensor(self.allocate(tensor.size_bytes), 0, tensor.dtype, tensor.shape)
         self.copy(tensor, target)
         return target
 
     def copy(self, source: RawTensor, target: RawTensor) -> None:
-        if self._on_host:
-            np.copyto(_writable(np.from_dlpack(target)), np.from_dlpack(source))
-        else:
-            _bytes_of(target).update_inplace(_bytes_of(source))
+        _bytes_of(target).update_inplace(_bytes_of(source))
 
     def fill_zero(self, tensor: RawTensor) -> None:
         self.write(tensor, np.zeros(tensor.shape, np.float32))
 
     def fill_normal(self, tensor: RawTensor, seed: int, draw: int) -> None:
-        count = int(np.prod(tensor.shape))
-        if self._on_host:
-            flat = _writable(np.from_dlpack(tensor)).reshape(-1)
-            standard_normal(seed, draw, count, out=flat)
-        else:
-            self.write(tensor, standard_normal(seed, draw, count))
-
-    def bind(self, graph: str, tensors: Mapping[str, RawTensor], scratch: RawTensor | None) -> Call:
-        session = self._graphs[graph]
-        binding = session.io_binding()
-        inputs, outputs = self._ports[graph]
-        for names, bind in ((inputs, binding.bind_input), (outputs, binding.bind_output)):
-            for name in names:
-                t = tensors[name]
-                bind(name, self._device_name, t.device[1], ONNX_TYPES[t.dtype], t.shape, t.address)
-        return lambda: session.run_with_iobinding(binding)
-
-    def sequence(self, name: str, calls: Sequence[Call]) -> Call:
-        return in_order(calls)
-
-    def close(self) -> None:
-        self._graphs.clear()
+        self.write(tensor, standard_normal(seed, draw, math.prod(tensor.shape)))
 
 
 def find_provider(name: str) -> str:
@@ -239,16 +243,6 @@ def _share_scratch() -> None:
         "Cpu", ort.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, ort.OrtMemType.DEFAULT
     )
     ort.create_and_register_allocator(memory, None)
-
-
-def _writable(array: NDArray[Any]) -> NDArray[Any]:
-    """The same memory, writable: numpy marks what it imports through DLPack read-only."""
-    if array.flags.writeable:
-        return array
-    interface = dict(array.__array_interface__)
-    interface["data"] = (interface["data"][0], False)
-    holder = type("Memory", (), {"__array_interface__": interface, "owner": array})()
-    return np.asarray(holder)
 
 
 def _bytes_of(tensor: RawTensor) -> ort.OrtValue:

@@ -6,9 +6,9 @@ is in use by then; the builder has planned where. A decode in a shape decoded be
 nothing. Inputs that are on the device already are copied there into the arena, others pass through
 pinned memory.
 
-Threads: a session, and so a decoder, serves one thread at a time, but not always the same one.
-Several decoders in a process, each in a thread of its own, share nothing but the device's primary
-context: each has its stream, its engines' weights and its scratch.
+Threads: a decoder serves one thread at a time, but not always the same one. Decoders of one bundle,
+each in a thread of its own, share the engines and their weights; each has its stream, its execution
+contexts, its arena and its scratch.
 
 The first decode in a shape runs call by call. With CUDA graphs the second one records what lies
 between two draws of noise as a graph, per step, and later ones replay it.
@@ -18,17 +18,17 @@ import contextlib
 import importlib
 import logging
 import re
+import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-from numpy.typing import NDArray
+from typing import Any, cast
 
 from pid_runtime.backends.device import CudaDevice, DeviceMemory
 from pid_runtime.backends.dlpack import RawTensor
-from pid_runtime.backends.session import Call
+from pid_runtime.backends.graphs import Call, PlannedCall
+from pid_runtime.backends.memory import Memory
 from pid_runtime.bundle.engines import (
     Engine,
     build_command,
@@ -55,10 +55,8 @@ class _Context:
     """Whether the arena has place for its scratch; else it works in the session's own block."""
 
 
-class TensorRtSession:
-    """Runs a bundle's engines."""
-
-    whole_batches = False
+class LoadedEngines:
+    """A bundle's engines, with their weights on the GPU once for all decoders."""
 
     def __init__(
         self,
@@ -70,56 +68,159 @@ class TensorRtSession:
         cuda_graphs: bool = True,
         verify: bool = True,
     ) -> None:
-        """Choose and check an engine set; the GPU is not used before that.
+        """device: "cuda" or "cuda:N". engines: name of an engine set; None for the first that runs.
 
-        device: "cuda" or "cuda:N". engines: name of an engine set; None for the first that runs
-        here. verify: hash the engines' files, not only compare their sizes.
-        Raises `PidRuntimeError` without engines, library, driver or GPU for this bundle.
+        cuda_graphs: record and replay. verify: hash the engines' files, not only compare sizes.
+        Raises `PidRuntimeError` for a bundle without engines, or an unknown device.
         """
-        sets = read_engine_sets(manifest)
-        if not sets:
+        self.manifest = manifest
+        self.cuda_graphs = cuda_graphs
+        self._sets = read_engine_sets(manifest)
+        if not self._sets:
             raise PidRuntimeError(
                 f"expected engines in {bundle}, but it has none; build them: "
                 f"{build_command(bundle, 'auto', ('current',))}"
             )
-        libraries = _load_libraries({each.flavor for each in sets.values()})
-        self._device = CudaDevice(_ordinal(device))
-        versions = {name: str(library.__version__) for name, library in libraries.items()}
-        name = choose_engine_set(bundle, sets, versions, self._device.target, engines)
-        self._set = sets[name]
-        check_engine_set(bundle, manifest, name, self._set, verify)
-        self._flavor = FLAVORS[self._set.flavor]
-        self._trt = libraries[self._set.flavor]
-        self._manifest = manifest
-        self._folder = engine_folder(bundle, name)
-        self._ports = {g: {**p.inputs, **p.outputs} for g, p in manifest.graphs.items()}
-        self.range = _nvtx_ranges()
-        """Gives the context manager of a named range that profilers show."""
-        self._engines: dict[str, Any] = {}
-        self._contexts: dict[tuple[str, int], _Context] = {}
-        self._scratch: DeviceMemory | None = None
+        self._bundle, self._wanted, self._verify = bundle, engines, verify
+        self._ordinal = _ordinal(device)
+        self.engines: dict[str, Any] = {}
+        """Those whose weights are on the device, by file."""
+        self._lock = threading.Lock()
         self._cache: Any = None
         self._cached = b""
-        self.cuda_graphs = cuda_graphs
-        self._device.open()
-        self._logger = _make_logger(self._trt)
+
+    def load(self) -> None:
+        """Choose and check an engine set, and start the library; engines load when first needed."""
+        libraries = _load_libraries({each.flavor for each in self._sets.values()})
+        self.device = CudaDevice(self._ordinal)
+        versions = {name: str(library.__version__) for name, library in libraries.items()}
+        name = choose_engine_set(
+            self._bundle, self._sets, versions, self.device.target, self._wanted
+        )
+        self.set = self._sets[name]
+        check_engine_set(self._bundle, self.manifest, name, self.set, self._verify)
+        self.flavor = FLAVORS[self.set.flavor]
+        self._trt = libraries[self.set.flavor]
+        self._folder = engine_folder(self._bundle, name)
+        self.device.use()
+        self.logger = _make_logger(self._trt)
         try:
-            self._runtime: Any = self._trt.Runtime(self._logger)
+            self._runtime: Any = self._trt.Runtime(self.logger)
         except (RuntimeError, TypeError):  # what the bindings make of a null pointer
             raise PidRuntimeError(
-                f"expected {self._flavor.title} to start on {self._device.name}, but it says: "
-                f"{self._logger.last}; update the NVIDIA driver"
+                f"expected {self.flavor.title} to start on {self.device.name}, but it says: "
+                f"{self.logger.last}; update the NVIDIA driver"
             ) from None
-        if self._set.flags.get("version_compatible"):
+        if self.set.flags.get("version_compatible"):
             self._runtime.engine_host_code_allowed = True
         _log.info(
             "Engines %s by %s %s on %s (%s)",
             name,
-            self._flavor.title,
-            versions[self._set.flavor],
-            self._device.name,
-            self._device.target,
+            self.flavor.title,
+            versions[self.set.flavor],
+            self.device.name,
+            self.device.target,
         )
+
+    def memory(self) -> CudaDevice:
+        device = CudaDevice(self._ordinal)
+        device.open()
+        return device
+
+    def graphs(self, memory: Memory) -> "TensorRtGraphs":
+        return TensorRtGraphs(self, cast(CudaDevice, memory))
+
+    def context(self, engine: Engine, profile: int, stream: int) -> tuple[Any, int]:
+        """A new execution context of an engine's profile, and the scratch it works in, in bytes."""
+        with self._lock:
+            loaded = self._load(engine)
+            execution = loaded.create_execution_context(self._configure(loaded))
+        if execution is None or not execution.set_optimization_profile_async(profile, stream):
+            raise PidRuntimeError(
+                f"expected {engine.file} to run on {self.device.name}, but "
+                f"{self.flavor.title} says: {self.logger.last}; "
+                f"build it again: {self._rebuild()}"
+            )
+        return execution, int(loaded.get_device_memory_size_for_profile_v2(profile))
+
+    def close(self) -> None:
+        self._save_cache()
+        self.engines.clear()
+        self._cache = self._runtime = None
+
+    def _load(self, engine: Engine) -> Any:
+        """An engine with its weights on the device."""
+        if engine.file not in self.engines:
+            path = self._folder / engine.file
+            try:
+                blob = path.read_bytes()
+            except OSError as error:
+                raise PidRuntimeError(f"cannot read {path}: {error.strerror}") from None
+            loaded = self._runtime.deserialize_cuda_engine(blob)
+            if loaded is None:
+                raise PidRuntimeError(
+                    f"expected {path} to load on {self.device.name}, but {self.flavor.title} "
+                    f"says: {self.logger.last}; build it again: {self._rebuild()}"
+                )
+            self.engines[engine.file] = loaded
+        return self.engines[engine.file]
+
+    def _configure(self, loaded: Any) -> Any:
+        """How an engine's contexts run: in memory we give, and with our cache where it compiles."""
+        config = loaded.create_runtime_config()
+        strategy = self._trt.ExecutionContextAllocationStrategy
+        config.set_execution_context_allocation_strategy(strategy.USER_MANAGED)
+        if not self.flavor.compiles:
+            return config
+        if self._cache is None:
+            self._cache = config.create_runtime_cache()
+            with contextlib.suppress(OSError):
+                self._cached = self._cache_file().read_bytes()
+            if self._cached and not self._cache.deserialize(self._cached):
+                _log.info("%s is of another GPU or driver and will be replaced", self._cache_file())
+        config.set_runtime_cache(self._cache)
+        if self.cuda_graphs:
+            # A graph repeats the kernels it has recorded, so the best ones must be there by then.
+            kinds = self._trt.DynamicShapesKernelSpecializationStrategy
+            config.dynamic_shapes_kernel_specialization_strategy = kinds.EAGER
+        return config
+
+    def _cache_file(self) -> Path:
+        return self._folder / f"runtime-{re.sub(r'[^A-Za-z0-9]+', '-', self.device.name)}.cache"
+
+    def _save_cache(self) -> None:
+        """Keep the kernels compiled, if there are new ones, for the next process."""
+        if self._cache is None:
+            return
+        self.device.use()
+        blob = bytes(memoryview(self._cache.serialize()))
+        if blob == self._cached:
+            return
+        path = self._cache_file()
+        try:
+            write_whole(path, blob)
+        except OSError as error:
+            _log.info("Compiled kernels are not kept in %s: %s", path, error.strerror)
+
+    def _rebuild(self) -> str:
+        return self.set.build_command(self._folder.parent.parent)
+
+
+class TensorRtGraphs:
+    """Runs a bundle's engines for one decoder: contexts, scratch and CUDA graphs of its own."""
+
+    whole_batches = False
+
+    def __init__(self, shared: LoadedEngines, device: CudaDevice) -> None:
+        """device: the decoder's memory, with the stream that all work is put on."""
+        self._shared, self._device = shared, device
+        self._set, self._flavor, self._manifest = shared.set, shared.flavor, shared.manifest
+        self._ports = {g: {**p.inputs, **p.outputs} for g, p in self._manifest.graphs.items()}
+        self.range = _nvtx_ranges()
+        """Gives the context manager of a named range that profilers show."""
+        self._contexts: dict[tuple[str, int], _Context] = {}
+        self._scratch: DeviceMemory | None = None
+        self.cuda_graphs = shared.cuda_graphs
 
     def bucket_for(self, tokens: int) -> Bucket:
         built = self._set.buckets.values()
@@ -132,9 +233,7 @@ class TensorRtSession:
             )
         return min(fitting, key=lambda bucket: bucket.max_tokens)
 
-    def prepare(
-        self, calls: Iterable[tuple[str, Mapping[str, int]]], needed_bytes: int, batch: int
-    ) -> None:
+    def prepare(self, calls: Iterable[PlannedCall], needed_bytes: int, batch: int) -> None:
         uses: dict[tuple[str, int], Engine] = {}
         for graph, values in calls:
             engine, profile = self._set.engine_for(graph, values)
@@ -143,36 +242,6 @@ class TensorRtSession:
         for (_, profile), engine in uses.items():
             self._context(engine, profile)
         self._fit_scratch()
-
-    def allocate(self, size_bytes: int) -> DeviceMemory:
-        return self._device.allocate(size_bytes)
-
-    def tensor(
-        self, block: DeviceMemory, offset_bytes: int, dtype: str, shape: tuple[int, ...]
-    ) -> RawTensor:
-        return self._device.tensor(block, offset_bytes, dtype, shape)
-
-    def write(self, tensor: RawTensor, source: Any) -> None:
-        self._device.write(tensor, source)
-
-    def read(self, tensor: RawTensor) -> NDArray[Any]:
-        return self._device.read(tensor)
-
-    def clone(self, tensor: RawTensor) -> RawTensor:
-        block = self.allocate(tensor.size_bytes)
-        clone = self.tensor(block, 0, tensor.dtype, tensor.shape)
-        self.copy(tensor, clone)
-        self._device.synchronize()  # whoever takes it has another stream
-        return clone
-
-    def copy(self, source: RawTensor, target: RawTensor) -> None:
-        self._device.copy(source, target)
-
-    def fill_zero(self, tensor: RawTensor) -> None:
-        self._device.fill_zero(tensor)
-
-    def fill_normal(self, tensor: RawTensor, seed: int, draw: int) -> None:
-        self._device.fill_normal(tensor, seed, draw)
 
     def bind(self, graph: str, tensors: Mapping[str, RawTensor], scratch: RawTensor | None) -> Call:
         values: dict[str, int] = {}
@@ -193,7 +262,7 @@ class TensorRtSession:
                 for name, address in addresses.items():
                     done = done and execution.set_tensor_address(name, address)
                 if not (done and execution.execute_async_v3(stream)):
-                    raise RuntimeError(f"engine of graph {graph!r}: {self._logger.last}")
+                    raise RuntimeError(f"engine of graph {graph!r}: {self._shared.logger.last}")
 
         return call
 
@@ -216,16 +285,9 @@ class TensorRtSession:
             return None
 
     def close(self) -> None:
-        self._save_cache()
         self._contexts.clear()
-        self._engines.clear()
-        self._cache = self._scratch = self._runtime = None
+        self._scratch = None
         self._device.close()
-
-    @property
-    def stream(self) -> int:
-        """Handle of the CUDA stream that all work is done on."""
-        return self._device.stream_handle
 
     @property
     def scratch(self) -> DeviceMemory | None:
@@ -237,11 +299,13 @@ class TensorRtSession:
     ) -> None:
         """Raise `PidRuntimeError` unless what a shape needs is free, by what the builder said."""
         weights = {engine.file: engine.weights_bytes for engine in uses.values()}
-        needed = needed_bytes + sum(w for file, w in weights.items() if file not in self._engines)
+        needed = needed_bytes + sum(
+            w for file, w in weights.items() if file not in self._shared.engines
+        )
         free = self._device.free_bytes()
         if needed <= free:
             return
-        loaded = sum(e.weights_bytes for e in self._all_engines() if e.file in self._engines)
+        loaded = sum(e.weights_bytes for e in self._all_engines() if e.file in self._shared.engines)
         available = free + loaded
         fitting = [
             (self._manifest.buckets[name].max_tokens, name, memory.peak_device_bytes)
@@ -269,16 +333,7 @@ class TensorRtSession:
         key = engine.file, profile
         if key not in self._contexts:
             self._device.use()
-            loaded = self._load(engine)
-            execution = loaded.create_execution_context(self._configure(loaded))
-            stream = self._device.stream_handle
-            if execution is None or not execution.set_optimization_profile_async(profile, stream):
-                raise PidRuntimeError(
-                    f"expected {engine.file} to run on {self._device.name}, but "
-                    f"{self._flavor.title} says: {self._logger.last}; "
-                    f"build it again: {self._rebuild()}"
-                )
-            scratch = int(loaded.get_device_memory_size_for_profile_v2(profile))
+            execution, scratch = self._shared.context(engine, profile, self._device.stream_handle)
             planned = scratch <= engine.scratch_bytes[profile]
             self._contexts[key] = _Context(execution, scratch, planned)
             if not planned:
@@ -301,43 +356,6 @@ class TensorRtSession:
         self._fit_scratch()
         return (0, 0) if self._scratch is None else (self._scratch.address, context.scratch_bytes)
 
-    def _load(self, engine: Engine) -> Any:
-        """An engine with its weights on the device."""
-        if engine.file not in self._engines:
-            path = self._folder / engine.file
-            try:
-                blob = path.read_bytes()
-            except OSError as error:
-                raise PidRuntimeError(f"cannot read {path}: {error.strerror}") from None
-            loaded = self._runtime.deserialize_cuda_engine(blob)
-            if loaded is None:
-                raise PidRuntimeError(
-                    f"expected {path} to load on {self._device.name}, but {self._flavor.title} "
-                    f"says: {self._logger.last}; build it again: {self._rebuild()}"
-                )
-            self._engines[engine.file] = loaded
-        return self._engines[engine.file]
-
-    def _configure(self, loaded: Any) -> Any:
-        """How an engine's contexts run: in memory we give, and with our cache where it compiles."""
-        config = loaded.create_runtime_config()
-        strategy = self._trt.ExecutionContextAllocationStrategy
-        config.set_execution_context_allocation_strategy(strategy.USER_MANAGED)
-        if not self._flavor.compiles:
-            return config
-        if self._cache is None:
-            self._cache = config.create_runtime_cache()
-            with contextlib.suppress(OSError):
-                self._cached = self._cache_file().read_bytes()
-            if self._cached and not self._cache.deserialize(self._cached):
-                _log.info("%s is of another GPU or driver and will be replaced", self._cache_file())
-        config.set_runtime_cache(self._cache)
-        if self.cuda_graphs:
-            # A graph repeats the kernels it has recorded, so the best ones must be there by then.
-            kinds = self._trt.DynamicShapesKernelSpecializationStrategy
-            config.dynamic_shapes_kernel_specialization_strategy = kinds.EAGER
-        return config
-
     def _fit_scratch(self) -> None:
         """Make the block large enough for every context that works in it."""
         unplanned = (each.scratch_bytes for each in self._contexts.values() if not each.planned)
@@ -354,43 +372,23 @@ class TensorRtSession:
                 f"got {error}; decode a smaller shape, or free memory on the GPU"
             ) from None
 
-    def _cache_file(self) -> Path:
-        return self._folder / f"runtime-{re.sub(r'[^A-Za-z0-9]+', '-', self._device.name)}.cache"
-
-    def _save_cache(self) -> None:
-        """Keep the kernels compiled, if there are new ones, for the next process."""
-        if self._cache is None:
-            return
-        self._device.use()
-        blob = bytes(memoryview(self._cache.serialize()))
-        if blob == self._cached:
-            return
-        path = self._cache_file()
-        try:
-            write_whole(path, blob)
-        except OSError as error:
-            _log.info("Compiled kernels are not kept in %s: %s", path, error.strerror)
-
-    def _rebuild(self) -> str:
-        return self._set.build_command(self._folder.parent.parent)
-
 
 class _Sequence:
     """Calls that run one by one the first time, and as a CUDA graph from the second time on."""
 
-    def __init__(self, session: TensorRtSession, name: str, calls: Sequence[Call]) -> None:
-        self._session, self._name, self._calls = session, name, calls
+    def __init__(self, graphs: TensorRtGraphs, name: str, calls: Sequence[Call]) -> None:
+        self._graphs, self._name, self._calls = graphs, name, calls
         self._has_run = False
         self._replay: Call | None = None
         self._scratch: DeviceMemory | None = None
 
     def run(self) -> None:
-        session = self._session
-        with session.range(self._name):
-            if self._replay is not None and self._scratch is not session.scratch:
+        graphs = self._graphs
+        with graphs.range(self._name):
+            if self._replay is not None and self._scratch is not graphs.scratch:
                 self._replay = None  # it would work in memory that has been given back
-            if self._replay is None and self._has_run and session.cuda_graphs:
-                self._replay, self._scratch = session.record(self._calls), session.scratch
+            if self._replay is None and self._has_run and graphs.cuda_graphs:
+                self._replay, self._scratch = graphs.record(self._calls), graphs.scratch
             if self._replay is not None:
                 self._replay()
             else:

@@ -10,72 +10,116 @@ import torch
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
-from pid_runtime.backends.session import Call, in_order
+from pid_runtime.backends.graphs import Call, PlannedCall, in_order
+from pid_runtime.backends.memory import Memory
 from pid_runtime.backends.stages import DTYPES, Dimensions, build_stage
 from pid_runtime.bundle.manifest import WEIGHTS_FILE, Bucket, Manifest
 from pid_runtime.errors import PidRuntimeError
 from pid_runtime.noise import standard_normal
 
 
-class TorchSession:
-    """Runs a bundle's stages in PyTorch. Weights go to the device when the session opens."""
-
-    whole_batches = True
+class LoadedStages:
+    """A bundle's stages as modules, with their weights on the device."""
 
     def __init__(
         self, bundle: Path, manifest: Manifest, device: str = "cpu", threads: int | None = None
     ) -> None:
-        """threads: CPU threads of the process, all when None.
+        """threads: CPU threads of the process, all when None."""
+        self.manifest = manifest
+        self.stages: dict[str, torch.nn.Module] = {}
+        self._bundle, self._device_name, self._threads = bundle, device, threads
 
-        Raises `PidRuntimeError` when torch knows no such device or has none.
-        """
-        if threads is not None:
-            torch.set_num_threads(threads)
+    def load(self) -> None:
+        if self._threads is not None:
+            torch.set_num_threads(self._threads)
         try:
-            self.device = torch.device(device)
+            self.device = torch.device(self._device_name)
             torch.empty(0, device=self.device)
         except (RuntimeError, AssertionError) as error:
             reason = str(error).splitlines()[0]
             raise PidRuntimeError(
-                f"expected a device torch can use, such as cpu or cuda:0, but got {device!r}: "
-                f"{reason}"
+                f"expected a device torch can use, such as cpu or cuda:0, but got "
+                f"{self._device_name!r}: {reason}"
             ) from None
         names = {field.name for field in fields(Dimensions)}
-        network = Dimensions(**{k: v for k, v in manifest.network.items() if k in names})
-        self._manifest = manifest
-        self._outputs = {name: tuple(graph.outputs) for name, graph in manifest.graphs.items()}
-        self._inputs = {name: tuple(graph.inputs) for name, graph in manifest.graphs.items()}
-        self._stages: dict[str, torch.nn.Module] = {}
+        network = Dimensions(**{k: v for k, v in self.manifest.network.items() if k in names})
+        path, precision = self._bundle / WEIGHTS_FILE, self.manifest.precision
         try:
-            with safe_open(bundle / WEIGHTS_FILE, "pt", device=str(self.device)) as weights:
-                for name, graph in manifest.graphs.items():
+            with safe_open(path, "pt", device=str(self.device)) as weights:
+                for name, graph in self.manifest.graphs.items():
                     with torch.device("meta"):
-                        stage = build_stage(graph.stage, graph.options, network, manifest.precision)
+                        stage = build_stage(graph.stage, graph.options, network, precision)
                     state = {key: weights.get_tensor(f"{name}.{key}") for key in stage.state_dict()}
                     stage.load_state_dict(state, assign=True)
-                    self._stages[name] = stage.eval().requires_grad_(False)
+                    self.stages[name] = stage.eval().requires_grad_(False)
         except (OSError, SafetensorError, RuntimeError) as error:
             reason = str(error).splitlines()[0]
             raise PidRuntimeError(
-                f"expected the bundle's weights in {bundle / WEIGHTS_FILE}, but got: {reason}; "
+                f"expected the bundle's weights in {path}, but got: {reason}; "
                 "export or copy the bundle again"
             ) from error
 
     def compile(self) -> None:
         """Let torch.compile compile every stage: each does when it first runs at a size."""
-        for stage in self._stages.values():
+        for stage in self.stages.values():
             stage.compile(dynamic=False)
+
+    def memory(self) -> "TorchMemory":
+        return TorchMemory(self.device)
+
+    def graphs(self, memory: Memory) -> "TorchGraphs":
+        return TorchGraphs(self.manifest, self.stages)
+
+    def close(self) -> None:
+        self.stages.clear()
+
+
+class TorchGraphs:
+    """Runs stages, which any number of decoders may do at the same time."""
+
+    whole_batches = True
+
+    def __init__(self, manifest: Manifest, stages: Mapping[str, torch.nn.Module]) -> None:
+        """stages: by graph."""
+        self._manifest, self._stages = manifest, stages
 
     def bucket_for(self, tokens: int) -> Bucket:
         return self._manifest.bucket_for(tokens)[1]
 
-    def prepare(
-        self, calls: Iterable[tuple[str, Mapping[str, int]]], needed_bytes: int, batch: int
-    ) -> None:
+    def prepare(self, calls: Iterable[PlannedCall], needed_bytes: int, batch: int) -> None:
         pass  # modules run at any size
 
+    def bind(
+        self, graph: str, tensors: Mapping[str, torch.Tensor], scratch: torch.Tensor | None
+    ) -> Call:
+        stage, described = self._stages[graph], self._manifest.graphs[graph]
+        inputs = {name: tensors[name] for name in described.inputs}
+        outputs = [tensors[name] for name in described.outputs]
+
+        def call() -> None:
+            with torch.inference_mode():
+                results = stage(**inputs)
+                results = results if isinstance(results, tuple) else (results,)
+                for target, result in zip(outputs, results, strict=True):
+                    target.copy_(result.view(target.shape))
+
+        return call
+
+    def sequence(self, name: str, calls: Sequence[Call]) -> Call:
+        return in_order(calls)
+
+    def close(self) -> None:
+        pass  # stages belong to the bundle
+
+
+class TorchMemory:
+    """Memory of a torch device."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+
     def allocate(self, size_bytes: int) -> torch.Tensor:
-        return torch.empty(size_bytes, dtype=torch.uint8, device=self.device)
+        return torch.empty(size_bytes, dtype=torch.uint8, device=self._device)
 
     def tensor(
         self, block: torch.Tensor, offset_bytes: int, dtype: str, shape: tuple[int, ...]
@@ -106,25 +150,3 @@ class TorchSession:
 
     def fill_normal(self, tensor: torch.Tensor, seed: int, draw: int) -> None:
         self.write(tensor, standard_normal(seed, draw, tensor.numel()))
-
-    def bind(
-        self, graph: str, tensors: Mapping[str, torch.Tensor], scratch: torch.Tensor | None
-    ) -> Call:
-        stage = self._stages[graph]
-        inputs = {name: tensors[name] for name in self._inputs[graph]}
-        outputs = [tensors[name] for name in self._outputs[graph]]
-
-        def call() -> None:
-            with torch.inference_mode():
-                results = stage(**inputs)
-                results = results if isinstance(results, tuple) else (results,)
-                for target, result in zip(outputs, results, strict=True):
-                    target.copy_(result.view(target.shape))
-
-        return call
-
-    def sequence(self, name: str, calls: Sequence[Call]) -> Call:
-        return in_order(calls)
-
-    def close(self) -> None:
-        self._stages.clear()

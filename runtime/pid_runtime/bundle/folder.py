@@ -61,6 +61,15 @@ def read_manifest(bundle: Path, verify: bool = True) -> Manifest:
         raise PidRuntimeError(
             f"expected a bundle (a folder with {MANIFEST_FILE}), but cannot read {path}: {error}"
         ) from None
+    check_files(bundle, manifest, verify)
+    return manifest
+
+
+def check_files(bundle: Path, manifest: Manifest, verify: bool = True) -> None:
+    """Raise `PidRuntimeError` for files that are missing or not what the manifest says.
+
+    verify: hash them; otherwise only their sizes are compared.
+    """
     for name, file in manifest.files.items():
         part = bundle / name
         if not part.is_file():
@@ -76,7 +85,6 @@ def read_manifest(bundle: Path, verify: bool = True) -> Manifest:
                 f"{part} was altered: its SHA-256 is not the manifest's; "
                 "export or copy the bundle again"
             )
-    return manifest
 
 
 def read_constants(bundle: Path, manifest: Manifest) -> dict[str, NDArray[np.float32]]:

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from pid_runtime.backends.choice import BACKENDS
 from pid_runtime.bundle.folder import read_manifest
 from pid_runtime.command import console
 from pid_runtime.command.advice import advice
@@ -26,7 +27,7 @@ from pid_runtime.command.decode_jobs import (
     plan_jobs,
 )
 from pid_runtime.command.images import save_image, sheet_size, side_by_side
-from pid_runtime.decoder import BACKENDS, Decoder
+from pid_runtime.decoder import Decoder
 from pid_runtime.errors import PidRuntimeError
 from pid_runtime.request import RULES, check_schedule
 

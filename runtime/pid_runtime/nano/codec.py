@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pid_runtime.backends.session import as_array
+from pid_runtime.backends.memory import as_array
 from pid_runtime.bundle.manifest import BLOCK_DCT, Manifest
 from pid_runtime.errors import PidRuntimeError
 from pid_runtime.nano import block_dct

@@ -17,13 +17,14 @@ from pid_runtime.backends import onnxruntime as backend_onnxruntime
 from pid_runtime.backends.onnxruntime import (
     CONTRIB_PROVIDERS,
     PROVIDERS,
-    OnnxRuntimeSession,
+    LoadedSessions,
+    OrtMemory,
     find_provider,
 )
 from pid_runtime.bundle.files import file_sha256
 from pid_runtime.bundle.folder import parse_manifest, read_constants, read_manifest
-from pid_runtime.bundle.manifest import MANIFEST_FILE
-from pid_runtime.decoder import Decoder
+from pid_runtime.bundle.manifest import MANIFEST_FILE, Manifest
+from pid_runtime.decoder import Bundle, Decoder
 from pid_runtime.errors import PidRuntimeError
 
 EditBundle = Callable[..., Path]
@@ -36,11 +37,19 @@ def normal(*shape: int, seed: int = 0) -> Floats:
     return np.random.default_rng(seed).standard_normal(shape, np.float32)
 
 
-def device_session(bundle: Path) -> OnnxRuntimeSession:
-    """A session that treats the host's memory as a GPU's: ONNX Runtime makes every copy."""
-    session = OnnxRuntimeSession(bundle, read_manifest(bundle, verify=False))
-    session._on_host = False
-    return session
+class OnDevice(LoadedSessions):
+    """Sessions that treat the host's memory as a GPU's: ONNX Runtime makes every copy."""
+
+    def memory(self) -> OrtMemory:
+        return OrtMemory("cpu", 0)
+
+
+def loaded(
+    bundle: Path, manifest: Manifest, provider: str = "cpu", kind: type[LoadedSessions] = OnDevice
+) -> LoadedSessions:
+    sessions = kind(bundle, manifest, provider)
+    sessions.load()
+    return sessions
 
 
 def test_decodes_in_memory_only_onnx_runtime_copies(golden_bundle: Path) -> None:
@@ -49,7 +58,9 @@ def test_decodes_in_memory_only_onnx_runtime_copies(golden_bundle: Path) -> None
     with Decoder.open(golden_bundle) as decoder:
         expected = decoder.decode(**inputs)
     constants = read_constants(golden_bundle, manifest)
-    with Decoder(manifest, device_session(golden_bundle), constants) as decoder:
+    sessions = loaded(golden_bundle, manifest)
+    bundle = Bundle(golden_bundle, manifest, sessions, constants)
+    with bundle, bundle.decoder() as decoder:
         for _ in range(2):
             np.testing.assert_allclose(decoder.decode(**inputs), expected, rtol=0, atol=CLOSE)
         image = decoder.decode(**inputs, dlpack=True)
@@ -57,16 +68,16 @@ def test_decodes_in_memory_only_onnx_runtime_copies(golden_bundle: Path) -> None
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
-def test_values_are_converted_to_the_tensors_dtype(golden_bundle: Path, dtype: str) -> None:
-    session = device_session(golden_bundle)
+def test_values_are_converted_to_the_tensors_dtype(dtype: str) -> None:
+    memory = OrtMemory("cpu", 0)
     values = np.append(normal(1000) * 1e3, np.array([0, -0.0, np.inf, np.nan], np.float32))
-    tensor = session.tensor(session.allocate(8192), 256, dtype, (2, 502))
-    session.write(tensor, values.reshape(2, 502))
-    read = session.read(tensor).astype(np.float32)
+    tensor = memory.tensor(memory.allocate(8192), 256, dtype, (2, 502))
+    memory.write(tensor, values.reshape(2, 502))
+    read = memory.read(tensor).astype(np.float32)
     want = torch.from_numpy(values).to(getattr(torch, dtype)).float().numpy()
     np.testing.assert_array_equal(read.reshape(-1), want)
-    session.fill_zero(tensor)
-    assert not session.read(tensor).any()
+    memory.fill_zero(tensor)
+    assert not memory.read(tensor).any()
 
 
 def test_contrib_files_are_for_the_cpu_and_cuda(edit_bundle: EditBundle) -> None:
@@ -80,10 +91,10 @@ def test_contrib_files_are_for_the_cpu_and_cuda(edit_bundle: EditBundle) -> None
     assert manifest.graphs["image.1"].contrib_file == file.name
     assert parse_manifest(manifest.to_json()) == manifest
     assert '"contrib_file": null' not in manifest.to_json()
-    OnnxRuntimeSession(bundle, manifest).close()
+    loaded(bundle, manifest).close()
     file.write_bytes(b"no graph")
     with pytest.raises(PidRuntimeError, match=r"cannot load image\.1\.contrib\.onnx: "):
-        OnnxRuntimeSession(bundle, manifest)
+        loaded(bundle, manifest)
     assert set(CONTRIB_PROVIDERS) == {PROVIDERS["cpu"], PROVIDERS["cuda"]}
 
 
@@ -131,12 +142,13 @@ def test_a_plugin_s_device_is_what_sessions_get(
     manifest = read_manifest(golden_bundle, verify=False)
     backend_onnxruntime._register_plugin.cache_clear()
     with pytest.raises(PidRuntimeError, match=f"expected GPU 0 for {name}, but it finds 0; it"):
-        OnnxRuntimeSession(golden_bundle, manifest, "nvtensorrtrtx")
+        loaded(golden_bundle, manifest, "nvtensorrtrtx")
     assert registered == [(name, "plugin.so")]
     (cpu,) = [each for each in ort.get_ep_devices() if each.ep_name == PROVIDERS["cpu"]]
     monkeypatch.setattr(backend_onnxruntime, "_plugin_device", lambda provider, number: cpu)
-    session = OnnxRuntimeSession(golden_bundle, manifest, "nvtensorrtrtx")
-    assert (session._device, session._device_name) == ((2, 0), "cuda")
-    assert session._graphs["image.0"].get_providers() == [PROVIDERS["cpu"]]
+    sessions = loaded(golden_bundle, manifest, "nvtensorrtrtx", LoadedSessions)
+    memory: Any = sessions.memory()
+    assert (memory._device, memory._name) == ((2, 0), "cuda")
+    assert sessions.sessions["image.0"].get_providers() == [PROVIDERS["cpu"]]
     assert len(registered) == 1, "a library is registered once in a process"
     backend_onnxruntime._register_plugin.cache_clear()

@@ -46,7 +46,9 @@ from fakes.gpu import (
 )
 from pid_runtime.backends import device as cuda_device
 from pid_runtime.backends import tensorrt as backend_tensorrt
-from pid_runtime.backends.tensorrt import TensorRtSession
+from pid_runtime.backends.choice import choose_graphs
+from pid_runtime.backends.device import CudaDevice
+from pid_runtime.backends.tensorrt import TensorRtGraphs
 from pid_runtime.bundle.engines import (
     EngineBucket,
     engine_folder,
@@ -56,7 +58,7 @@ from pid_runtime.bundle.engines import (
 from pid_runtime.bundle.folder import read_manifest
 from pid_runtime.bundle.manifest import MANIFEST_FILE, Copy
 from pid_runtime.command import decode_cli
-from pid_runtime.decoder import Decoder
+from pid_runtime.decoder import Bundle, Decoder
 from pid_runtime.errors import PidRuntimeError
 
 EditBundle = Callable[..., Path]
@@ -114,10 +116,16 @@ def decode(decoder: Decoder, **options: Any) -> Any:
     return decoder.decode(**arguments)
 
 
-def session_of(decoder: Decoder) -> TensorRtSession:
-    session = decoder._session
-    assert isinstance(session, TensorRtSession)
-    return session
+def graphs_of(decoder: Decoder) -> TensorRtGraphs:
+    graphs = decoder.graphs
+    assert isinstance(graphs, TensorRtGraphs)
+    return graphs
+
+
+def device_of(decoder: Decoder) -> CudaDevice:
+    device = decoder.memory
+    assert isinstance(device, CudaDevice)
+    return device
 
 
 # decodes
@@ -206,7 +214,7 @@ def test_unplanned_scratch_gets_a_block_that_is_shared(
     with caplog.at_level(logging.INFO), open_decoder(rtx) as decoder:
         for _ in range(4):
             np.testing.assert_allclose(decode(decoder), decode(expected), atol=CLOSE)
-        block = session_of(decoder).scratch
+        block = graphs_of(decoder).scratch
         assert block is not None and block.size_bytes == 20000
         gpu.runs.clear()
         decode(decoder)
@@ -284,9 +292,9 @@ def test_a_graph_is_recorded_again_when_its_scratch_has_moved(gpu: Gpu, rtx: Pat
     gpu.more_scratch = {"attention.tiny.engine": 20000}
     with open_decoder(rtx) as decoder:
         images = [decode(decoder) for _ in range(2)]
-        session, recorded = session_of(decoder), gpu.count("capture")
-        session._contexts["attention.tiny.engine", 0].scratch_bytes = 1 << 16
-        session._fit_scratch()
+        graphs, recorded = graphs_of(decoder), gpu.count("capture")
+        graphs._contexts["attention.tiny.engine", 0].scratch_bytes = 1 << 16
+        graphs._fit_scratch()
         images.append(decode(decoder))  # the fakes refuse to work in the old scratch
         assert gpu.count("capture") == 2 * recorded
         assert (images[0] == images[2]).all()
@@ -364,14 +372,14 @@ def test_arrays_on_the_device_are_copied_there(gpu: Gpu, rtx: Path, expected: De
     with open_decoder(rtx) as decoder:
         image = decode(decoder)
         assert (decode(decoder, latent=OnDevice(LATENT)) == image).all()
-        session = session_of(decoder)
-        tensor = session.tensor(session.allocate(4 * LATENT.size), 0, "float32", LATENT.shape)
-        staging = session._device._staging.memory
+        device = device_of(decoder)
+        tensor = device.tensor(device.allocate(4 * LATENT.size), 0, "float32", LATENT.shape)
+        staging = device._staging.memory
         staging[:] = 0
         gpu.events.clear()
-        session.write(tensor, OnDevice(LATENT))
+        device.write(tensor, OnDevice(LATENT))
         assert gpu.count("copy") == 1 and not staging.any()
-        assert (session.read(tensor) == LATENT).all() and staging.any()
+        assert (device.read(tensor) == LATENT).all() and staging.any()
         half = OnDevice(LATENT.astype(np.float16))
         image = decode(decoder, latent=half)
         want = decode(expected, latent=LATENT.astype(np.float16))
@@ -389,34 +397,34 @@ def test_images_stay_on_the_device(rtx: Path) -> None:
         image = decode(decoder, dlpack=True)
         assert image.__dlpack_device__() == (2, 0)
         assert (image.dtype, image.shape) == ("float32", (2, 3, 64, 96))
-        assert (session_of(decoder).read(image) == decode(decoder)).all()
+        assert (device_of(decoder).read(image) == decode(decoder)).all()
 
 
 def test_values_are_converted_to_the_tensors_dtype(rtx: Path) -> None:
     values = np.concatenate([normal(1000) * 1e3, np.array([0, -0.0, np.inf, np.nan, 1e-40, 3e38])])
     values = values.astype(np.float32)
     with open_decoder(rtx) as decoder:
-        session = session_of(decoder)
-        block = session.allocate(8192)
+        device = device_of(decoder)
+        block = device.allocate(8192)
         for dtype in ("bfloat16", "float16", "float32"):
-            tensor = session.tensor(block, 256, dtype, (2, 503))
-            session.write(tensor, values.reshape(2, 503))
+            tensor = device.tensor(block, 256, dtype, (2, 503))
+            device.write(tensor, values.reshape(2, 503))
             want = torch.from_numpy(values).to(getattr(torch, dtype)).float().numpy()
-            read = session.read(tensor)
+            read = device.read(tensor)
             np.testing.assert_array_equal(read.astype(np.float32).reshape(-1), want)
             assert read.dtype == ("float16" if dtype == "float16" else "float32")
-        session.fill_zero(tensor)
-        assert not session.read(tensor).any()
+        device.fill_zero(tensor)
+        assert not device.read(tensor).any()
 
 
 def test_large_arrays_pass_in_pieces(rtx: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cuda_device, "STAGING_BYTES", 1000)
     with open_decoder(rtx) as decoder:
-        session = session_of(decoder)
-        tensor = session.tensor(session.allocate(10004), 0, "float32", (2501,))
+        device = device_of(decoder)
+        tensor = device.tensor(device.allocate(10004), 0, "float32", (2501,))
         values = normal(2501)
-        session.write(tensor, values)
-        assert (session.read(tensor) == values).all()
+        device.write(tensor, values)
+        assert (device.read(tensor) == values).all()
 
 
 # threads
@@ -431,7 +439,7 @@ def test_decoders_in_threads_share_nothing(gpu: Gpu, rtx: Path, expected: Decode
         with open_decoder(rtx) as decoder:
             for _ in range(3):
                 images[seed] = decode(decoder, seed=seed)
-            streams.add(session_of(decoder)._device.stream_handle)
+            streams.add(device_of(decoder).stream_handle)
             assert decoder._block is not None
             arenas.add(decoder._block.address)
             barrier.wait()
@@ -445,6 +453,36 @@ def test_decoders_in_threads_share_nothing(gpu: Gpu, rtx: Path, expected: Decode
     assert len(streams) == len(arenas) == len(gpu.threads) == 2
     for seed, image in images.items():
         np.testing.assert_allclose(image, decode(expected, seed=seed), atol=CLOSE)
+
+
+def test_decoders_of_a_bundle_share_engines(gpu: Gpu, rtx: Path, expected: Decoder) -> None:
+    images: dict[int, Floats] = {}
+    streams: set[int] = set()
+
+    def work(seed: int) -> None:
+        with bundle.decoder() as decoder:
+            streams.add(device_of(decoder).stream_handle)
+            for _ in range(3):
+                images[seed] = decode(decoder, seed=seed)
+            barrier.wait()
+
+    barrier = threading.Barrier(2)
+    with Bundle.open(rtx, "tensorrt") as bundle:
+        threads = [threading.Thread(target=work, args=(seed,)) for seed in range(2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    loads = [event for event in gpu.events if event.startswith("load")]
+    assert loads and len(set(loads)) == len(loads), "an engine was loaded twice"
+    assert len(streams) == len(gpu.threads) == len(images) == 2
+    for seed, image in images.items():
+        np.testing.assert_allclose(image, decode(expected, seed=seed), atol=CLOSE)
+
+
+def test_choosing_engines_opens_no_device(gpu: Gpu, rtx: Path) -> None:
+    choose_graphs(rtx, read_manifest(rtx, verify=False), "tensorrt").close()
+    assert not gpu.events and not gpu.current
 
 
 def test_a_decoder_may_change_threads(gpu: Gpu, rtx: Path) -> None:
@@ -467,7 +505,7 @@ def test_compiled_kernels_are_kept(gpu: Gpu, rtx: Path, caplog: pytest.LogCaptur
     with open_decoder(rtx) as decoder:
         decode(decoder)
         assert not file.exists()
-        shared = session_of(decoder)._cache
+        shared = graphs_of(decoder)._shared._cache
         assert all(context.config.cache is shared for context in gpu.contexts)
         strategies = {c.config.dynamic_shapes_kernel_specialization_strategy for c in gpu.contexts}
         assert strategies == {"EAGER"}
@@ -649,18 +687,18 @@ def test_memory_that_runs_out_all_the_same(gpu: Gpu, rtx: Path) -> None:
 def test_a_bucket_that_was_not_built(rtx: Path) -> None:
     large = {"latent": normal(1, CHANNELS, 6, 6), "caption": CAPTION[:1], "sigma": 0.0}
     with open_decoder(rtx) as decoder:
-        del session_of(decoder)._set.buckets["small"]
+        del graphs_of(decoder)._set.buckets["small"]
         with pytest.raises(PidRuntimeError, match=r"expected at most 64 patch tokens .* got 144"):
             decode(decoder, **large)
-        del session_of(decoder)._set.buckets["tiny"]
+        del graphs_of(decoder)._set.buckets["tiny"]
         with pytest.raises(PidRuntimeError, match="expected at most 0 patch tokens"):
             decode(decoder)
 
 
 def test_a_size_no_engine_takes(rtx: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with open_decoder(rtx) as decoder:
-        (attention, *_) = session_of(decoder)._set.graphs["attention"]
-        session_of(decoder)._set.graphs["attention"] = (attention,)
+        (attention, *_) = graphs_of(decoder)._set.graphs["attention"]
+        graphs_of(decoder)._set.graphs["attention"] = (attention,)
         with pytest.raises(PidRuntimeError, match="engine of graph 'attention' for Q=156, S=156"):
             decode(decoder, latent=normal(1, CHANNELS, 6, 6), caption=CAPTION[:1], sigma=0.0)
 

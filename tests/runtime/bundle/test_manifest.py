@@ -19,7 +19,7 @@ from pid_export.bundle import STEP_COUNTS, ExportOptions, _buckets, _sampler, ne
 from pid_export.program import build_program
 from pid_ref.config import PidConfig
 from pid_ref.sampler import timesteps
-from pid_runtime.backends.session import Call, in_order
+from pid_runtime.backends.graphs import Call, PlannedCall, in_order
 from pid_runtime.bundle import folder
 from pid_runtime.bundle.files import file_sha256
 from pid_runtime.bundle.folder import (
@@ -31,7 +31,7 @@ from pid_runtime.bundle.folder import (
 from pid_runtime.bundle.manifest import MANIFEST_FILE, WEIGHTS_FILE, Bucket, File, Graph, Manifest
 from pid_runtime.bundle.manifest_check import check_manifest
 from pid_runtime.bundle.sizes import ITEM_BYTES
-from pid_runtime.decoder import Decoder
+from pid_runtime.decoder import Bundle
 from pid_runtime.errors import PidRuntimeError
 from pid_runtime.interpreter import even_slices
 
@@ -464,20 +464,27 @@ def test_slices_are_few_even_and_whole(count: int, largest: int) -> None:
 # What is accepted stays in its arena
 
 
-class Memory:
-    """A session that only watches where it is asked to read and write."""
+class Watcher:
+    """Graphs, loaded ones too, and memory that only watch where they are to read and write."""
 
     def __init__(self, manifest: Manifest, whole_batches: bool) -> None:
         self.manifest = manifest
         self.whole_batches = whole_batches
         self.prepared: set[str] = set()
 
+    def load(self) -> None:
+        pass
+
+    def memory(self) -> "Watcher":
+        return self
+
+    def graphs(self, memory: Any) -> "Watcher":
+        return self
+
     def bucket_for(self, tokens: int) -> Bucket:
         return self.manifest.bucket_for(tokens)[1]
 
-    def prepare(
-        self, calls: Iterable[tuple[str, Mapping[str, int]]], needed_bytes: int, batch: int
-    ) -> None:
+    def prepare(self, calls: Iterable[PlannedCall], needed_bytes: int, batch: int) -> None:
         self.prepared = {graph for graph, _ in calls}
         assert needed_bytes >= 0 and batch > 0
 
@@ -528,12 +535,13 @@ class Memory:
 def decode_everywhere(
     manifest: Manifest, most_steps: int = 3, *, whole_batches: bool = True
 ) -> None:
-    """Decode the extreme shapes of every bucket, batched and not, on a session that only watches.
+    """Decode the extreme shapes of every bucket, batched and not, watched.
 
-    most_steps: of a bundle that takes any times. whole_batches: of the session.
+    most_steps: of a bundle that takes any times. whole_batches: of the graphs.
     """
     network, sampler = manifest.network, manifest.sampler
-    decoder = Decoder(manifest, Memory(manifest, whole_batches), constants_of(manifest))
+    watcher = Watcher(manifest, whole_batches)
+    decoder = Bundle(Path(), manifest, watcher, constants_of(manifest)).decoder()
     steps = min(sampler.max_steps, most_steps)
     times = None if sampler.times else np.linspace(1, 0, steps + 1).tolist()
     for bucket in manifest.buckets.values():

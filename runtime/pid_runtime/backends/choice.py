@@ -1,0 +1,65 @@
+"""The backends there are, and how one is chosen; each is imported when it is."""
+
+from pathlib import Path
+
+from pid_runtime.backends.graphs import LoadedGraphs
+from pid_runtime.bundle.manifest import Manifest
+from pid_runtime.errors import PidRuntimeError
+
+HOST_BACKENDS = ("onnxruntime", "torch")
+"""Backends that run without a GPU too."""
+
+BACKENDS = (*HOST_BACKENDS, "tensorrt")
+
+
+def choose_graphs(
+    bundle: Path,
+    manifest: Manifest,
+    backend: str,
+    device: str | None = None,
+    *,
+    threads: int | None = None,
+    verify: bool = True,
+    engines: str | None = None,
+    cuda_graphs: bool = True,
+) -> LoadedGraphs:
+    """A bundle's graphs on a backend, to be loaded; arguments as of `pid_runtime.Bundle.open`.
+
+    Raises `PidRuntimeError` for a backend, provider or device that is not there.
+    """
+    if threads is not None and threads < 1:
+        raise PidRuntimeError(f"expected at least one thread, but got {threads}; leave it out")
+    if engines is not None and backend != "tensorrt":
+        raise PidRuntimeError(
+            f"expected the tensorrt backend to run engines {engines!r}, but got {backend!r}"
+        )
+    if backend == "onnxruntime":
+        from pid_runtime.backends.onnxruntime import LoadedSessions
+
+        provider, colon, ordinal = (device or "cpu").partition(":")
+        if colon and not (ordinal.isascii() and ordinal.isdecimal()):
+            raise PidRuntimeError(f"expected a device such as cuda:0, but got {device!r}")
+        return LoadedSessions(bundle, manifest, provider, int(ordinal or 0), threads)
+    if backend == "torch":
+        try:
+            from pid_runtime.backends.torch import LoadedStages
+        except ImportError:
+            raise PidRuntimeError(
+                "expected PyTorch for the torch backend, but it is not installed; "
+                "pip install 'pid-trt[torch]'"
+            ) from None
+        return LoadedStages(bundle, manifest, device or "cpu", threads)
+    if backend == "tensorrt":
+        from pid_runtime.backends.tensorrt import LoadedEngines
+
+        return LoadedEngines(
+            bundle,
+            manifest,
+            device or "cuda:0",
+            engines,
+            cuda_graphs=cuda_graphs,
+            verify=verify,
+        )
+    raise PidRuntimeError(
+        f"expected a backend of {', '.join(BACKENDS)}, but got {backend!r}; choose one of these"
+    )

@@ -1,0 +1,128 @@
+"""The memory a decoder works in: the host's, or a device's."""
+
+from typing import Any, Protocol
+
+import ml_dtypes
+import numpy as np
+from numpy.typing import NDArray
+
+from pid_runtime.backends.dlpack import CPU, RawTensor
+from pid_runtime.noise import standard_normal
+
+Block = Any
+"""One allocation, as the backend holds it."""
+
+Tensor = Any
+"""A contiguous typed part of a block, as the backend holds it."""
+
+NUMPY_TYPES: dict[str, np.dtype[Any]] = {
+    "float32": np.dtype(np.float32),
+    "float16": np.dtype(np.float16),
+    "bfloat16": np.dtype(ml_dtypes.bfloat16),
+    "uint8": np.dtype(np.uint8),
+}
+"""By the manifest's names."""
+
+ALIGNMENT = 4096
+"""Of the host's memory, in bytes."""
+
+
+class Memory(Protocol):
+    """Memory of one backend."""
+
+    def allocate(self, size_bytes: int) -> Block:
+        """Allocate memory, not initialised, aligned to at least 256 bytes."""
+        ...
+
+    def tensor(self, block: Block, offset_bytes: int, dtype: str, shape: tuple[int, ...]) -> Tensor:
+        """A view of a block; no memory is copied or allocated."""
+        ...
+
+    def write(self, tensor: Tensor, source: Any) -> None:
+        """Copy into a tensor from an array: numpy, or DLPack on a device the backend reads."""
+        ...
+
+    def read(self, tensor: Tensor) -> NDArray[Any]:
+        """Copy a tensor to a new numpy array (bfloat16 comes as float32)."""
+        ...
+
+    def clone(self, tensor: Tensor) -> Any:
+        """Copy a tensor to new memory of the same device, as an object with `__dlpack__`."""
+        ...
+
+    def copy(self, source: Tensor, target: Tensor) -> None:
+        """Copy between tensors of the same size."""
+        ...
+
+    def fill_zero(self, tensor: Tensor) -> None:
+        """Fill a tensor with zeros."""
+        ...
+
+    def fill_normal(self, tensor: Tensor, seed: int, draw: int) -> None:
+        """Fill a float32 tensor with `pid_runtime.noise.standard_normal(seed, draw, size)`."""
+        ...
+
+
+class HostMemory:
+    """The host's memory, as numpy arrays."""
+
+    def allocate(self, size_bytes: int) -> RawTensor:
+        memory = np.empty(size_bytes + ALIGNMENT, np.uint8)
+        address = -(-memory.ctypes.data // ALIGNMENT) * ALIGNMENT
+        return RawTensor(address, "uint8", (size_bytes,), (CPU, 0), memory)
+
+    def tensor(
+        self, block: RawTensor, offset_bytes: int, dtype: str, shape: tuple[int, ...]
+    ) -> RawTensor:
+        return block.part(offset_bytes, dtype, shape)
+
+    def write(self, tensor: RawTensor, source: Any) -> None:
+        target = np.from_dlpack(tensor)
+        np.copyto(_writable(target), as_array(source).reshape(target.shape))
+
+    def read(self, tensor: RawTensor) -> NDArray[Any]:
+        return np.from_dlpack(tensor).copy()
+
+    def clone(self, tensor: RawTensor) -> NDArray[Any]:
+        return self.read(tensor)
+
+    def copy(self, source: RawTensor, target: RawTensor) -> None:
+        np.copyto(_writable(np.from_dlpack(target)), np.from_dlpack(source))
+
+    def fill_zero(self, tensor: RawTensor) -> None:
+        self.write(tensor, np.zeros(tensor.shape, np.float32))
+
+    def fill_normal(self, tensor: RawTensor, seed: int, draw: int) -> None:
+        flat = _writable(np.from_dlpack(tensor)).reshape(-1)
+        standard_normal(seed, draw, flat.size, out=flat)
+
+
+def as_array(source: Any) -> NDArray[Any]:
+    """Any array on the host, without a copy where possible."""
+    if isinstance(source, np.ndarray):
+        return source
+    if hasattr(source, "__dlpack__"):
+        return np.from_dlpack(source)
+    return np.asarray(source)
+
+
+def as_bytes(array: NDArray[Any], dtype: str) -> NDArray[np.uint8]:
+    """The bytes of an array converted to a tensor's dtype; what is too large becomes infinite."""
+    with np.errstate(over="ignore"):
+        return np.ascontiguousarray(array, NUMPY_TYPES[dtype]).reshape(-1).view(np.uint8)
+
+
+def from_bytes(content: NDArray[np.uint8], dtype: str) -> NDArray[Any]:
+    """The reverse of `as_bytes`, flat; bfloat16 as float32."""
+    values = content.view(NUMPY_TYPES[dtype])
+    return values.astype(np.float32) if dtype == "bfloat16" else values
+
+
+def _writable(array: NDArray[Any]) -> NDArray[Any]:
+    """The same memory, writable: numpy marks what it imports through DLPack read-only."""
+    if array.flags.writeable:
+        return array
+    interface = dict(array.__array_interface__)
+    interface["data"] = (interface["data"][0], False)
+    holder = type("Memory", (), {"__array_interface__": interface, "owner": array})()
+    return np.asarray(holder)
