@@ -40,6 +40,7 @@ from pid_runtime.bundle.manifest import (
 )
 from pid_runtime.bundle.manifest_check import check_manifest
 from pid_runtime.bundle.sizes import sizes_for
+from pid_runtime.bundle.source import Constant
 
 BUCKETS = {"2k": 18_816, "3k": 36_864, "4k": 65_536}
 """Budgets of tokens of 16x16 pixels: 2688x1792, 3072x3072 and 4096x4096, or as much in another
@@ -216,9 +217,9 @@ def weight_slots(config: PidConfig, program: ProgramSpec, precision: str) -> dic
     """What the weights file holds: the folded tables, if any, then the graphs' weights."""
     slots: dict[str, Slot] = {}
     for buffer in program.buffers.values():
-        if buffer.kind == "constant":
+        if isinstance(buffer.source, Constant):
             shape = tuple(int(size) for size in buffer.shape)
-            slots[buffer.source["tensor"]] = Slot(torch.float32, shape)
+            slots[buffer.source.tensor] = Slot(torch.float32, shape)
     dimensions = dimensions_of(network_of(config))
     for name, spec in program.graphs.items():
         with torch.device("meta"):

@@ -20,6 +20,7 @@ from pid_runtime.bundle.manifest import (
     Run,
 )
 from pid_runtime.bundle.sizes import Shape
+from pid_runtime.bundle.source import Constant, Function, PixelAxis, Rope1d, Rope2d, Table
 
 FLOAT = "float32"
 THETA = 10000.0
@@ -70,11 +71,15 @@ class _Builder:
         self.graphs: dict[str, GraphSpec] = {}
         self.buffers: dict[str, Buffer] = {}
 
-    def buffer(
-        self, name: str, dtype: str, *shape: int | str, kind: str = "temporary", **source: Any
-    ) -> str:
-        self.buffers[name] = Buffer(dtype, shape, kind, source)
+    def buffer(self, name: str, dtype: str, *shape: int | str, kind: str = "temporary") -> str:
+        self.buffers[name] = Buffer(dtype, shape, kind)
         return name
+
+    def table(self, name: str, table: Table) -> None:
+        self.buffers[name] = Buffer(FLOAT, table.shape, "table", table)
+
+    def constant(self, name: str, *shape: int) -> None:
+        self.buffers[name] = Buffer(FLOAT, shape, "constant", Constant(f"table.{name}"))
 
     def run(
         self,
@@ -170,7 +175,7 @@ def build_program(config: PidConfig, precision: str, known_times: int | None) ->
 def _declare_inputs(b: _Builder, known_times: int | None) -> None:
     """Buffers the runtime fills, and those the image comes out of."""
     c = b.config
-    p, half = c.patch_size, c.pixel_hidden_size // 2
+    p = c.patch_size
     b.buffer("latent", FLOAT, "B", c.latent_channels, "h", "w", kind="input")
     b.buffer("caption", FLOAT, "B", "T", c.text_dim, kind="input")
     b.buffer("sigma", FLOAT, "B", kind="input")
@@ -186,53 +191,17 @@ def _declare_inputs(b: _Builder, known_times: int | None) -> None:
         b.buffer("modulation", FLOAT, "N", 2, rows, c.hidden_size)
         b.buffer("time_embedding", FLOAT, "N", c.hidden_size)
     else:
-        for name, shape in (
-            ("modulation", (known_times, 2, rows, c.hidden_size)),
-            ("time_embedding", (known_times, c.hidden_size)),
-        ):
-            b.buffer(name, FLOAT, *shape, kind="constant", tensor=f"table.{name}")
+        b.constant("modulation", known_times, 2, rows, c.hidden_size)
+        b.constant("time_embedding", known_times, c.hidden_size)
+    functions: tuple[Function, ...] = ("cos", "sin")
     for prefix, head_dim in (("rope", c.head_dim), ("pixel_rope", c.pixel_head_dim)):
-        options = {
-            "head_dim": head_dim,
-            "reference": c.rope_reference / p,
-            "extent": ROPE_EXTENT,
-            "theta": THETA,
-        }
-        for part in ("cos", "sin"):
-            b.buffer(
-                f"{prefix}_{part}",
-                FLOAT,
-                "L",
-                head_dim // 2,
-                kind="table",
-                table=f"rope_2d_{part}",
-                **options,
-            )
-    for part in ("cos", "sin"):
-        b.buffer(
-            f"text_rope_{part}",
-            FLOAT,
-            "T",
-            c.head_dim // 2,
-            kind="table",
-            table=f"rope_1d_{part}",
-            head_dim=c.head_dim,
-            theta=THETA,
-        )
-    for axis in ("column", "row"):
-        b.buffer(
-            f"pixel_{axis}s",
-            FLOAT,
-            "L",
-            p,
-            half,
-            kind="table",
-            table="pixel_axis",
-            axis=axis,
-            size=c.pixel_hidden_size,
-            patch_size=p,
-            theta=THETA,
-        )
+        for function in functions:
+            table = Rope2d(function, head_dim, c.rope_reference / p, ROPE_EXTENT, THETA)
+            b.table(f"{prefix}_{function}", table)
+    for function in functions:
+        b.table(f"text_rope_{function}", Rope1d(function, c.head_dim, THETA))
+    b.table("pixel_columns", PixelAxis("column", c.pixel_hidden_size, p, THETA))
+    b.table("pixel_rows", PixelAxis("row", c.pixel_hidden_size, p, THETA))
 
 
 def _unpatchify(b: _Builder, stage: str, output: str, shape: Shape) -> Run:

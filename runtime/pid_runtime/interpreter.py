@@ -16,6 +16,7 @@ from pid_runtime.backends.graphs import Call, Graphs, PlannedCall
 from pid_runtime.backends.memory import Block, Memory, Tensor
 from pid_runtime.bundle.manifest import Bucket, Copy, Manifest, Noise, Operand, Port, Run
 from pid_runtime.bundle.sizes import ITEM_BYTES, Sizes
+from pid_runtime.bundle.source import Constant, Table
 from pid_runtime.tables import compute_table
 
 NoiseSource = Callable[["Program", Noise, int], None]
@@ -50,9 +51,9 @@ class Program:
             for index, instruction in enumerate(instructions)
         }
         for name, buffer in manifest.buffers.items():
-            if buffer.kind == "table":
+            if isinstance(buffer.source, Table):
                 memory.write(self.buffer(name), compute_table(buffer.source, sizes))
-            elif buffer.kind == "constant":
+            elif isinstance(buffer.source, Constant):
                 memory.write(self.buffer(name), constants[name])
 
     @staticmethod

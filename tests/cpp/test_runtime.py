@@ -31,6 +31,7 @@ from pid_runtime.bundle.folder import parse_manifest, read_manifest
 from pid_runtime.bundle.manifest import MANIFEST_FILE
 from pid_runtime.bundle.manifest_check import ALIGNMENT, LARGEST_ARENA
 from pid_runtime.bundle.sizes import Sizes, sizes_for
+from pid_runtime.bundle.source import Table, read_source
 from pid_runtime.command import decode_cli
 from pid_runtime.decoder import Decoder
 from pid_runtime.errors import PidRuntimeError
@@ -274,7 +275,9 @@ def tables() -> list[dict[str, Any]]:
         named = {"h": height, "w": width, "T": text, "tokens_per_latent": 2, "patch_size": 4}
         sizes = {"Hs": 2 * height, "Ws": 2 * width, "T": text}
         for source, tolerance in sources:
-            values = compute_table(dict(source), Sizes(sizes)).ravel().tolist()
+            table = read_source("table", source, "a table")
+            assert isinstance(table, Table)
+            values = compute_table(table, Sizes(sizes)).ravel().tolist()
             found.append(
                 {"source": source, "sizes": named, "values": values, "tolerance": tolerance}
             )

@@ -19,6 +19,7 @@ from pid_runtime.bundle.manifest import (
     Manifest,
 )
 from pid_runtime.bundle.manifest_check import check_manifest
+from pid_runtime.bundle.source import Constant
 from pid_runtime.errors import PidRuntimeError
 
 MANIFEST_MAX_BYTES = 1 << 24
@@ -96,8 +97,8 @@ def read_constants(bundle: Path, manifest: Manifest) -> dict[str, NDArray[np.flo
     try:
         with safe_open(bundle / WEIGHTS_FILE, "np") as weights:
             for name, buffer in manifest.buffers.items():
-                if buffer.kind == "constant":
-                    constants[name] = weights.get_tensor(buffer.source["tensor"])
+                if isinstance(buffer.source, Constant):
+                    constants[name] = weights.get_tensor(buffer.source.tensor)
     except (OSError, SafetensorError, TypeError) as error:
         raise PidRuntimeError(f"cannot read constants from {WEIGHTS_FILE}: {error}") from None
     for name, values in constants.items():

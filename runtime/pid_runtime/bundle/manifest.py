@@ -2,11 +2,12 @@
 
 import json
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from pid_runtime.bundle.json_reader import Special, read_member, read_object, unexpected
 from pid_runtime.bundle.sizes import Shape
+from pid_runtime.bundle.source import Source, encode_source, read_source
 from pid_runtime.errors import PidRuntimeError
 
 FORMAT = "pid-bundle"
@@ -49,13 +50,13 @@ class Buffer:
 
     kind: "input" and "schedule" are written for every decode, "table" for every new shape,
     "constant" once, "temporary" and "output" by the program.
-    source: for a table how to compute it, for a constant the tensor it is filled from.
+    source: of a table or a constant.
     """
 
     dtype: str
     shape: Shape
     kind: str
-    source: dict[str, Any] = field(default_factory=dict)
+    source: Source | None = None
 
 
 @dataclass(frozen=True)
@@ -209,6 +210,8 @@ class Manifest:
             name: [_encode(instruction) for instruction in section]
             for name, section in self.program.items()
         }
+        for name, buffer in self.buffers.items():
+            fields["buffers"][name]["source"] = encode_source(buffer.source)
         for graph in fields["graphs"].values():
             if graph["contrib_file"] is None:
                 del graph["contrib_file"]
@@ -255,10 +258,27 @@ def _read_instruction(raw: Any, where: str) -> Instruction:
     return read_object(kind, renamed, where, SPECIAL)
 
 
+def _read_buffers(raw: Any, where: str) -> dict[str, Buffer]:
+    found: dict[str, dict[str, Any]] = read_member(dict[str, dict[str, Any]], raw, where)
+    return {name: _read_buffer(name, fields, where) for name, fields in found.items()}
+
+
+def _read_buffer(name: str, fields: dict[str, Any], where: str) -> Buffer:
+    """What a source may be depends on the buffer's kind."""
+    plain = {member: value for member, value in fields.items() if member != "source"}
+    buffer: Buffer = read_object(Buffer, plain, where)
+    source = read_member(dict[str, Any], fields.get("source", {}), f"{where}, source")
+    return replace(buffer, source=read_source(buffer.kind, source, f"buffer {name!r}"))
+
+
 def _read_operand(raw: Any, where: str) -> Operand:
     """A buffer's name stands for the whole buffer."""
     return Operand(raw) if isinstance(raw, str) else read_member(Operand, raw, where)
 
 
-SPECIAL: dict[Any, Special] = {Instruction: _read_instruction, Operand: _read_operand}
+SPECIAL: dict[Any, Special] = {
+    Instruction: _read_instruction,
+    dict[str, Buffer]: _read_buffers,
+    Operand: _read_operand,
+}
 """How what has a form of its own is read; see `pid_runtime.bundle.json_reader.read_member`."""

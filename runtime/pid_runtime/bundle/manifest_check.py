@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterable, Mapping
 from functools import partial
 from itertools import pairwise
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from pid_runtime.bundle.json_reader import NAME, require
 from pid_runtime.bundle.manifest import (
@@ -30,14 +30,12 @@ from pid_runtime.bundle.manifest import (
     Run,
     Sampler,
 )
-from pid_runtime.bundle.sizes import ITEM_BYTES, Shape, Sizes, sizes_for
+from pid_runtime.bundle.sizes import ITEM_BYTES, LARGEST_SIZE, Shape, Sizes, sizes_for
+from pid_runtime.bundle.source import Constant, Table
 from pid_runtime.errors import PidRuntimeError
 
 ALIGNMENT = 256
 """Every buffer starts at a multiple of this many bytes."""
-
-LARGEST_SIZE = 1 << 24
-"""Most of anything a shape counts along one axis: tokens, channels, rows."""
 
 LARGEST_RANK = 8
 LARGEST_STEPS = 1000
@@ -51,14 +49,6 @@ WRITABLE_KINDS = ("temporary", "output")
 """Kinds of buffers that instructions write; the runtime fills the others."""
 
 BUFFER_KINDS = ("input", "schedule", "table", "constant", *WRITABLE_KINDS)
-
-TABLE_OPTIONS = {
-    "rope_2d_cos": ("head_dim", "reference", "extent", "theta"),
-    "rope_2d_sin": ("head_dim", "reference", "extent", "theta"),
-    "rope_1d_cos": ("head_dim", "theta"),
-    "rope_1d_sin": ("head_dim", "theta"),
-    "pixel_axis": ("axis", "size", "patch_size", "theta"),
-}
 
 CODEC_CHANNELS = {BLOCK_DCT: 16}
 """Channels of the latents of every kind of codec this version knows."""
@@ -152,38 +142,12 @@ def _check_buffer(name: str, buffer: Buffer) -> None:
     what = f"buffer {name!r}"
     _check_shape(what, buffer.dtype, buffer.shape, SIZE_SYMBOLS)
     _require(buffer.kind in BUFFER_KINDS, f"{what} of a known kind", buffer.kind)
-    if buffer.kind == "table":
-        expected: Any = ("float32", _table_shape(what, buffer.source))
+    if isinstance(buffer.source, Table):
+        expected = ("float32", buffer.source.shape)
         _require((buffer.dtype, buffer.shape) == expected, f"{what} as its table", buffer.shape)
-    elif buffer.kind == "constant":
-        _require(isinstance(buffer.source.get("tensor"), str), f"a tensor for {what}", "none")
+    elif isinstance(buffer.source, Constant):
         fixed = buffer.dtype == "float32" and all(isinstance(size, int) for size in buffer.shape)
         _require(fixed, f"{what} to be float32 and of fixed shape", buffer.shape)
-
-
-def _table_shape(what: str, source: Mapping[str, Any]) -> Shape:
-    """The shape a table has, after a check of its options."""
-    table = source.get("table")
-    options = _named(TABLE_OPTIONS, table if isinstance(table, str) else "", "table")
-    _require(set(source) == {"table", *options}, f"options {', '.join(options)} of {what}", source)
-    for option in options:
-        value = source[option]
-        if option == "axis":
-            good = value in ("column", "row")
-        elif option in ("reference", "extent", "theta"):
-            good = type(value) in (int, float) and 1e-6 <= value <= 1e9
-        else:
-            good = type(value) is int and 0 < value <= LARGEST_SIZE
-        _require(good, f"a usable {option} of {what}", value)
-    if table == "pixel_axis":
-        _require(source["size"] % 4 == 0, f"a size of {what} divisible by 4", source["size"])
-        return ("L", source["patch_size"], source["size"] // 2)
-    head_dim = source["head_dim"]
-    if source["table"].startswith("rope_1d"):
-        _require(head_dim % 2 == 0, f"an even head_dim of {what}", head_dim)
-        return ("T", head_dim // 2)
-    _require(head_dim % 4 == 0 and head_dim > 4, f"a head_dim of {what} in 8, 12, ..", head_dim)
-    return ("L", head_dim // 2)
 
 
 def _check_interface(manifest: Manifest) -> None:

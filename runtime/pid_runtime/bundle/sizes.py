@@ -5,6 +5,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+LARGEST_SIZE = 1 << 24
+"""Most of anything a shape counts along one axis: tokens, channels, rows."""
+
 ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "uint8": 1}
 
 Shape = tuple[int | str, ...]
