@@ -45,9 +45,9 @@ ELSEWHERE = {
     "end_to_end/test_nano_space.py": "runtime/pid_runtime: nano/codec",
     "end_to_end/test_nano_quality.py": "tools: quality",
     "tools/test_train_nano.py": "tools: nano_crops",
-    # On both backends every graph and every stage: the program of each golden file.
+    # On both backends every graph: the program of each golden file.
     "export/test_golden.py": (
-        "runtime/pid_runtime: backends/stages backends/torch; export/pid_export: contrib onnx_ports"
+        "runtime/pid_runtime: backends/torch; export/pid_export: contrib onnx_ports"
     ),
 }
 """Test files, and the modules without one of their own that they test."""

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pid_runtime.bundle.manifest import PRECISIONS
+from pid_runtime.errors import PidRuntimeError
 
 EPSILON = 1e-6
 
@@ -346,12 +347,14 @@ class Tokens(nn.Module):
         latent_tokens: Tensor | None = None,
         sigma: Tensor | None = None,
     ) -> tuple[Tensor, ...]:
+        attention = _inputs_of(self.leave, attended=attended)
+        latent = _inputs_of(self.gate, latent_tokens=latent_tokens, sigma=sigma)
         if self.embed is not None:
             x = self.embed(x.to(self.dtype))  # noisy pixels (B, L, P * P * 3) to (B, L, D)
-        if self.leave is not None and attended is not None:
-            x = self.leave(x, attended, modulation[:4])
-        if self.gate is not None and latent_tokens is not None and sigma is not None:
-            x = self.gate(x, latent_tokens, sigma)
+        if self.leave is not None:
+            x = self.leave(x, *attention, modulation[:4])
+        if self.gate is not None:
+            x = self.gate(x, *latent)
         z = (normalize(x) * modulation[-1] + modulation[-2]).to(x.dtype)
         projected = self.enter(z, rope_cos, rope_sin)
         return (x, *projected) if self.returns_x else tuple(projected)
@@ -448,10 +451,11 @@ class PixelFirst(nn.Module):
         latent_tokens: Tensor | None = None,
         sigma: Tensor | None = None,
     ) -> tuple[Tensor, ...]:
+        latent = _inputs_of(self.gate, latent_tokens=latent_tokens, sigma=sigma)
         tokens = self.leave(x, attended, modulation)
         s = F.silu(tokens.float() + time_embedding).to(x.dtype)
-        if self.gate is not None and latent_tokens is not None and sigma is not None:
-            s = self.gate(s, latent_tokens, sigma)
+        if self.gate is not None:
+            s = self.gate(s, *latent)
         pixels = self.embed(state, pixel_columns, pixel_rows)
         return (s, *self.enter(pixels, s, rope_cos, rope_sin))
 
@@ -481,7 +485,8 @@ class Pixels(nn.Module):
         pixel_columns: Tensor | None = None,
         pixel_rows: Tensor | None = None,
     ) -> tuple[Tensor, ...]:
-        entering = _pixels(self.embed, self.d, pixels, state, pixel_columns, pixel_rows)
+        tables = {"pixel_columns": pixel_columns, "pixel_rows": pixel_rows}
+        entering = _pixels(self.embed, self.d, pixels, state=state, **tables)
         leaving = self.leave(entering, s, attended)
         return (leaving.flatten(2), *self.enter(leaving, s, rope_cos, rope_sin))
 
@@ -510,26 +515,42 @@ class Update(nn.Module):
         pixel_columns: Tensor | None = None,
         pixel_rows: Tensor | None = None,
     ) -> Tensor:
-        entering = _pixels(self.embed, self.d, pixels, state, pixel_columns, pixel_rows)
+        tables = {"pixel_columns": pixel_columns, "pixel_rows": pixel_rows}
+        embedded = state if self.embed is not None else None
+        entering = _pixels(self.embed, self.d, pixels, state=embedded, **tables)
         leaving = self.leave(entering, s, attended)
         velocity = self.velocity(normalize(leaving).to(s.dtype)).float().flatten(2)
         return update[0] * state + update[1] * velocity + update[2] * noise
 
 
 def _pixels(
-    embed: PixelEmbed | None,
-    size: int,
-    pixels: Tensor | None,
-    state: Tensor | None,
-    columns: Tensor | None,
-    rows: Tensor | None,
+    embed: PixelEmbed | None, size: int, pixels: Tensor | None, **of_embed: Tensor | None
 ) -> Tensor:
     """Pixels `[B, L, P * P, d]`, embedded from the state or as an earlier stage left them."""
-    if embed is not None and state is not None and columns is not None and rows is not None:
-        return embed(state, columns, rows)
-    if pixels is None:
-        raise ValueError("a pixel stage takes either pixels or state, pixel_columns and pixel_rows")
-    return pixels.unflatten(-1, (-1, size))
+    inputs = _inputs_of(embed, **of_embed)
+    if embed is not None and pixels is None:
+        return embed(*inputs)
+    if embed is None and pixels is not None:
+        return pixels.unflatten(-1, (-1, size))
+    raise PidRuntimeError(
+        "expected a pixel stage to get either pixels, or state, pixel_columns and pixel_rows, but "
+        "the program does not give it one of these; export the bundle again"
+    )
+
+
+def _inputs_of(part: nn.Module | None, **inputs: Tensor | None) -> list[Tensor]:
+    """The inputs that a stage takes because it has a part; none where it lacks that part.
+
+    Raises `PidRuntimeError` for others: the stage would leave out an attention, or a gate.
+    """
+    given = {name: tensor for name, tensor in inputs.items() if tensor is not None}
+    wanted = list(inputs) if part is not None else []
+    if list(given) != wanted:
+        raise PidRuntimeError(
+            f"expected a stage to get {' and '.join(wanted) or 'no ' + ' or '.join(inputs)}, but "
+            f"the program gives it {' and '.join(given) or 'none'}; export the bundle again"
+        )
+    return list(given.values())
 
 
 STAGES: dict[str, type[nn.Module]] = {
