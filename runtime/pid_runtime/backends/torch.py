@@ -1,5 +1,6 @@
 """The torch backend: the stages as modules, on any torch device."""
 
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -10,12 +11,16 @@ import torch
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
+from pid_runtime.backends.device import CudaDevice
+from pid_runtime.backends.dlpack import CUDA, RawTensor
 from pid_runtime.backends.graphs import Call, PlannedCall, in_order
 from pid_runtime.backends.memory import Memory
 from pid_runtime.backends.stages import DTYPES, Dimensions, build_stage
 from pid_runtime.bundle.manifest import WEIGHTS_FILE, Bucket, Manifest
 from pid_runtime.errors import PidRuntimeError
 from pid_runtime.noise import standard_normal
+
+_log = logging.getLogger(__name__)
 
 
 class LoadedStages:
@@ -33,8 +38,7 @@ class LoadedStages:
         if self._threads is not None:
             torch.set_num_threads(self._threads)
         try:
-            self.device = torch.device(self._device_name)
-            torch.empty(0, device=self.device)
+            self.device = torch.empty(0, device=torch.device(self._device_name)).device
         except (RuntimeError, AssertionError) as error:
             reason = str(error).splitlines()[0]
             raise PidRuntimeError(
@@ -117,6 +121,7 @@ class TorchMemory:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
+        self._noise = _open_noise(device)
 
     def allocate(self, size_bytes: int) -> torch.Tensor:
         return torch.empty(size_bytes, dtype=torch.uint8, device=self._device)
@@ -149,4 +154,24 @@ class TorchMemory:
         tensor.zero_()
 
     def fill_normal(self, tensor: torch.Tensor, seed: int, draw: int) -> None:
-        self.write(tensor, standard_normal(seed, draw, tensor.numel()))
+        if self._noise is None:
+            self.write(tensor, standard_normal(seed, draw, tensor.numel()))
+            return
+        place = (CUDA, self._noise.ordinal)
+        raw = RawTensor(tensor.data_ptr(), "float32", tuple(tensor.shape), place, tensor)
+        torch.cuda.current_stream(self._device).synchronize()  # the device has a stream of its own
+        self._noise.fill_normal(raw, seed, draw)
+        self._noise.synchronize()
+
+
+def _open_noise(device: torch.device) -> CudaDevice | None:
+    """What fills a GPU's memory with noise; None where the host must, which takes longer."""
+    if device.type != "cuda":
+        return None
+    try:
+        noise = CudaDevice(device.index)
+    except PidRuntimeError as error:
+        _log.info("Noise is made on the host: %s", error)
+        return None
+    noise.open()
+    return noise
