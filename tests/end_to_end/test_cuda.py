@@ -48,10 +48,10 @@ def rms(a: Any, b: Any) -> float:
 
 
 @pytest.fixture(autouse=True)
-def _float32_is_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+def _float32_is_float32() -> Iterator[None]:
     """Convolutions round to TF32 unless they are told not to."""
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
-    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        yield
 
 
 # The device
