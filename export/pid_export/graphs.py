@@ -108,7 +108,13 @@ def _trace(spec: GraphSpec, stage: torch.nn.Module, longest_text: int) -> bytes:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             program = torch.export.export(
-                stage, (), kwargs=samples, dynamic_shapes=shapes, strict=False
+                stage,
+                (),
+                kwargs=samples,
+                dynamic_shapes=shapes,
+                strict=False,
+                # torch 2.11 does not see that min(2 w, 4 w) is 2 w, and refuses the latent stage.
+                prefer_deferred_runtime_asserts_over_guards="w" in dims,
             )
             exported = torch.onnx.export(
                 program,
