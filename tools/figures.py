@@ -227,7 +227,7 @@ def _decode(report: Report, row: Row) -> tuple[str, ...]:
         row.case.precision,
         milliseconds(measured.median_ms) if row.status == "ok" else row.status,
         milliseconds(measured.min_ms),
-        f"{tflop:.3g}" if tflop else "",
+        (f"{tflop:.3g}" if tflop < 1000 else f"{tflop:.0f}") if tflop else "",
         f"{gigabytes(measured.peak_bytes)} GB" if measured.peak_bytes else "",
         f"{ratio:.2f}x" if ratio else "",
     )

@@ -92,32 +92,37 @@ def reference_error(golden: Golden) -> float:
     return max(map(_difference, got, wanted))
 
 
-def tolerance_here(golden: Golden) -> float:
+def tolerance_here(golden: Golden, device: str = "cpu") -> float:
     """Largest difference of a float32 program from a golden file on this machine.
 
-    That is `TOLERANCE`, or twice what the reference itself loses from float64 to float32 here.
-    These small networks make some rounding errors a thousand times larger, and which ones a
-    processor makes depends on its vector units.
+    That is `TOLERANCE`, or twice what the reference itself loses from float64 to float32 here, on
+    `device` of torch. These small networks make some rounding errors a thousand times larger, and
+    which ones a processor makes depends on its vector units.
     """
-    exact, rounded = (_reference_outputs(golden, t) for t in (torch.float64, torch.float32))
+    exact = _reference_outputs(golden, torch.float64)
+    rounded = _reference_outputs(golden, torch.float32, device)
     lost = max(map(_difference, rounded, exact))
     return max(TOLERANCE, 2 * lost) if math.isfinite(lost) else TOLERANCE
 
 
-def _reference_outputs(golden: Golden, dtype: torch.dtype) -> list[NDArray[np.float32]]:
+def _reference_outputs(
+    golden: Golden, dtype: torch.dtype, device: str = "cpu"
+) -> list[NDArray[np.float32]]:
     """The reference's first velocity, and its state after every step."""
-    net = load_network(golden.config, golden.weights).to(dtype)
+    net = load_network(golden.config, golden.weights).to(device, dtype)
     outputs: list[NDArray[np.float32]] = []
 
     def keep(step: int, velocity: torch.Tensor, state: torch.Tensor) -> None:
-        outputs.extend([velocity.numpy(), state.numpy()] if step == 0 else [state.numpy()])
+        kept = [velocity, state] if step == 0 else [state]
+        outputs.extend(tensor.cpu().numpy() for tensor in kept)
 
-    noise = [torch.from_numpy(n) for n in golden.inputs.noise]
+    inputs = golden.inputs
+    noise = [torch.from_numpy(n).to(device) for n in inputs.noise]
     sample(
         net,
-        torch.from_numpy(golden.inputs.latent),
-        torch.from_numpy(golden.inputs.caption),
-        torch.from_numpy(golden.inputs.sigma),
+        torch.from_numpy(inputs.latent).to(device),
+        torch.from_numpy(inputs.caption).to(device),
+        torch.from_numpy(inputs.sigma).to(device),
         noise[0],
         noise[1:],
         steps=len(golden.states),
