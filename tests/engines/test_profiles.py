@@ -150,7 +150,10 @@ def calls(manifest: Manifest, h: int, w: int, text: int) -> list[tuple[str, Shap
         rows=manifest.sampler.max_steps,
     )
     # With nothing but temporary buffers, a program has nothing to fill.
-    buffers = {name: replace(each, kind="temporary") for name, each in manifest.buffers.items()}
+    buffers = {
+        name: replace(each, kind="temporary", source=None)
+        for name, each in manifest.buffers.items()
+    }
     recorder: Any = CallRecorder()
     program = Program(
         replace(manifest, buffers=buffers), recorder, recorder, bucket, sizes, None, {}

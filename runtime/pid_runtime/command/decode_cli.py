@@ -48,7 +48,8 @@ files:
   float16 or bfloat16, normalised as the bundle's manifest says. It may also hold "caption",
   [T, D] or [B, T, D], and "sigma", a number or [B]. A batch makes image-0.png, image-1.png, ..
   Image b of a file is decoded with seed + b, so a file gives the same images alone or among
-  others. Every input is checked before the first decode, and images appear whole or not at all.
+  others. Names, sizes and types of all inputs are checked before the first decode. Images appear
+  whole or not at all.
 
 photos:
   A bundle of space nano makes its latents itself: --image takes any photo that Pillow reads, and
@@ -144,6 +145,7 @@ def _decode(arguments: Namespace) -> None:
             verify=not arguments.no_verify,
             engines=arguments.engines,
             cuda_graphs=not arguments.no_cuda_graphs,
+            manifest=manifest,
         )
         with decoder:
             _warn(decoder.manifest.model, jobs)

@@ -1,4 +1,4 @@
-"""What `pid-decode` is to do: found and checked in full before the first decode."""
+"""What `pid-decode` is to do: found and checked before the first decode, by sizes and headers."""
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -9,15 +9,18 @@ from numpy.typing import NDArray
 
 from pid_runtime.bundle.manifest import Manifest
 from pid_runtime.command.images import check_image_path, check_image_size
-from pid_runtime.command.latents import read_caption_file, read_latent_file
+from pid_runtime.command.latents import StoredTensor, open_caption_file, open_latent_file
 from pid_runtime.errors import PidRuntimeError
 from pid_runtime.nano.block_dct import BLOCK
-from pid_runtime.nano.codec import encode
+from pid_runtime.nano.codec import check_codec, encode
 from pid_runtime.nano.photos import PHOTO_SUFFIXES, padded, photo_size, read_photo
 from pid_runtime.noise import image_seed
 from pid_runtime.request import Rule, check_request
 
 LATENT_SUFFIX = ".safetensors"
+
+Values = Callable[[StoredTensor], NDArray[np.float32]]
+"""What becomes of a tensor in a file: its values, or an outline of them."""
 
 
 @dataclass(frozen=True)
@@ -45,37 +48,62 @@ class Source:
     caption: Path | None
     is_photo: bool = False
 
+    def outline(self, manifest: Manifest, settings: Settings) -> "Inputs":
+        """The inputs with zeros for what only the files know, by their headers alone.
+
+        Raises `PidRuntimeError` for files that hold something else, or a photo that is too large.
+        """
+        if self.is_photo:
+            inputs = self._photo_outline(manifest, settings)
+        else:
+            inputs = self._latent(settings, StoredTensor.outline)
+        return self._with_caption(inputs, settings, StoredTensor.outline)
+
     def read(self, manifest: Manifest, settings: Settings) -> "Inputs":
-        """Read both. Raises `PidRuntimeError` for files that hold something else."""
-        inputs = self._photo(manifest, settings) if self.is_photo else self._latent(settings)
+        """Read both files. Raises `PidRuntimeError` for NaN, or a damaged photo."""
+        if self.is_photo:
+            inputs = self._photo(manifest, settings)
+        else:
+            inputs = self._latent(settings, StoredTensor.read)
+        return self._with_caption(inputs, settings, StoredTensor.read)
+
+    def _with_caption(self, inputs: "Inputs", settings: Settings, values: Values) -> "Inputs":
         if self.caption is None:
             return inputs
-        return replace(inputs, caption=read_caption_file(self.caption, settings.caption_key))
+        stored = open_caption_file(self.caption, settings.caption_key)
+        return replace(inputs, caption=values(stored))
 
-    def _latent(self, settings: Settings) -> "Inputs":
-        file = read_latent_file(
+    def _latent(self, settings: Settings, values: Values) -> "Inputs":
+        file = open_latent_file(
             self.path, settings.latent_key, embedded_caption=self.caption is None
         )
-        sigma = np.zeros(1, np.float32) if file.sigma is None else file.sigma
+        sigma = np.zeros(1, np.float32) if file.sigma is None else file.sigma.read()
         if settings.sigma is not None:
             sigma = np.array([settings.sigma], np.float32)
-        return Inputs(file.latent, file.caption, sigma)
+        caption = None if file.caption is None else values(file.caption)
+        return Inputs(values(file.latent), caption, sigma)
 
     def _photo(self, manifest: Manifest, settings: Settings) -> "Inputs":
         """The latent of a photo, with noise of the seed added up to the noise level asked for."""
-        width, height = photo_size(self.path)
-        tokens = -(-height // BLOCK) * -(-width // BLOCK) * manifest.tokens_per_latent**2
-        try:
-            manifest.bucket_for(tokens)  # before hundreds of megabytes are read in vain
-        except PidRuntimeError as error:
-            raise PidRuntimeError(
-                f"{self.path}: {error}, or reduce this photo of {width}x{height} first"
-            ) from None
         photo = read_photo(self.path)
         sigma = settings.sigma or 0.0
         latent = encode(manifest, padded(photo, BLOCK)[None], sigma, settings.seed)
         size = (photo.shape[1], photo.shape[2])
         return Inputs(latent, None, np.array([sigma], np.float32), size)
+
+    def _photo_outline(self, manifest: Manifest, settings: Settings) -> "Inputs":
+        width, height = photo_size(self.path)
+        rows, columns = -(-height // BLOCK), -(-width // BLOCK)
+        try:
+            manifest.bucket_for(rows * columns * manifest.tokens_per_latent**2)
+        except PidRuntimeError as error:
+            raise PidRuntimeError(
+                f"{self.path}: {error}, or reduce this photo of {width}x{height} first"
+            ) from None
+        shape = (1, check_codec(manifest), rows, columns)
+        latent = np.broadcast_to(np.float32(0), shape)
+        sigma = np.array([settings.sigma or 0.0], np.float32)
+        return Inputs(latent, None, sigma, (height, width))
 
 
 @dataclass(frozen=True)
@@ -156,14 +184,14 @@ def plan_jobs(
     settings: Settings,
     name: Callable[[Source], Path],
 ) -> list[Job]:
-    """Read every source, check it against the bundle, and list the images to make of it.
+    """Check every source against the bundle, by its headers, and list the images to make of it.
 
     name: the image file of a source; sources of several images get `-0`, `-1`, .. in front of the
     suffix. Raises `PidRuntimeError` for an input that does not fit, or two images of one name.
     """
     jobs: list[Job] = []
     for source in sources:
-        inputs = source.read(manifest, settings)
+        inputs = source.outline(manifest, settings)
         try:
             request = check_request(
                 manifest,

@@ -1,7 +1,5 @@
 """Latents and caption embeddings in safetensors files, read without torch."""
 
-import json
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,54 +13,81 @@ from pid_runtime.errors import PidRuntimeError
 LATENT, CAPTION, SIGMA = "latent", "caption", "sigma"
 """Names of tensors in a latent file."""
 
-_DTYPES = {"F32": np.float32, "F16": np.float16, "BF16": np.uint16}
-"""What safetensors calls the accepted types, and how their bytes are read."""
+_DTYPES = ("F32", "F16", "BF16")
+"""What safetensors calls the accepted types."""
 
 _Floats = NDArray[np.float32]
 
 
 @dataclass(frozen=True)
-class LatentFile:
-    """What one file says; shapes as the decoder takes them, float32."""
+class StoredTensor:
+    """A tensor of a safetensors file, of which only the header has been read."""
 
-    latent: _Floats
+    path: Path
+    name: str
+    shape: tuple[int, ...]
+    """As the decoder takes it, with a batch axis."""
+
+    def read(self) -> _Floats:
+        """Its values in float32. Raises `PidRuntimeError` for NaN, or a file that changed."""
+        try:
+            with safe_open(self.path, "np") as file:
+                values = file.get_tensor(self.name).astype(np.float32).reshape(self.shape)
+        except (OSError, SafetensorError, ValueError) as error:
+            raise PidRuntimeError(f"cannot read {self.path}: {error}") from None
+        if not np.isfinite(values).all():
+            raise PidRuntimeError(
+                f"expected {self.name!r} in {self.path} to be finite, but it holds NaN or "
+                "infinity; look at the step that made it"
+            )
+        return values
+
+    def outline(self) -> _Floats:
+        """Zeros of its shape, which take no memory."""
+        return np.broadcast_to(np.float32(0), self.shape)
+
+
+@dataclass(frozen=True)
+class LatentFile:
+    """What one file has."""
+
+    latent: StoredTensor
     """`[B, C, h, w]`."""
-    caption: _Floats | None
+    caption: StoredTensor | None
     """`[B, T, D]` or `[1, T, D]`."""
-    sigma: _Floats | None
+    sigma: StoredTensor | None
     """`[B]` or `[1]`."""
 
 
-def read_latent_file(
+def open_latent_file(
     path: Path, key: str | None = None, *, embedded_caption: bool = True
 ) -> LatentFile:
-    """Read a latent `[C, h, w]` or `[B, C, h, w]`, and the caption and sigma beside it.
+    """Find a latent `[C, h, w]` or `[B, C, h, w]`, and the caption and sigma beside it.
 
     The latent is the tensor called `key`; without one, the tensor called "latent", or the only one
     that is neither "caption" `[T, D]` or `[B, T, D]` nor "sigma" (a number or one per image).
-    Each is float32, float16 or bfloat16. embedded_caption: read "caption", if there is one.
-    Raises `PidRuntimeError` for a file that cannot be read or holds something else, such as NaN.
+    Each is float32, float16 or bfloat16. embedded_caption: look for "caption".
+    Raises `PidRuntimeError` for a file that cannot be read or holds something else.
     """
     names = _tensor_names(path)
     key = _choose(path, names, LATENT, key, "--latent-key")
-    latent = _read(path, key, (3, 4), "[C, h, w] or [B, C, h, w]")
+    latent = _find(path, key, (3, 4), "[C, h, w] or [B, C, h, w]")
     caption = sigma = None
     if embedded_caption and CAPTION in names:
-        caption = read_caption_file(path, CAPTION)
+        caption = open_caption_file(path, CAPTION)
     if SIGMA in names:
-        sigma = _read(path, SIGMA, (0, 1), "[] or [B]").reshape(-1)
-    return LatentFile(latent if latent.ndim == 4 else latent[None], caption, sigma)
+        sigma = _find(path, SIGMA, (0, 1), "[] or [B]")
+    return LatentFile(latent, caption, sigma)
 
 
-def read_caption_file(path: Path, key: str | None = None) -> _Floats:
-    """Read a caption embedding `[T, D]` or `[B, T, D]`, as float32 `[B or 1, T, D]`.
+def open_caption_file(path: Path, key: str | None = None) -> StoredTensor:
+    """Find a caption embedding `[T, D]` or `[B, T, D]`.
 
     It is the tensor called `key`; without one, the tensor called "caption", or the only one.
-    Raises `PidRuntimeError` as `read_latent_file` does.
+    Raises `PidRuntimeError` as `open_latent_file` does.
     """
     key = _choose(path, _tensor_names(path), CAPTION, key, "--caption-key")
-    caption = _read(path, key, (2, 3), "[T, D] or [B, T, D]")
-    return caption if caption.ndim == 3 else caption[None]
+    return _find(path, key, (2, 3), "[T, D] or [B, T, D]")
 
 
 def _tensor_names(path: Path) -> list[str]:
@@ -98,35 +123,18 @@ def _choose(path: Path, names: Sequence[str], role: str, key: str | None, option
     return others[0]
 
 
-def _read(path: Path, name: str, ranks: tuple[int, ...], wanted: str) -> _Floats:
-    """A tensor of one of these ranks as float32, without NaN."""
-    # By hand, because safetensors gives numpy no bfloat16. `_tensor_names` had it check the file.
-    try:
-        with path.open("rb") as file:
-            header_bytes = int.from_bytes(file.read(8), "little")
-            entry = json.loads(file.read(header_bytes))[name]
-            dtype, shape = entry["dtype"], entry["shape"]
-            if dtype not in _DTYPES:
-                raise PidRuntimeError(
-                    f"expected {name!r} in {path} to be {', '.join(_DTYPES)}, but got {dtype}; "
-                    "convert it to float32"
-                )
-            if len(shape) not in ranks or 0 in shape:
-                raise PidRuntimeError(
-                    f"expected {name!r} in {path} to be {wanted}, but got {shape}; reshape it"
-                )
-            file.seek(8 + header_bytes + entry["data_offsets"][0])
-            content = file.read(math.prod(shape) * np.dtype(_DTYPES[dtype]).itemsize)
-    except OSError as error:
-        raise PidRuntimeError(f"cannot read {path}: {error.strerror}") from None
-    raw = np.frombuffer(content, _DTYPES[dtype]).reshape(shape)
-    if dtype == "BF16":  # the upper half of a float32
-        values = np.left_shift(raw, 16, dtype=np.uint32).view(np.float32)
-    else:
-        values = raw.astype(np.float32)
-    if not np.isfinite(values).all():
+def _find(path: Path, name: str, ranks: tuple[int, int], wanted: str) -> StoredTensor:
+    """A tensor of one of these ranks, the larger of which has a batch axis."""
+    with safe_open(path, "np") as file:
+        part = file.get_slice(name)
+        dtype, shape = part.get_dtype(), tuple(part.get_shape())
+    if dtype not in _DTYPES:
         raise PidRuntimeError(
-            f"expected {name!r} in {path} to be finite, but it holds NaN or infinity; "
-            "look at the step that made it"
+            f"expected {name!r} in {path} to be {', '.join(_DTYPES)}, but got {dtype}; "
+            "convert it to float32"
         )
-    return values
+    if len(shape) not in ranks or 0 in shape:
+        raise PidRuntimeError(
+            f"expected {name!r} in {path} to be {wanted}, but got {list(shape)}; reshape it"
+        )
+    return StoredTensor(path, name, shape if len(shape) == max(ranks) else (1, *shape))

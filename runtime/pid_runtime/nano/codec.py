@@ -18,6 +18,11 @@ LATENT_DRAW = 2**32 - 1
 """The draw that a latent's own noise is; a decode of the same seed uses the first few."""
 
 
+def check_codec(manifest: Manifest) -> int:
+    """Channels of the latents that `encode` makes. Raises `PidRuntimeError` as `encode` does."""
+    return len(_std(manifest))
+
+
 def encode(manifest: Manifest, image: Any, sigma: float = 0.0, seed: int = 0) -> Floats:
     """See `Decoder.encode`."""
     std = _std(manifest)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 
 from pid_runtime.errors import PidRuntimeError
 from pid_runtime.nano.codec import from_uint8
@@ -19,12 +19,14 @@ PHOTO_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp")
 
 
 def photo_size(path: str | os.PathLike[str]) -> tuple[int, int]:
-    """Width and height of a photo as it is stored, which may be on its side.
+    """Width and height of a photo as `read_photo` turns it.
 
     Only the file's head is read. Raises `PidRuntimeError` for a file that is no image.
     """
     with _opened(Path(path)) as image:
-        return image.size
+        width, height = image.size
+        on_its_side = image.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
+        return (height, width) if on_its_side else (width, height)
 
 
 def read_photo(path: str | os.PathLike[str]) -> NDArray[np.float32]:
