@@ -1,8 +1,8 @@
-"""The sizes the released checkpoints were trained at, and what to say of others; without torch."""
+"""The sizes the released checkpoints were trained at; without torch."""
 
 import math
 
-from pid_ref.registry import CHECKPOINTS, Checkpoint
+from pid_ref.registry import Checkpoint
 
 Size = tuple[int, int]
 """Width and height of an image, in pixels."""
@@ -23,9 +23,6 @@ _CAPS_2KTO4K: dict[Size, Size] = {
 
 _ALIGN = 64
 """Trained sides are multiples of this many pixels."""
-
-_DEMONSTRATED: frozenset[Size] = frozenset({(4096, 4096), (4096, 3072), (3072, 4096)})
-"""Sizes past the training caps that the release itself shows 2kto4k decoding."""
 
 
 def trained_sizes(checkpoint: Checkpoint) -> tuple[Size, ...]:
@@ -53,38 +50,3 @@ def _sizes_2kto4k() -> set[Size]:
             height = _ALIGN * round(level * math.sqrt(down / across) / _ALIGN)
             sizes.add((min(width, most_width), min(height, most_height)))
     return sizes
-
-
-def size_warnings(checkpoint: Checkpoint, height: int, width: int) -> list[str]:
-    """What to tell a user about decoding to `height` x `width` pixels; empty if all is well.
-
-    Two things are worth a line: 2kto4k at an area the 2k training covered (up to 2688x1792), and
-    a size outside `trained_sizes`. Neither is an error: such images decode.
-    """
-    warnings: list[str] = []
-    trained = trained_sizes(checkpoint)
-    if not trained:
-        return warnings
-    size = f"{width}x{height}"
-    if checkpoint.variant != "2k" and width * height <= max(w * h for w, h in _SIZES_2K):
-        has_2k = any(
-            c.space == checkpoint.space and c.variant == "2k" for c in CHECKPOINTS.values()
-        )
-        fix = "use variant 2k" if has_2k else "decode to a larger size"
-        warnings.append(
-            f"at {size} a 2kto4k decoder is worse than a 2k one; {fix} for the best image"
-        )
-    if (width, height) in trained:
-        return warnings
-    near = min(trained, key=lambda s: math.hypot(math.log(s[0] / width), math.log(s[1] / height)))
-    if checkpoint.variant != "2k" and (width, height) in _DEMONSTRATED:
-        warnings.append(
-            f"the release shows {size}, but training stopped at {near[0]}x{near[1]}; "
-            "prefer that size if the image shows artifacts"
-        )
-    else:
-        warnings.append(
-            f"{checkpoint.label} was not trained at {size} and may give green or blocky artifacts; "
-            f"the nearest trained size is {near[0]}x{near[1]}"
-        )
-    return warnings

@@ -1,9 +1,7 @@
-"""Sizes of the trainings, and warnings about others."""
-
-import pytest
+"""Sizes of the trainings."""
 
 from pid_ref.registry import find_checkpoint
-from pid_ref.trained_sizes import size_warnings, trained_sizes
+from pid_ref.trained_sizes import trained_sizes
 
 
 def test_trained_sizes() -> None:
@@ -20,34 +18,3 @@ def test_trained_sizes() -> None:
     assert all((h, w) in four and w % 64 == h % 64 == 0 for w, h in four)
     # siglip's latent pixel is 128 output pixels: sizes it cannot have are not listed.
     assert (2304, 1728) not in trained_sizes(find_checkpoint("siglip", "2k"))
-
-
-@pytest.mark.parametrize(
-    ("space", "variant", "width", "height", "words"),
-    [
-        ("flux", "2k", 2048, 2048, []),
-        ("flux", "2k", 1536, 2688, []),
-        ("flux", "2k", 3072, 3072, [["not trained at 3072x3072", "artifacts", "nearest"]]),
-        ("flux", "2k", 2048, 2000, [["2048x2000", "nearest trained size is 2048x2048"]]),
-        ("flux", "2kto4k", 3072, 3072, []),
-        ("flux", "2kto4k", 2048, 2048, [["2048x2048", "use variant 2k"]]),
-        ("flux", "2kto4k", 2688, 1536, [["2688x1536", "use variant 2k"]]),
-        ("sdxl", "2kto4k", 2048, 2048, [["larger size"]]),
-        ("flux", "2kto4k", 2304, 2304, []),
-        ("flux", "2kto4k", 4096, 4096, [["the release shows 4096x4096", "3584x3584"]]),
-        ("flux", "2kto4k", 3072, 4096, [["the release shows 3072x4096", "2816x4096"]]),
-        ("flux", "2k", 4096, 4096, [["not trained at 4096x4096"]]),
-        ("flux", "2kto4k", 512, 512, [["use variant 2k"], ["not trained at 512x512"]]),
-        ("flux", "2kto4k", 3840, 3840, [["not trained at 3840x3840", "3584x3584"]]),
-        ("nano", "any", 64, 64, []),
-        ("nano", "any", 4096, 96, []),
-    ],
-)
-def test_size_warnings(
-    space: str, variant: str, width: int, height: int, words: list[list[str]]
-) -> None:
-    found = size_warnings(find_checkpoint(space, variant), height=height, width=width)
-    assert len(found) == len(words), found
-    for line, needed in zip(found, words, strict=True):
-        assert "\n" not in line
-        assert [word for word in needed if word not in line] == []

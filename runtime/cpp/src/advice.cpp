@@ -1,6 +1,7 @@
 #include "advice.h"
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <utility>
 
@@ -13,6 +14,13 @@ namespace {
 constexpr float trained_sigma = 0.8F;
 // Up to this many pixels the 2k decoders were trained; the 2kto4k ones are worse there.
 constexpr std::int64_t largest_2k_area = 2688 * 1792;
+// Sizes beyond their training that the release itself shows 2kto4k decoders at.
+constexpr std::array<std::pair<std::int64_t, std::int64_t>, 3> demonstrated{
+    {{4096, 4096}, {4096, 3072}, {3072, 4096}}};
+
+bool is_4k(const Model& model) {
+    return model.variant.rfind("2kto4k", 0) == 0;
+}
 
 std::string name_of(const Model& model) {
     return model.name.empty() ? "this decoder" : model.name;
@@ -34,6 +42,12 @@ std::string about_trained_sizes(const Model& model, std::int64_t width, std::int
                          [&](const auto& a, const auto& b) { return far(a) < far(b); });
     if (nearest == model.trained_sizes.end() || *nearest == std::make_pair(width, height))
         return "";
+    const auto size = std::make_pair(width, height);
+    if (is_4k(model) &&
+        std::find(demonstrated.begin(), demonstrated.end(), size) != demonstrated.end())
+        return text_of("the release shows ", width, "x", height, ", but training stopped at ",
+                       nearest->first, "x", nearest->second,
+                       "; prefer that size if the image shows artifacts");
     return text_of(name_of(model), " was not trained at ", width, "x", height,
                    " and may give green or blocky artifacts; the nearest trained size is ",
                    nearest->first, "x", nearest->second);
@@ -48,7 +62,7 @@ std::vector<std::string> advice(const Model& model, std::int64_t width, std::int
         lines.push_back(name_of(model) +
                         " is not distilled: a few steps give poor images; use a distilled "
                         "variant, or many steps by times");
-    if (model.variant.rfind("2kto4k", 0) == 0 && width * height <= largest_2k_area)
+    if (is_4k(model) && width * height <= largest_2k_area)
         lines.push_back(text_of("at ", width, "x", height,
                                 " a 2kto4k decoder is worse than a 2k one; use the 2k variant if "
                                 "this latent space has one"));

@@ -13,6 +13,9 @@ TRAINED_SIGMA = 0.8
 LARGEST_2K_AREA = 2688 * 1792
 """Up to this many pixels the 2k decoders were trained; the 2kto4k ones are worse there."""
 
+DEMONSTRATED: frozenset[Size] = frozenset({(4096, 4096), (4096, 3072), (3072, 4096)})
+"""Sizes beyond their training that the release itself shows 2kto4k decoders at."""
+
 
 def advice(model: Mapping[str, Any], sizes: Iterable[Size], largest_sigma: float) -> list[str]:
     """Warnings, one line each, about decodes to these sizes; empty if all is well.
@@ -40,7 +43,8 @@ def advice(model: Mapping[str, Any], sizes: Iterable[Size], largest_sigma: float
 def _about_size(model: Mapping[str, Any], name: str, size: Size) -> list[str]:
     width, height = size
     lines: list[str] = []
-    if str(model.get("variant")).startswith("2kto4k") and width * height <= LARGEST_2K_AREA:
+    is_4k = str(model.get("variant")).startswith("2kto4k")
+    if is_4k and width * height <= LARGEST_2K_AREA:
         lines.append(
             f"at {width}x{height} a 2kto4k decoder is worse than a 2k one; "
             "use the 2k variant if this latent space has one"
@@ -48,10 +52,16 @@ def _about_size(model: Mapping[str, Any], name: str, size: Size) -> list[str]:
     trained = [(w, h) for w, h in model.get("trained_sizes", ())]
     if trained and size not in trained:
         near = min(trained, key=lambda t: math.dist(_logarithms(t), _logarithms(size)))
-        lines.append(
-            f"{name} was not trained at {width}x{height} and may give green or blocky artifacts; "
-            f"the nearest trained size is {near[0]}x{near[1]}"
-        )
+        if is_4k and size in DEMONSTRATED:
+            lines.append(
+                f"the release shows {width}x{height}, but training stopped at {near[0]}x{near[1]}; "
+                "prefer that size if the image shows artifacts"
+            )
+        else:
+            lines.append(
+                f"{name} was not trained at {width}x{height} and may give green or blocky "
+                f"artifacts; the nearest trained size is {near[0]}x{near[1]}"
+            )
     return lines
 
 

@@ -1,0 +1,44 @@
+"""Advice about sizes; test_decode_cli.py has the rest, as the command prints it."""
+
+import pytest
+
+from pid_ref.registry import find_checkpoint
+from pid_ref.trained_sizes import trained_sizes
+from pid_runtime.command.advice import advice
+
+
+@pytest.mark.parametrize(
+    ("space", "variant", "width", "height", "words"),
+    [
+        ("flux", "2k", 2048, 2048, []),
+        ("flux", "2k", 1536, 2688, []),
+        ("flux", "2k", 3072, 3072, [["not trained at 3072x3072", "artifacts", "nearest"]]),
+        ("flux", "2k", 2048, 2000, [["2048x2000", "nearest trained size is 2048x2048"]]),
+        ("flux", "2kto4k", 3072, 3072, []),
+        ("flux", "2kto4k", 2048, 2048, [["2048x2048", "use the 2k variant"]]),
+        ("flux", "2kto4k", 2688, 1536, [["2688x1536", "use the 2k variant"]]),
+        ("sdxl", "2kto4k", 2048, 2048, [["if this latent space has one"]]),
+        ("flux", "2kto4k", 2304, 2304, []),
+        ("flux", "2kto4k", 4096, 4096, [["the release shows 4096x4096", "3584x3584"]]),
+        ("flux", "2kto4k", 3072, 4096, [["the release shows 3072x4096", "2816x4096"]]),
+        ("flux", "2k", 4096, 4096, [["not trained at 4096x4096"]]),
+        ("flux", "2kto4k", 512, 512, [["use the 2k variant"], ["not trained at 512x512"]]),
+        ("flux", "2kto4k", 3840, 3840, [["not trained at 3840x3840", "3584x3584"]]),
+        ("nano", "any", 64, 64, []),
+        ("nano", "any", 4096, 96, []),
+    ],
+)
+def test_sizes_of_the_released_checkpoints(
+    space: str, variant: str, width: int, height: int, words: list[list[str]]
+) -> None:
+    checkpoint = find_checkpoint(space, variant)
+    model = {
+        "name": checkpoint.label,
+        "variant": variant,
+        "trained_sizes": trained_sizes(checkpoint),
+    }
+    found = advice(model, [(width, height)], largest_sigma=0.0)
+    assert len(found) == len(words), found
+    for line, needed in zip(found, words, strict=True):
+        assert "\n" not in line
+        assert [word for word in needed if word not in line] == []
