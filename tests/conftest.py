@@ -1,5 +1,6 @@
 """Small bundles, exported once for all workers of a run."""
 
+import functools
 import hashlib
 import json
 import logging
@@ -15,6 +16,7 @@ import pytest
 import torch
 from filelock import FileLock
 from safetensors import safe_open
+from torch.onnx._internal.exporter._registration import ONNXRegistry
 
 from pid_export.bundle import ExportOptions, export_bundle
 from pid_export.graphs import GraphExporter
@@ -103,6 +105,15 @@ def shared_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session", autouse=True)
 def _traces_are_shared(shared_folder: Path) -> None:
     GraphExporter._traces = SharedTraces(shared_folder / "traces")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _torch_collects_its_operators_once() -> Iterator[None]:
+    """torch does so for every stage it exports, which is a quarter of the time."""
+    with pytest.MonkeyPatch.context() as patch:
+        collect = staticmethod(functools.cache(ONNXRegistry.from_torchlib))
+        patch.setattr(ONNXRegistry, "from_torchlib", collect)
+        yield
 
 
 @pytest.fixture(scope="session")

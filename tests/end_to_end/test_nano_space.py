@@ -37,10 +37,8 @@ SEED = 3
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
-    """As the one that ships, but with random weights and a smaller network."""
-    config = replace(
-        NANO.config, latent_hidden=16, latent_res_blocks=1, patch_depth=1, pixel_depth=1
-    )
+    """As the one that ships, but with random weights and fewer blocks."""
+    config = replace(NANO.config, patch_depth=1, pixel_depth=1)
     weights = RandomWeights(state_shapes(config), SEED)
     file = tmp_path_factory.mktemp("nano") / "nano.safetensors"
     save_file({name: weights[name].bfloat16() for name in weights}, file)

@@ -24,8 +24,11 @@ from pid_runtime.decoder import Decoder
 from places import GOLDEN
 
 FILES = (
-    "flux_v1pt5",
-    *(pytest.param(name, marks=pytest.mark.slow) for name in ("flux_2k_real_heads", "flux2_2k")),
+    "flux_2k",  # whose stages other tests have traced
+    *(
+        pytest.param(name, marks=pytest.mark.slow)
+        for name in ("flux_v1pt5", "flux_2k_real_heads", "flux2_2k")
+    ),
 )
 ALLOWANCE = 1.1
 
