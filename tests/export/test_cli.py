@@ -57,14 +57,6 @@ DIMENSIONS = {
 }
 """Of the networks here: the released head sizes, as in golden file flux_2k_real_heads."""
 
-GOLDEN_DIMENSIONS = DIMENSIONS | {
-    "hidden_size": 64,
-    "pixel_hidden_size": 4,
-    "pixel_attn_size": 48,
-    "pixel_depth": 2,
-}
-"""As in the other golden files: most of these stages are traced for other tests too."""
-
 
 def reduced(checkpoint: Checkpoint) -> Checkpoint:
     return replace(checkpoint, config=replace(checkpoint.config, **DIMENSIONS))
@@ -199,7 +191,7 @@ def test_a_folder_with_the_official_file(export: Export) -> None:
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
 def test_half_precision(export: Export, precision: str) -> None:
     shallow = export.folder / "shallow.json"  # one block alone is first and last at once
-    shallow.write_text(json.dumps(GOLDEN_DIMENSIONS | {"patch_depth": 1}))
+    shallow.write_text(json.dumps(DIMENSIONS | {"patch_depth": 1}))
     how = ["--random-weights", SEED, "--buckets", BUCKETS, "--precision", precision]
     manifest = export.run("--config", shallow, *how)
     assert manifest.precision == precision
