@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from filelock import FileLock
@@ -23,7 +24,8 @@ from pid_export.graphs import GraphExporter
 from pid_ref.checkpoint import state_shapes
 from pid_ref.config import PidConfig
 from pid_ref.weights import RandomWeights
-from pid_runtime.bundle.files import write_whole
+from pid_runtime.bundle.files import file_sha256, write_whole
+from pid_runtime.bundle.manifest import MANIFEST_FILE, WEIGHTS_FILE
 from places import GOLDEN
 
 SMALL_BUCKETS = (("tiny", 64), ("small", 1024))
@@ -152,6 +154,25 @@ def free_bundle(export_once: Callable[..., Path]) -> Path:
 def bf16_bundle(export_once: Callable[..., Path]) -> Path:
     """The same as `golden_bundle`, but in bfloat16, as engines are built from."""
     return export_once("bf16_bundle", precision="bf16")
+
+
+@pytest.fixture(scope="session")
+def spoilt_bundle(golden_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`golden_bundle` whose third step of four gives NaN, by a number of the modulation table."""
+    bundle = tmp_path_factory.mktemp("spoilt") / "bundle"
+    shutil.copytree(golden_bundle, bundle)
+    file, manifest = bundle / WEIGHTS_FILE, bundle / MANIFEST_FILE
+    fields = json.loads(manifest.read_text())
+    content = bytearray(file.read_bytes())
+    start = 8 + int.from_bytes(content[:8], "little")
+    entry = json.loads(content[8:start])["table.modulation"]
+    begin, end = entry["data_offsets"]
+    table = np.frombuffer(content, np.float32, (end - begin) // 4, start + begin)
+    table.reshape(entry["shape"])[fields["sampler"]["schedules"]["4"][2], 0, 1, 0] = np.nan
+    file.write_bytes(content)
+    fields["files"][WEIGHTS_FILE]["sha256"] = file_sha256(file)
+    manifest.write_text(json.dumps(fields))
+    return bundle
 
 
 @pytest.fixture

@@ -30,6 +30,7 @@ from pid_runtime.bundle.files import file_sha256
 from pid_runtime.bundle.manifest import Manifest, Noise, Run
 from pid_runtime.bundle.sizes import Sizes, sizes_of_request
 from pid_runtime.decoder import Bundle, Decoder
+from pid_runtime.errors import NotFiniteError
 from pid_runtime.interpreter import Program, graph_calls
 from pid_runtime.request import update_factors
 
@@ -315,14 +316,17 @@ def verify_decode(
 ) -> Comparison:
     """Compare a whole decode's final image with the reference's."""
     known = bool(decoder.manifest.sampler.times)
-    got = decoder.decode(
-        inputs.latent,
-        inputs.caption,
-        sigma=inputs.sigma,
-        noise=inputs.noise[0],
-        step_noise=inputs.noise[1:],
-        steps=len(times) - 1 if known else None,
-        times=None if known else times,
-    )
+    try:
+        got = decoder.decode(
+            inputs.latent,
+            inputs.caption,
+            sigma=inputs.sigma,
+            noise=inputs.noise[0],
+            step_noise=inputs.noise[1:],
+            steps=len(times) - 1 if known else None,
+            times=None if known else times,
+        )
+    except NotFiniteError:
+        got = np.full_like(want, np.nan)
     tolerance = TOLERANCES[decoder.manifest.precision]
     return compare("whole decode", got, np.clip(want, -1, 1), tolerance)

@@ -14,7 +14,7 @@ from pid_runtime.backends.memory import Block
 from pid_runtime.bundle.folder import check_files, read_constants, read_manifest
 from pid_runtime.bundle.manifest import Manifest, Noise
 from pid_runtime.bundle.sizes import Sizes
-from pid_runtime.errors import PidRuntimeError
+from pid_runtime.errors import NotFiniteError, PidRuntimeError
 from pid_runtime.interpreter import Program, graph_calls
 from pid_runtime.nano import codec
 from pid_runtime.request import Request, Rule, check_request, empty_caption
@@ -214,6 +214,7 @@ class Decoder:
         Returns float32 `[B, 3, H, W]` in [-1, 1], or uint8 `[B, H, W, 3]`; a new numpy array, or
         with `dlpack` an object with `__dlpack__` on the backend's device.
         Raises `PidRuntimeError` for an input that does not fit the bundle; nothing is run then.
+        Raises `NotFiniteError`, one of these, for NaN or infinity in the image, naming the step.
         """
         if output not in ("float32", "uint8"):
             raise PidRuntimeError(f"expected output float32 or uint8, but got {output!r}")
@@ -276,8 +277,17 @@ class Decoder:
 
     def _run(self, request: Request, output: str, dlpack: bool, progress: Progress | None) -> Any:
         """Decode a request."""
+        memory, program = self.memory, self._bind(request.sizes)
+        self._denoise(program, request, progress)
+        if not memory.is_finite(program.buffer("state")):
+            raise NotFiniteError(self._first_not_finite(program, request))
+        program.run("image" if output == "float32" else "image_bytes")
+        image = program.buffer("image" if output == "float32" else "image_bytes")
+        return memory.clone(image) if dlpack else memory.read(image)
+
+    def _denoise(self, program: Program, request: Request, progress: Progress | None) -> None:
+        """From a request's inputs to the state after its last step."""
         memory, schedule = self.memory, request.schedule
-        program = self._bind(request.sizes)
 
         def fill(bound: Program, instruction: Noise, draw: int) -> None:
             if draw and schedule.updates[draw - 1, 2] == 0:  # not used, but must not hold a NaN
@@ -296,9 +306,24 @@ class Decoder:
             program.run("step", row, step, lambda p, i, k: fill(p, i, k + 1))
             if progress is not None:
                 progress(step + 1, schedule.steps)
-        program.run("image" if output == "float32" else "image_bytes")
-        image = program.buffer("image" if output == "float32" else "image_bytes")
-        return memory.clone(image) if dlpack else memory.read(image)
+
+    def _first_not_finite(self, program: Program, request: Request) -> str:
+        """What to say of NaN or infinity: the decode runs again, and every step is looked at."""
+        steps = request.schedule.steps
+        bad: list[int] = []
+
+        def look(step: int, _steps: int) -> None:
+            if not bad and not self.memory.is_finite(program.buffer("state")):
+                bad.append(step)
+
+        self._denoise(program, request, look)
+        fix = "check the bundle with pid-verify"
+        if self.manifest.precision == "fp16":
+            fix = "float16 may have overflowed: export with --precision bf16, or " + fix
+        return (
+            f"expected a finite image, but step {bad[0] if bad else steps} of {steps} gave NaN or "
+            f"infinity; {fix}"
+        )
 
     def _bind(self, sizes: Sizes) -> Program:
         """The program at these sizes: the one of the last decode if they have not changed."""

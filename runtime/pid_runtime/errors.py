@@ -11,3 +11,7 @@ class InputError(ValueError):
 
 class PidRuntimeError(InputError):
     """Bad input to the runtime: a broken bundle, a latent of the wrong shape, no such provider."""
+
+
+class NotFiniteError(PidRuntimeError):
+    """A decode gave NaN or infinity."""

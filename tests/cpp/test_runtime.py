@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from safetensors.numpy import save_file
 
-from pid_engines.child import Child
+from pid_engines.child import Child, ChildError
 from pid_runtime.bundle.folder import parse_manifest, read_manifest
 from pid_runtime.bundle.manifest import MANIFEST_FILE
 from pid_runtime.bundle.manifest_check import ALIGNMENT, LARGEST_ARENA
@@ -606,6 +606,14 @@ def test_any_times_and_chunks_are_those_of_python(
         assert_equal(process.decode({"latent": latent}, seeds=[4, 4], **options), want, TOLERANCE)
 
 
+def test_an_image_of_nan_is_refused(process: Process, spoilt_bundle: Path) -> None:
+    process.ask({"open": str(spoilt_bundle), "threads": 1})
+    latent = np.random.default_rng(5).standard_normal((1, 16, 2, 3), np.float32)
+    process.decode({"latent": latent}, steps=1)
+    with pytest.raises(ChildError, match="step 3 of 4 gave NaN or infinity; check the bundle"):
+        process.decode({"latent": latent}, output="uint8")
+
+
 # The command
 
 
@@ -817,6 +825,11 @@ def test_command_refuses_damaged_bundles(work: Work, tmp_path: Path) -> None:
     graph = tmp_path / "altered" / "latent.onnx"
     graph.write_bytes(graph.read_bytes()[:-1] + b"!")
     assert "latent.onnx was altered" in work.refusal(*ONE, bundle=tmp_path / "altered")
+
+
+def test_command_refuses_an_image_of_nan(work: Work, spoilt_bundle: Path) -> None:
+    refused = work.refusal(*ONE, bundle=spoilt_bundle)
+    assert "latent.safetensors: expected a finite image, but step 3 of 4 gave NaN or inf" in refused
 
 
 def test_command_leaves_nothing_half_written_when_interrupted(work: Work) -> None:

@@ -3,6 +3,7 @@
 import shutil
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,7 +20,7 @@ from pid_runtime.backends.graphs import LoadedGraphs
 from pid_runtime.bundle.folder import read_manifest
 from pid_runtime.command.images import to_uint8
 from pid_runtime.decoder import Bundle, Decoder
-from pid_runtime.errors import PidRuntimeError
+from pid_runtime.errors import NotFiniteError, PidRuntimeError
 from pid_runtime.noise import image_noise
 from places import GOLDEN
 
@@ -255,7 +256,8 @@ def test_a_nan_of_an_earlier_decode_leaves_no_trace(pid: Decoder) -> None:
     with pytest.raises(PidRuntimeError, match="finite noise"):
         pid.decode(LATENT, CAPTION, noise=np.full((3, 3, 64, 96), np.nan, np.float32))
     poison = np.full((3, 3, 64, 96), 3e38, np.float32)
-    pid.decode(LATENT, CAPTION, noise=poison, steps=2, step_noise=[poison])
+    with pytest.raises(NotFiniteError, match="step 1 of 2"):
+        pid.decode(LATENT, CAPTION, noise=poison, steps=2, step_noise=[poison])
     assert np.isfinite(pid.decode(LATENT, CAPTION, steps=1)).all()
 
 
@@ -372,6 +374,29 @@ def test_choosing_graphs_reads_no_weights(
     golden_bundle: Path, tmp_path: Path, backend: str
 ) -> None:
     choose_graphs(tmp_path / "nowhere", read_manifest(golden_bundle), backend).close()
+
+
+# Images that are none
+
+
+@pytest.mark.parametrize("backend", HOST_BACKENDS)
+@pytest.mark.parametrize("output", ["float32", "uint8"])
+def test_an_image_of_nan_is_refused(spoilt_bundle: Path, backend: str, output: Any) -> None:
+    done: list[int] = []
+    with Decoder.open(spoilt_bundle, backend, threads=1) as decoder:
+        with pytest.raises(NotFiniteError, match="step 3 of 4 gave NaN or infinity; check the bun"):
+            decoder.decode(
+                LATENT, CAPTION, output=output, progress=lambda step, _: done.append(step)
+            )
+        assert np.isfinite(decoder.decode(LATENT, CAPTION, steps=1)).all()
+    assert done == [1, 2, 3, 4]
+
+
+def test_advice_about_nan_fits_the_precision(spoilt_bundle: Path) -> None:
+    with Decoder.open(spoilt_bundle, "torch", threads=1) as decoder:
+        decoder.manifest = replace(decoder.manifest, precision="fp16")
+        with pytest.raises(NotFiniteError, match="float16 may have overflowed: export with --prec"):
+            decoder.decode(LATENT, CAPTION)
 
 
 # Mistakes

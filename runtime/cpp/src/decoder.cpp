@@ -58,23 +58,15 @@ void Decoder::decode(const Request& request, pid_dtype output, const Target& tar
         advise(request);
     Program& program = bind(request.sizes);
     end_of(timings.prepare_ms);
-    write_inputs(program, request);
-    program.run("prologue", 0, 0,
-                [&](const BoundNoise& noise) { fill_noise(program, request, noise, 0); });
-    if (!schedule.moments.empty())
-        for (const std::uint64_t row : schedule.rows)
-            program.run("timestep", row, row, nullptr);
-    end_of(timings.prologue_ms);
-    const auto steps = static_cast<std::int32_t>(schedule.rows.size());
-    for (std::size_t step = 0; step < schedule.rows.size(); ++step) {
-        program.run("step", schedule.rows[step], step, [&](const BoundNoise& noise) {
-            fill_noise(program, request, noise, step + 1);
-        });
-        if (progress && !progress(static_cast<std::int32_t>(step) + 1, steps))
-            graphs_->cancelled = true;
-        graphs_->throw_if_cancelled();
-    }
+    denoise(program, request, progress, [&] { end_of(timings.prologue_ms); });
     end_of(timings.steps_ms);
+    if (!memory_.is_finite(state()))
+        refuse("expected a finite image, but step ", first_not_finite(program, request), " of ",
+               schedule.rows.size(), " gave NaN or infinity; ",
+               manifest().precision == "fp16"
+                   ? "float16 may have overflowed: export with --precision bf16, or "
+                   : "",
+               "check the bundle with pid-verify");
     const char* image = output == PID_UINT8 ? "image_bytes" : "image";
     program.run(image, 0, 0, nullptr);
     memory_.read(program.buffer(image), target.data, target.memory);
@@ -85,6 +77,38 @@ void Decoder::decode(const Request& request, pid_dtype output, const Target& tar
     timings.total_ms =
         timings.prepare_ms + timings.prologue_ms + timings.steps_ms + timings.image_ms;
     timings_ = timings;
+}
+
+void Decoder::denoise(Program& program, const Request& request, const Progress& progress,
+                      const std::function<void()>& prologue_done) {
+    const Schedule& schedule = request.schedule;
+    write_inputs(program, request);
+    program.run("prologue", 0, 0,
+                [&](const BoundNoise& noise) { fill_noise(program, request, noise, 0); });
+    if (!schedule.moments.empty())
+        for (const std::uint64_t row : schedule.rows)
+            program.run("timestep", row, row, nullptr);
+    prologue_done();
+    const auto steps = static_cast<std::int32_t>(schedule.rows.size());
+    for (std::size_t step = 0; step < schedule.rows.size(); ++step) {
+        program.run("step", schedule.rows[step], step, [&](const BoundNoise& noise) {
+            fill_noise(program, request, noise, step + 1);
+        });
+        if (progress && !progress(static_cast<std::int32_t>(step) + 1, steps))
+            graphs_->cancelled = true;
+        graphs_->throw_if_cancelled();
+    }
+}
+
+std::int32_t Decoder::first_not_finite(Program& program, const Request& request) {
+    std::int32_t bad = 0;
+    const auto look = [&](std::int32_t step, std::int32_t) {
+        if (bad == 0 && !memory_.is_finite(state()))
+            bad = step;
+        return true;
+    };
+    denoise(program, request, look, [] {});
+    return bad == 0 ? static_cast<std::int32_t>(request.schedule.rows.size()) : bad;
 }
 
 pid_timings Decoder::timings() const {

@@ -81,6 +81,11 @@ public:
 
 private:
     Program& bind(const Sizes& sizes);
+    // From the inputs to the state after the last step; `prologue_done` is called on the way.
+    void denoise(Program& program, const Request& request, const Progress& progress,
+                 const std::function<void()>& prologue_done);
+    // Which step gave NaN or infinity first: decodes again, looking at every step.
+    std::int32_t first_not_finite(Program& program, const Request& request);
     void advise(const Request& request) const;
     void write_inputs(const Program& program, const Request& request);
     void fill_noise(Program& program, const Request& request, const BoundNoise& noise,

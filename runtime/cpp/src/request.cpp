@@ -5,6 +5,7 @@
 #include <cstddef>
 #include <utility>
 
+#include "backends/memory.h"
 #include "errors.h"
 #include "interpreter.h"
 
@@ -90,10 +91,6 @@ Shape check_shape(const pid_tensor& tensor, const std::string& name, const Symbo
     if (!fits)
         refuse_shape(name, wanted, shape, fix);
     return shape;
-}
-
-bool all_finite(const float* values, std::size_t count) {
-    return std::all_of(values, values + count, [](float value) { return std::isfinite(value); });
 }
 
 std::vector<float> convert(const void* data, pid_dtype dtype, std::size_t count) {

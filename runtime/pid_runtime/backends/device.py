@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from pid_runtime.backends.dlpack import CUDA, RawTensor
 from pid_runtime.backends.graphs import Call
-from pid_runtime.backends.memory import as_array, as_bytes, from_bytes
+from pid_runtime.backends.memory import all_finite, as_array, as_bytes, from_bytes
 from pid_runtime.errors import PidRuntimeError
 from pid_runtime.noise import standard_normal
 
@@ -141,6 +141,10 @@ class CudaDevice:
         self.copy(tensor, clone)
         self.synchronize()
         return clone
+
+    def is_finite(self, tensor: RawTensor) -> bool:
+        """Whether a tensor has neither NaN nor infinity; it is read for that."""
+        return all_finite(self.read(tensor))
 
     def fill_zero(self, tensor: RawTensor) -> None:
         """Enqueue a fill with zeros."""

@@ -26,6 +26,9 @@ NUMPY_TYPES: dict[str, np.dtype[Any]] = {
 ALIGNMENT = 4096
 """Of the host's memory, in bytes."""
 
+PART = 1 << 18
+"""Values that are looked at together."""
+
 
 class Memory(Protocol):
     """Memory of one backend."""
@@ -56,6 +59,10 @@ class Memory(Protocol):
 
     def fill_zero(self, tensor: Tensor) -> None:
         """Fill a tensor with zeros."""
+        ...
+
+    def is_finite(self, tensor: Tensor) -> bool:
+        """Whether a tensor has neither NaN nor infinity."""
         ...
 
     def fill_normal(self, tensor: Tensor, seed: int, draw: int) -> None:
@@ -92,6 +99,9 @@ class HostMemory:
     def fill_zero(self, tensor: RawTensor) -> None:
         self.write(tensor, np.zeros(tensor.shape, np.float32))
 
+    def is_finite(self, tensor: RawTensor) -> bool:
+        return all_finite(np.from_dlpack(tensor))
+
     def fill_normal(self, tensor: RawTensor, seed: int, draw: int) -> None:
         flat = _writable(np.from_dlpack(tensor)).reshape(-1)
         standard_normal(seed, draw, flat.size, out=flat)
@@ -104,6 +114,13 @@ def as_array(source: Any) -> NDArray[Any]:
     if hasattr(source, "__dlpack__"):
         return np.from_dlpack(source)
     return np.asarray(source)
+
+
+def all_finite(array: NDArray[Any]) -> bool:
+    """Whether a contiguous array has neither NaN nor infinity."""
+    flat = array.reshape(-1)
+    parts = range(0, flat.size, PART)  # of a whole image the answers would take 50 MB
+    return all(np.isfinite(flat[begin : begin + PART]).all() for begin in parts)
 
 
 def as_bytes(array: NDArray[Any], dtype: str) -> NDArray[np.uint8]:

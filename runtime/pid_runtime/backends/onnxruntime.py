@@ -13,7 +13,14 @@ from numpy.typing import NDArray
 
 from pid_runtime.backends.dlpack import CPU, CUDA, RawTensor
 from pid_runtime.backends.graphs import Call, PlannedCall, in_order
-from pid_runtime.backends.memory import HostMemory, Memory, as_array, as_bytes, from_bytes
+from pid_runtime.backends.memory import (
+    HostMemory,
+    Memory,
+    all_finite,
+    as_array,
+    as_bytes,
+    from_bytes,
+)
 from pid_runtime.bundle.manifest import Bucket, Manifest
 from pid_runtime.errors import PidRuntimeError
 from pid_runtime.noise import core_count, standard_normal
@@ -184,6 +191,9 @@ class OrtMemory:
 
     def fill_zero(self, tensor: RawTensor) -> None:
         self.write(tensor, np.zeros(tensor.shape, np.float32))
+
+    def is_finite(self, tensor: RawTensor) -> bool:
+        return all_finite(self.read(tensor))
 
     def fill_normal(self, tensor: RawTensor, seed: int, draw: int) -> None:
         self.write(tensor, standard_normal(seed, draw, math.prod(tensor.shape)))

@@ -153,6 +153,9 @@ class TorchMemory:
     def fill_zero(self, tensor: torch.Tensor) -> None:
         tensor.zero_()
 
+    def is_finite(self, tensor: torch.Tensor) -> bool:
+        return bool(tensor.isfinite().all())
+
     def fill_normal(self, tensor: torch.Tensor, seed: int, draw: int) -> None:
         if self._noise is None:
             self.write(tensor, standard_normal(seed, draw, tensor.numel()))

@@ -28,7 +28,7 @@ from pid_runtime.command.decode_jobs import (
 )
 from pid_runtime.command.images import save_image, sheet_size, side_by_side
 from pid_runtime.decoder import Decoder
-from pid_runtime.errors import PidRuntimeError
+from pid_runtime.errors import NotFiniteError, PidRuntimeError
 from pid_runtime.request import RULES, check_schedule
 
 FORMATS = ("png", "jpg", "webp")
@@ -172,23 +172,21 @@ def _run(
         for job in group:
             own = inputs.image(job.index)
             begin = time.perf_counter()
-            images: Pixels = decoder.decode(
-                own.latent,
-                own.caption,
-                sigma=own.sigma,
-                seed=job.seed,
-                steps=settings.steps,
-                times=settings.times,
-                rule=settings.rule,
-                output="uint8",
-                progress=lambda _done, _total: advance(1),
-            )
-            seconds.append(time.perf_counter() - begin)
-            if not np.isfinite(decoder.state()).all():
-                raise PidRuntimeError(
-                    f"expected a finite image of {source.path}, but got NaN or infinity; "
-                    "check the bundle with pid-verify, or export it with --precision fp32"
+            try:
+                images: Pixels = decoder.decode(
+                    own.latent,
+                    own.caption,
+                    sigma=own.sigma,
+                    seed=job.seed,
+                    steps=settings.steps,
+                    times=settings.times,
+                    rule=settings.rule,
+                    output="uint8",
+                    progress=lambda _done, _total: advance(1),
                 )
+            except NotFiniteError as error:
+                raise PidRuntimeError(f"{source.path}: {error}") from None
+            seconds.append(time.perf_counter() - begin)
             image = images[0, : job.height, : job.width]
             save_image(job.target, image)
             if keep:

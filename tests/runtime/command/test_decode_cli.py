@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from safetensors.torch import save_file
 
+from pid_runtime.backends.memory import HostMemory
 from pid_runtime.command import images
 from pid_runtime.command.decode_cli import main
 from pid_runtime.decoder import Decoder
@@ -589,8 +590,10 @@ def test_an_interrupt_leaves_no_folder(work: Work, monkeypatch: pytest.MonkeyPat
 
 
 def test_a_decode_that_gives_nan_is_told(work: Work, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Decoder, "state", lambda _: np.full(3, np.nan))
-    assert "but got NaN or infinity; check the bundle with pid-verify" in work.mistake()
+    monkeypatch.setattr(HostMemory, "is_finite", lambda *_: False)
+    said = work.mistake()
+    assert f"{work.latent}: expected a finite image, but step 1 of 4 gave NaN" in said
+    assert "check the bundle with pid-verify" in said
 
 
 def test_a_file_that_cannot_be_written(work: Work, monkeypatch: pytest.MonkeyPatch) -> None:

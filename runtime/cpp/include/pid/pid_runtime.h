@@ -74,7 +74,8 @@ extern "C" {
 
 typedef enum pid_status {
     PID_OK = 0,
-    /* Bad input: a broken bundle, a latent of the wrong shape, an unknown provider. */
+    /* Bad input: a broken bundle, a latent of the wrong shape, an unknown provider; and a decode
+     * that gave NaN or infinity, whose message names the step. */
     PID_ERROR_INPUT = 1,
     /* No memory for the arena or a result. */
     PID_ERROR_MEMORY = 2,

@@ -1,5 +1,7 @@
 #include "backends/memory.h"
 
+#include <algorithm>
+#include <cmath>
 #include <cstring>
 #include <new>
 #include <utility>
@@ -21,6 +23,10 @@ Allocation allocate_on_host(std::size_t bytes) {
 }
 
 } // namespace
+
+bool all_finite(const float* values, std::size_t count) {
+    return std::all_of(values, values + count, [](float value) { return std::isfinite(value); });
+}
 
 Memory::Memory(std::shared_ptr<CudaDevice> device, std::size_t threads)
     : device_(std::move(device)), threads_(threads) {}
@@ -73,6 +79,15 @@ void Memory::fill_normal(const Tensor& tensor, std::uint64_t seed, std::uint32_t
     std::vector<float> values(count);
     standard_normal(seed, draw, 0, count, values.data(), threads_);
     device_->copy_to_device(tensor.address, values.data(), tensor.bytes());
+}
+
+bool Memory::is_finite(const Tensor& tensor) {
+    const std::size_t count = count_of(tensor.shape);
+    if (!device_)
+        return all_finite(reinterpret_cast<const float*>(tensor.address), count);
+    std::vector<float> values(count);
+    read(tensor, values.data(), PID_HOST);
+    return all_finite(values.data(), count);
 }
 
 void Memory::synchronize() {

@@ -15,6 +15,9 @@ class CudaDevice;
 
 using Call = std::function<void()>;
 
+// Whether none is NaN or infinity.
+bool all_finite(const float* values, std::size_t count);
+
 class Memory {
 public:
     // device: whose memory this is, and whose stream work is put on; nullptr for the host.
@@ -32,6 +35,8 @@ public:
     void fill_zero(const Tensor& tensor);
     // Fill a float32 tensor with `standard_normal(seed, draw, 0, ..)`.
     void fill_normal(const Tensor& tensor, std::uint64_t seed, std::uint32_t draw);
+    // Whether a float32 tensor has neither NaN nor infinity.
+    bool is_finite(const Tensor& tensor);
     // Wait for all that was started.
     void synchronize();
 
