@@ -16,16 +16,18 @@ import numpy as np
 import pytest
 import torch
 from filelock import FileLock
+from numpy.typing import NDArray
 from safetensors import safe_open
 from torch.onnx._internal.exporter._registration import ONNXRegistry
 
+from altered import alter
 from pid_export.bundle import ExportOptions, export_bundle
 from pid_export.graphs import GraphExporter
 from pid_ref.checkpoint import state_shapes
 from pid_ref.config import PidConfig
 from pid_ref.weights import RandomWeights
-from pid_runtime.bundle.files import file_sha256, write_whole
-from pid_runtime.bundle.manifest import MANIFEST_FILE, WEIGHTS_FILE
+from pid_runtime.bundle.files import write_whole
+from pid_runtime.bundle.folder import read_manifest
 from places import GOLDEN
 
 SMALL_BUCKETS = (("tiny", 64), ("small", 1024))
@@ -159,20 +161,12 @@ def bf16_bundle(export_once: Callable[..., Path]) -> Path:
 @pytest.fixture(scope="session")
 def spoilt_bundle(golden_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """`golden_bundle` whose third step of four gives NaN, by a number of the modulation table."""
-    bundle = tmp_path_factory.mktemp("spoilt") / "bundle"
-    shutil.copytree(golden_bundle, bundle)
-    file, manifest = bundle / WEIGHTS_FILE, bundle / MANIFEST_FILE
-    fields = json.loads(manifest.read_text())
-    content = bytearray(file.read_bytes())
-    start = 8 + int.from_bytes(content[:8], "little")
-    entry = json.loads(content[8:start])["table.modulation"]
-    begin, end = entry["data_offsets"]
-    table = np.frombuffer(content, np.float32, (end - begin) // 4, start + begin)
-    table.reshape(entry["shape"])[fields["sampler"]["schedules"]["4"][2], 0, 1, 0] = np.nan
-    file.write_bytes(content)
-    fields["files"][WEIGHTS_FILE]["sha256"] = file_sha256(file)
-    manifest.write_text(json.dumps(fields))
-    return bundle
+    third = read_manifest(golden_bundle, verify=False).sampler.schedules["4"][2]
+
+    def spoil(table: NDArray[np.float32]) -> None:
+        table[third, 0, 1, 0] = np.nan
+
+    return alter(golden_bundle, tmp_path_factory.mktemp("spoilt"), {"table.modulation": spoil})
 
 
 @pytest.fixture

@@ -95,6 +95,10 @@ std::vector<Source> find_sources(const Arguments& arguments) {
     return sources;
 }
 
+core::Failure about(const Source& source, const core::Failure& failure) {
+    return {failure.status(), source.latent.string() + ": " + failure.what()};
+}
+
 std::vector<Job> plan_jobs(const core::Manifest& manifest, const std::vector<Source>& sources,
                            const Arguments& arguments) {
     std::vector<Job> jobs;
@@ -111,7 +115,7 @@ std::vector<Job> plan_jobs(const core::Manifest& manifest, const std::vector<Sou
                                 request.seeds[index], request.sigmas[index],
                                 inputs.caption.given()});
         } catch (const core::Failure& failure) {
-            throw core::Failure(failure.status(), source.latent.string() + ": " + failure.what());
+            throw about(source, failure);
         }
     }
     return jobs;

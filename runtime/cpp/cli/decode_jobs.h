@@ -8,6 +8,7 @@
 
 #include "arguments.h"
 #include "bundle/manifest.h"
+#include "errors.h"
 #include "latent_files.h"
 
 namespace pid::cli {
@@ -26,6 +27,9 @@ Inputs read_source(const Source& source, const Arguments& arguments);
 // first, count: which images of the batch; count is 1 or all of them.
 pid_decode_params decode_params(const Arguments& arguments, const Inputs& inputs, std::size_t first,
                                 std::size_t count, const std::uint64_t& seed);
+
+// A failure, with the latent it is about in front of its message.
+core::Failure about(const Source& source, const core::Failure& failure);
 
 // One image to decode.
 struct Job {

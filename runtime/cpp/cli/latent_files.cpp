@@ -1,9 +1,9 @@
 #include "latent_files.h"
 
 #include <algorithm>
-#include <cmath>
 #include <set>
 
+#include "backends/memory.h"
 #include "bundle/safetensors.h"
 #include "errors.h"
 
@@ -58,8 +58,7 @@ Floats read(const std::filesystem::path& path, const Safetensors& file, const st
         refuse("expected '", name, "' in ", path.string(), " to be ", wanted, ", but got ",
                core::text_of_shape(shape), "; reshape it");
     Floats floats{file.read_float32(name), shape};
-    if (!std::all_of(floats.values.begin(), floats.values.end(),
-                     [](float value) { return std::isfinite(value); }))
+    if (!core::all_finite(floats.values.data(), floats.values.size()))
         refuse("expected '", name, "' in ", path.string(),
                " to be finite, but it holds NaN or infinity; look at the step that made it");
     if (shape.size() == low_rank)

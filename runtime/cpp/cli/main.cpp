@@ -110,8 +110,7 @@ std::vector<double> run(core::Decoder& decoder, const std::vector<Job>& jobs,
         } catch (const core::Failure& failure) {
             if (failure.status() != PID_ERROR_INPUT)
                 throw;
-            throw core::Failure(failure.status(),
-                                job.source.latent.string() + ": " + failure.what());
+            throw about(job.source, failure);
         }
         seconds.push_back(std::chrono::duration<double>(Clock::now() - begin).count());
         save_png(job.target, pixels.data(), static_cast<std::size_t>(job.height),

@@ -1,7 +1,6 @@
 #include "request.h"
 
 #include <algorithm>
-#include <cmath>
 #include <cstddef>
 #include <utility>
 

@@ -12,7 +12,7 @@ from pid_runtime.command.images import check_image_path, check_image_size
 from pid_runtime.command.latents import StoredTensor, open_caption_file, open_latent_file
 from pid_runtime.errors import PidRuntimeError
 from pid_runtime.nano.block_dct import BLOCK
-from pid_runtime.nano.codec import check_codec, encode
+from pid_runtime.nano.codec import encode, latent_channels
 from pid_runtime.nano.photos import PHOTO_SUFFIXES, padded, photo_size, read_photo
 from pid_runtime.noise import image_seed
 from pid_runtime.request import Rule, check_request
@@ -100,7 +100,7 @@ class Source:
             raise PidRuntimeError(
                 f"{self.path}: {error}, or reduce this photo of {width}x{height} first"
             ) from None
-        shape = (1, check_codec(manifest), rows, columns)
+        shape = (1, latent_channels(manifest), rows, columns)
         latent = np.broadcast_to(np.float32(0), shape)
         sigma = np.array([settings.sigma or 0.0], np.float32)
         return Inputs(latent, None, sigma, (height, width))

@@ -1,6 +1,6 @@
 """Latents and caption embeddings in safetensors files, read without torch."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +17,9 @@ _DTYPES = ("F32", "F16", "BF16")
 """What safetensors calls the accepted types."""
 
 _Floats = NDArray[np.float32]
+
+_Header = Mapping[str, tuple[str, tuple[int, ...]]]
+"""dtype and shape of every tensor of a file, by name."""
 
 
 @dataclass(frozen=True)
@@ -69,14 +72,14 @@ def open_latent_file(
     Each is float32, float16 or bfloat16. embedded_caption: look for "caption".
     Raises `PidRuntimeError` for a file that cannot be read or holds something else.
     """
-    names = _tensor_names(path)
-    key = _choose(path, names, LATENT, key, "--latent-key")
-    latent = _find(path, key, (3, 4), "[C, h, w] or [B, C, h, w]")
+    header = _read_header(path)
+    key = _choose(path, header, LATENT, key, "--latent-key")
+    latent = _find(path, header, key, (3, 4), "[C, h, w] or [B, C, h, w]")
     caption = sigma = None
-    if embedded_caption and CAPTION in names:
-        caption = open_caption_file(path, CAPTION)
-    if SIGMA in names:
-        sigma = _find(path, SIGMA, (0, 1), "[] or [B]")
+    if embedded_caption and CAPTION in header:
+        caption = _find_caption(path, header, CAPTION)
+    if SIGMA in header:
+        sigma = _find(path, header, SIGMA, (0, 1), "[] or [B]")
     return LatentFile(latent, caption, sigma)
 
 
@@ -86,24 +89,25 @@ def open_caption_file(path: Path, key: str | None = None) -> StoredTensor:
     It is the tensor called `key`; without one, the tensor called "caption", or the only one.
     Raises `PidRuntimeError` as `open_latent_file` does.
     """
-    key = _choose(path, _tensor_names(path), CAPTION, key, "--caption-key")
-    return _find(path, key, (2, 3), "[T, D] or [B, T, D]")
+    header = _read_header(path)
+    return _find_caption(path, header, _choose(path, header, CAPTION, key, "--caption-key"))
 
 
-def _tensor_names(path: Path) -> list[str]:
-    """Names of a file's tensors; raises for anything but a whole safetensors file."""
+def _read_header(path: Path) -> _Header:
+    """What a file holds, in the order of names; raises for anything but a whole one."""
     if not path.is_file():
         raise PidRuntimeError(f"expected a safetensors file, but {path} is none; check the path")
     try:
         with safe_open(path, "np") as file:
-            return sorted(file.keys())
+            parts = {name: file.get_slice(name) for name in sorted(file.keys())}
+            return {name: (p.get_dtype(), tuple(p.get_shape())) for name, p in parts.items()}
     except (OSError, SafetensorError) as error:
         raise PidRuntimeError(
             f"expected {path} to be a safetensors file, but got: {error}; save it again"
         ) from None
 
 
-def _choose(path: Path, names: Sequence[str], role: str, key: str | None, option: str) -> str:
+def _choose(path: Path, names: _Header, role: str, key: str | None, option: str) -> str:
     """The name of the tensor that is a file's latent or caption."""
     listed = ", ".join(names) or "no tensors"
     if key is not None:
@@ -123,11 +127,15 @@ def _choose(path: Path, names: Sequence[str], role: str, key: str | None, option
     return others[0]
 
 
-def _find(path: Path, name: str, ranks: tuple[int, int], wanted: str) -> StoredTensor:
+def _find_caption(path: Path, header: _Header, name: str) -> StoredTensor:
+    return _find(path, header, name, (2, 3), "[T, D] or [B, T, D]")
+
+
+def _find(
+    path: Path, header: _Header, name: str, ranks: tuple[int, int], wanted: str
+) -> StoredTensor:
     """A tensor of one of these ranks, the larger of which has a batch axis."""
-    with safe_open(path, "np") as file:
-        part = file.get_slice(name)
-        dtype, shape = part.get_dtype(), tuple(part.get_shape())
+    dtype, shape = header[name]
     if dtype not in _DTYPES:
         raise PidRuntimeError(
             f"expected {name!r} in {path} to be {', '.join(_DTYPES)}, but got {dtype}; "

@@ -18,7 +18,7 @@ LATENT_DRAW = 2**32 - 1
 """The draw that a latent's own noise is; a decode of the same seed uses the first few."""
 
 
-def check_codec(manifest: Manifest) -> int:
+def latent_channels(manifest: Manifest) -> int:
     """Channels of the latents that `encode` makes. Raises `PidRuntimeError` as `encode` does."""
     return len(_std(manifest))
 
