@@ -1,8 +1,10 @@
 """Reading a checkpoint file: only what the network needs, and nothing that does not fit it."""
 
 import functools
+import json
 import logging
 import pickle
+import re
 import struct
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping
@@ -15,13 +17,23 @@ from safetensors import safe_open
 from pid_ref.config import PidConfig
 from pid_ref.errors import PidInputError
 from pid_ref.network import PidNet
-from pid_ref.registry import CHECKPOINT_FILE, CHECKPOINTS, REFUSED, Checkpoint
+from pid_ref.registry import (
+    CHECKPOINT_FILE,
+    CHECKPOINTS,
+    REFUSED,
+    Checkpoint,
+    spaces_in_name,
+)
 
 Shape = tuple[int, ...]
 
 _log = logging.getLogger("pid_ref")
 
 _NET = "net."
+_FIRST = "lq_proj.latent_proj.0.weight"
+"""A tensor of every PiD decoder, whose key shows under which prefix a file keeps the network."""
+_WRAPPERS = ("state_dict", "model")
+"""Keys under which a `.pth` may hold the dict of tensors."""
 _TRAINING_PREFIXES = ("net_ema.", "fake_score.", "discriminator.", "repa_loss.")
 """What a training run saves beside the network, wanted by nobody here."""
 _TRAINING_HEAD = "lq_proj.lq_aux_rgb_head."
@@ -30,6 +42,12 @@ _TRAINING_HEAD = "lq_proj.lq_aux_rgb_head."
 _SAFETENSORS_FLOATS = {"BF16": "torch.bfloat16", "F16": "torch.float16", "F32": "torch.float32"}
 _FLOATS = frozenset(_SAFETENSORS_FLOATS.values())
 """The dtypes weights may have, under torch's names."""
+
+_SPLIT = re.compile(r"(pixel_blocks\.\d+\.adaLN_modulation)_(msa|mlp)(?:\.0)?\.(weight|bias)")
+"""One half of a modulation that some repackagings store in two."""
+
+_QUANTISED_DTYPES = ("I8", "U8", "F8_", "torch.int8", "torch.uint8", "torch.float8")
+_QUANTISED_KEYS = (".weight_scale", ".scale_weight", ".comfy_quant", "scaled_fp8")
 
 _NO_DECODER = "no PiD decoder"
 
@@ -55,7 +73,7 @@ def looks_like(shapes: Mapping[str, Shape]) -> str:
     Spaces with equal shapes cannot be told apart and are all named. Says so when it is no PiD
     decoder or one of no released kind.
     """
-    first = shapes.get("lq_proj.latent_proj.0.weight", ())
+    first = shapes.get(_FIRST, ())
     if len(first) != 4:
         return _NO_DECODER
     width, channels = first[:2]
@@ -84,28 +102,35 @@ def _one_of(names: list[str]) -> str:
     return " or ".join(filter(None, (", ".join(names[:-1]), names[-1])))
 
 
-def read_checkpoint(path: str | Path, wanted: Checkpoint | PidConfig) -> Mapping[str, torch.Tensor]:
+def read_checkpoint(
+    path: str | Path, wanted: Checkpoint | PidConfig, *, force_space: bool = False
+) -> Mapping[str, torch.Tensor]:
     """The network's weights in a checkpoint file: every name of `state_shapes`, in its order.
 
     path: an official `.pth`, a safetensors repackaging of one, or a folder that holds
     `model_ema_bf16.pth`. The tensors are views of the mapped file, on the CPU, in the file's own
-    dtype (bfloat16, float16 or float32); none is read before it is used. Values are not looked
-    at, so NaN passes here.
+    dtype (bfloat16, float16 or float32); none is read before it is used.
     wanted: the checkpoint this should be, or only the network it should fit.
-    Training leftovers in the file are skipped, with a note to the "pid_ref" logger.
-    Raises `PidInputError` for a missing, damaged or foreign file, for one whose folder says it is
-    another checkpoint, and for any missing, extra, misshapen or non-float tensor.
+    force_space: take a file whose name speaks of another latent space.
+    A prefix of all names is taken off, modulations stored in two parts are joined, and training
+    leftovers are skipped, with a note to the "pid_ref" logger.
+    Raises `PidInputError` for a missing, damaged, quantised or foreign file, for one whose name
+    or folder says it is another checkpoint, for any missing, extra, misshapen or non-float
+    tensor, and, when a tensor is read, for NaN or infinity in it.
     """
     file = checkpoint_file(Path(path))
     _check_name(file, wanted)
+    if isinstance(wanted, Checkpoint) and not force_space:
+        _check_space(file, wanted)
     tensors = _open(file)
-    keys = _network_keys(file, tensors)
-    _check_tensors(file, {name: tensors.kind(key) for name, key in keys.items()}, wanted)
+    _check_unquantised(file, tensors)
     config = wanted.config if isinstance(wanted, Checkpoint) else wanted
+    keys = _join_parts(_network_keys(file, tensors), tensors)
+    _check_tensors(file, {name: _kind(tensors, parts) for name, parts in keys.items()}, wanted)
     kind = looks_like(_cached_shapes(config))
     if " or " in kind and isinstance(wanted, Checkpoint):
         _log.info("the tensors in %s fit %s; taken as %s", file, kind, wanted.label)
-    return _Renamed(tensors, {name: keys[name] for name in _cached_shapes(config)})
+    return _Renamed(file, tensors, {name: keys[name] for name in _cached_shapes(config)}, config)
 
 
 def checkpoint_file(path: Path) -> Path:
@@ -155,6 +180,17 @@ def _check_name(file: Path, wanted: Checkpoint | PidConfig) -> None:
             )
 
 
+def _check_space(file: Path, wanted: Checkpoint) -> None:
+    """Refuse a repackaging whose name speaks only of other spaces than the one asked for."""
+    named = spaces_in_name(file.stem)
+    if named and wanted.space not in named:
+        names = _one_of([space.name for space in named])
+        raise PidInputError(
+            f"expected {wanted.label}, but got a file for {names} by its name {file.name}; ask for "
+            "that space, pass another file, or add --force-space if the name is wrong"
+        )
+
+
 class _Torch:
     """The tensors of a mapped `.pth` file by key."""
 
@@ -194,14 +230,32 @@ class _Safetensors:
 
 
 class _Renamed(Mapping[str, torch.Tensor]):
-    """A state dict whose tensors lie in a file under other names."""
+    """A state dict whose tensors lie in a file under other names, or in two parts."""
 
-    def __init__(self, tensors: _Torch | _Safetensors, keys: Mapping[str, str]) -> None:
+    def __init__(
+        self,
+        file: Path,
+        tensors: _Torch | _Safetensors,
+        keys: Mapping[str, tuple[str, ...]],
+        config: PidConfig,
+    ) -> None:
+        self._file = file
         self._tensors = tensors
         self._keys = keys
+        self._pixels = config.patch_size**2
 
     def __getitem__(self, name: str) -> torch.Tensor:
-        return self._tensors.get(self._keys[name])
+        parts = [self._tensors.get(key) for key in self._keys[name]]
+        value = parts[0]
+        if len(parts) > 1:  # Rows are (pixel, shift / scale / gate of attention then MLP, channel).
+            rows = [part.unflatten(0, (self._pixels, 3, -1)) for part in parts]
+            value = torch.cat(rows, dim=1).flatten(0, 2)
+        if not torch.isfinite(value).all():
+            raise PidInputError(
+                f"expected finite weights, but got NaN or infinity in {self._keys[name][0]} of "
+                f"{self._file}; pass a file that was saved or converted without this fault"
+            )
+        return value
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._keys)
@@ -246,6 +300,10 @@ def _open(file: Path) -> _Torch | _Safetensors:
             f"expected a flat dict of tensors in {file}, but got {type(found).__name__}; "
             "pass the official file or a repackaging of it"
         )
+    for wrapper in _WRAPPERS:
+        if isinstance(found.get(wrapper), dict):
+            _log.info("the tensors of %s are those of its %r", file, wrapper)
+            found = found[wrapper]
     return _Torch({str(key): value for key, value in cast(Any, found).items()})
 
 
@@ -267,13 +325,13 @@ def _format(head: bytes) -> str:
 def _network_keys(file: Path, tensors: _Torch | _Safetensors) -> dict[str, str]:
     """The file's key of every network tensor by its name; leftovers of training are left out."""
     keys = tensors.keys()
-    prefixed = any(key.startswith(_NET) for key in keys)
+    prefix = _prefix(file, keys)
     names: dict[str, str] = {}
     skipped: Counter[str] = Counter()
     for key in keys:
-        # Beside `net.` keys every other prefix is foreign; without them only the known ones are.
-        ours = key.startswith(_NET) if prefixed else not key.startswith(_TRAINING_PREFIXES)
-        name = key.removeprefix(_NET)
+        # Beside prefixed keys every other is foreign; without a prefix only the known ones are.
+        ours = key.startswith(prefix) if prefix else not key.startswith(_TRAINING_PREFIXES)
+        name = key.removeprefix(prefix)
         if not ours:
             skipped[key.partition(".")[0] + "."] += 1
         elif name.startswith(_TRAINING_HEAD):
@@ -284,6 +342,82 @@ def _network_keys(file: Path, tensors: _Torch | _Safetensors) -> dict[str, str]:
         parts = ", ".join(f"{count} of {prefix}*" for prefix, count in sorted(skipped.items()))
         _log.info("skipped tensors that only training needs in %s: %s", file, parts)
     return names
+
+
+def _prefix(file: Path, keys: list[str]) -> str:
+    """What stands in front of every name of the network, "" for nothing."""
+    if any(key.startswith(_NET) for key in keys):
+        return _NET
+    found = {key.removesuffix(_FIRST) for key in keys if key.endswith(_FIRST)}
+    found = {prefix for prefix in found if not prefix.startswith(_TRAINING_PREFIXES)}
+    if "" in found or not found:
+        return ""
+    if len(found) > 1:
+        raise PidInputError(
+            f"expected one network in {file}, but got {len(found)}, under "
+            f"{', '.join(sorted(found))}; save the one to use alone"
+        )
+    prefix = found.pop()
+    _log.info("the names of the tensors in %s begin with %s, which is taken off", file, prefix)
+    return prefix
+
+
+def _join_parts(
+    keys: Mapping[str, str], tensors: _Torch | _Safetensors
+) -> dict[str, tuple[str, ...]]:
+    """The file's keys of every network tensor: two where both equal parts of one are there."""
+    joined: dict[str, tuple[str, ...]] = {name: (key,) for name, key in keys.items()}
+    for name in keys:
+        found = _SPLIT.fullmatch(name)
+        if found is None or found[2] != "msa":
+            continue
+        other = name.replace("_msa", "_mlp")
+        if other in keys and tensors.kind(keys[name]) == tensors.kind(keys[other]):
+            joined[f"{found[1]}.0.{found[3]}"] = (keys[name], keys[other])
+            del joined[name], joined[other]
+    return joined
+
+
+def _kind(tensors: _Torch | _Safetensors, parts: tuple[str, ...]) -> tuple[Shape, str]:
+    """Shape and dtype of a tensor whose equal parts are stacked."""
+    shape, dtype = tensors.kind(parts[0])
+    return ((len(parts) * shape[0], *shape[1:]) if len(parts) > 1 else shape), dtype
+
+
+def _check_unquantised(file: Path, tensors: _Torch | _Safetensors) -> None:
+    """Refuse weights of 8 bits or fewer, naming their format as far as the file says it."""
+    keys = tensors.keys()
+    marks = [key for key in keys if key.endswith(_QUANTISED_KEYS)]
+    dtypes = sorted(
+        {
+            dtype
+            for key in keys
+            if key not in marks and (dtype := tensors.kind(key)[1]).startswith(_QUANTISED_DTYPES)
+        }
+    )
+    if not marks and not dtypes:
+        return
+    formats = sorted({_comfy_format(tensors.get(key)) for key in marks if "comfy_quant" in key})
+    found = " of ".join(
+        ", ".join(parts)
+        for parts in (
+            [dtype.removeprefix("torch.") for dtype in dtypes],
+            [f"ComfyUI's {name}" for name in formats],
+        )
+        if parts
+    )
+    raise PidInputError(
+        f"expected weights in bfloat16, float16 or float32, but got quantised ones "
+        f"({found or 'with scales beside them'}) in {file}; pass the bf16 file they were made of"
+    )
+
+
+def _comfy_format(mark: torch.Tensor) -> str:
+    """The format that a `comfy_quant` tensor, the bytes of a JSON text, names."""
+    try:
+        return str(json.loads(bytes(mark.tolist()))["format"])[:40]
+    except (ValueError, KeyError, TypeError):
+        return "format without a name"
 
 
 def _check_tensors(
@@ -311,7 +445,7 @@ def _check_tensors(
     seen = looks_like({name: shape for name, (shape, _) in found.items()})
     if seen == need or (seen == _NO_DECODER and not found.keys().isdisjoint(shapes)):
         trouble = "a file whose tensors differ from it"
-        fix = "download it again"
+        fix = "pass the official file, or one that keeps all its tensors"
     elif seen == _NO_DECODER:
         trouble = "a file that holds no PiD decoder"
         fix = "pass another file"

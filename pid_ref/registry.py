@@ -1,6 +1,7 @@
 """The latent spaces and the released checkpoints, as data; nothing here needs torch."""
 
 import difflib
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -305,6 +306,20 @@ REFUSED = {
 
 _VARIANTS: tuple[Variant, ...] = get_args(Variant)
 
+_V1PT5 = "2kto4k_v1pt5"
+"""What the public code calls "2kto4k" of version v1.5."""
+
+
+_SPELLINGS = {"flux1": "flux", "qwen": "qwenimage", "sd35": "sd3"}
+"""Other words for a space in the names of repackaged files."""
+
+
+def spaces_in_name(stem: str) -> list[LatentSpace]:
+    """The latent spaces that a file's name speaks of, such as sd3 for "pid_sd3_512_to_2048"."""
+    words = re.split(r"[^a-z0-9]+", stem.lower())
+    words += [_SPELLINGS[word] for word in words if word in _SPELLINGS]
+    return [space for space in SPACES.values() if not set(words).isdisjoint(space.names)]
+
 
 def find_space(name: str) -> LatentSpace:
     """The latent space of that name or alias; raises `PidInputError` if there is none."""
@@ -321,8 +336,9 @@ def find_checkpoint(space: str, variant: str | None = None) -> Checkpoint:
     """The checkpoint of a space (name or alias) and a variant; None for the only one it has.
 
     "2kto4k" is the newest distilled one, "2kto4k-v1" the v1 one, which is the same checkpoint
-    where no v1.5 exists (sd3, sdxl). Raises `PidInputError` for an unknown space or variant, or
-    for a space that was not released in that variant.
+    where no v1.5 exists (sd3, sdxl). The names that the public code uses are known too:
+    "2kto4k_v1pt5", and those of the folders on the hub. Raises `PidInputError` for an unknown
+    space or variant, or for a space that was not released in that variant.
     """
     found = find_space(space)
     offered = {each.variant: each for each in CHECKPOINTS.values() if each.space == found}
@@ -333,17 +349,27 @@ def find_checkpoint(space: str, variant: str | None = None) -> Checkpoint:
                 "choose one of these"
             )
         return next(iter(offered.values()))
+    if variant in CHECKPOINTS and CHECKPOINTS[variant].space == found:
+        return CHECKPOINTS[variant]
+    newest = [name for name, each in offered.items() if not each.deprecated]
+    if variant == _V1PT5:
+        if "2kto4k" in offered and offered["2kto4k"].version == "v1.5":
+            return offered["2kto4k"]
+        raise PidInputError(
+            f"expected a variant {found.name} was released in, but got {variant!r}, which it was "
+            f"not; use {' or '.join(newest)}"
+        )
     if variant not in _VARIANTS:
         raise PidInputError(
             f"expected a variant of {found.name} ({', '.join(offered)}), but got {variant!r}; "
-            f"{_hint(variant, offered)}"
+            f"{_hint(variant, newest)}"
         )
     if variant == "2kto4k-v1" and variant not in offered and "2kto4k" in offered:
         return offered["2kto4k"]
     if variant not in offered:
         raise PidInputError(
             f"expected a variant {found.name} was released in, but got {variant!r}; "
-            f"use {' or '.join(offered)}"
+            f"use {' or '.join(newest)}"
         )
     return offered[variant]
 

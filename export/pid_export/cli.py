@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 from pid_export.errors import ExportInputError
 from pid_ref.config import PidConfig
 from pid_ref.errors import PidInputError
-from pid_ref.registry import Checkpoint, find_checkpoint
+from pid_ref.registry import CHECKPOINTS, Checkpoint, find_checkpoint
+from pid_ref.trained_sizes import trained_sizes
 from pid_runtime.bundle.files import check_new, file_sha256
 from pid_runtime.command import console
 
@@ -24,6 +25,8 @@ _EXAMPLES = """\
 examples:
   pid-export --space nano -o nano
       the small decoder that comes with pid-trt
+  pid-export --list
+      every space and variant, with the sizes each was trained for
   pid-export --space flux --variant 2kto4k -o flux-4k
       download the released checkpoint (the weights' licence is non-commercial) and export it
   pid-export --space sd3 --variant 2k --checkpoint model_ema_bf16.pth --precision bf16 -o sd3-2k
@@ -54,6 +57,11 @@ def _parser() -> console.ArgumentParser:
         "--checkpoint", type=Path, metavar="PATH", help="official .pth or a safetensors repack"
     )
     weights.add_argument(
+        "--force-space",
+        action="store_true",
+        help="take a checkpoint whose file name speaks of another space",
+    )
+    weights.add_argument(
         "--random-weights", type=int, metavar="SEED", help="random values: speed and memory only"
     )
     how = parser.add_argument_group("how")
@@ -70,11 +78,19 @@ def _parser() -> console.ArgumentParser:
         action="store_true",
         help="keep the timestep network in the graph, for undistilled models",
     )
-    parser.add_argument("-o", "--output", type=Path, required=True, help="the new bundle's folder")
+    parser.add_argument(
+        "--list", action="store_true", help="show the checkpoints that can be exported, and stop"
+    )
+    parser.add_argument("-o", "--output", type=Path, help="the new bundle's folder")
     return parser
 
 
 def _export(args: Namespace) -> None:
+    if args.list:
+        _list(as_json=args.json)
+        return
+    if args.output is None:
+        raise ExportInputError("expected -o FOLDER for the new bundle, but got none; add it")
     config, checkpoint = _network(args)
     check_new(args.output)
     # Loading torch takes seconds: not before the arguments are known to make sense.
@@ -90,6 +106,11 @@ def _export(args: Namespace) -> None:
         raise ExportInputError(
             f"expected a 4-step decoder, but got {checkpoint.label}, which needs many steps; "
             "add --arbitrary-timesteps"
+        )
+    if checkpoint is not None and checkpoint.deprecated:
+        _log.info(
+            "%s is superseded by the v1.5 checkpoint; --variant 2kto4k takes that",
+            checkpoint.label,
         )
     source, weights = _weights(args, config, checkpoint)
     begin = time.monotonic()
@@ -122,6 +143,38 @@ def _export(args: Namespace) -> None:
         f"{len(manifest.graphs)} graphs, {seconds:.0f} s\narena per image: {arenas}"
     )
     console.emit(result, text, as_json=args.json)
+
+
+def _list(*, as_json: bool) -> None:
+    """What can be exported, and the sizes in pixels of the latent's own image and of the result."""
+    rows: list[dict[str, Any]] = []
+    for each in CHECKPOINTS.values():
+        sides = [side for size in trained_sizes(each) for side in size]
+        rows.append(
+            {
+                "space": each.space.name,
+                "variant": each.variant,
+                "version": each.version,
+                "superseded": each.deprecated,
+                "scale": each.space.scale,
+                "native": [side // each.space.scale for side in (min(sides), max(sides))]
+                if sides
+                else None,
+                "output": [min(sides), max(sides)] if sides else None,
+                "checkpoint": each.name,
+            }
+        )
+    lines = [f"{'space':<10} {'variant':<19} {'version':<8} {'native sides':<13} output sides"]
+    for row in rows:
+        native, output = (
+            "{}-{}".format(*row[key]) if row[key] else "any" for key in ("native", "output")
+        )
+        note = "  superseded" if row["superseded"] else ""
+        lines.append(
+            f"{row['space']:<10} {row['variant']:<19} {row['version']:<8} {native:<13} "
+            f"{output}{note}"
+        )
+    console.emit({"checkpoints": rows}, "\n".join(lines), as_json=as_json)
 
 
 def _network(args: Namespace) -> tuple[PidConfig, Checkpoint | None]:
@@ -175,6 +228,6 @@ def _weights(
                 "--random-weights SEED"
             )
         path = checkpoint.file or download(checkpoint)
-    source = read_checkpoint(path, checkpoint or config)
+    source = read_checkpoint(path, checkpoint or config, force_space=args.force_space)
     file = checkpoint_file(path)
     return source, {"file": file.name, "sha256": file_sha256(file)}

@@ -596,6 +596,47 @@ def test_checkpoints_that_do_not_fit(export: Export) -> None:
         assert part in export.refusal(*export.network, "--checkpoint", path)
 
 
+def test_a_checkpoint_with_nan_leaves_no_bundle(export: Export) -> None:
+    state = torch.load(official(export.folder))
+    name = "net.patch_blocks.1.attn.proj_x.weight"
+    state[name][3, 5] = float("nan")
+    torch.save(state, export.folder / "weights.pth")
+    text = export.refusal(*export.network, "--checkpoint", export.folder / "weights.pth")
+    assert f"NaN or infinity in {name} of" in text
+
+
+def test_a_name_of_another_space_can_be_overruled(export: Export) -> None:
+    file = official(export.folder).rename(export.folder / "pid_sd3_bf16.pth")
+    asked = ("--space", "flux", "--variant", "2k", "--checkpoint", file)
+    text = export.refusal(*asked)
+    assert "a file for sd3 by its name pid_sd3_bf16.pth" in text
+    # Then its tensors are looked at, which are of a smaller network.
+    code, _, err = export.run_command(main, *asked, "--force-space", "-o", export.bundle)
+    assert code == 2
+    assert "misshapen" in err
+
+
+def test_the_list_has_every_checkpoint(run_command: RunCommand) -> None:
+    code, out, _ = run_command(main, "--list")
+    assert code == 0
+    assert len(out.splitlines()) == 1 + len(CHECKPOINTS)
+    assert "flux       2k                  v1       384-672       1536-2688" in out
+    code, out, _ = run_command(main, "--list", "--json")
+    rows = json.loads(out)["checkpoints"]
+    assert {row["checkpoint"] for row in rows} == set(CHECKPOINTS)
+    assert [row["variant"] for row in rows if row["superseded"]] == ["2kto4k-v1"] * 3
+    assert rows[-1]["native"] is None
+
+
+def test_a_superseded_checkpoint_says_so(export: Export, monkeypatch: pytest.MonkeyPatch) -> None:
+    old = reduced(find_checkpoint("flux", "2kto4k-v1"))
+    monkeypatch.setattr(cli, "find_checkpoint", lambda *_: old)
+    asked = ("--space", "flux", "--variant", "2kto4k-v1", "--random-weights", -1)
+    code, _, err = export.run_command(main, *asked, "-o", export.bundle)
+    assert code == 2
+    assert "flux 2kto4k-v1 (v1) is superseded by the v1.5 checkpoint" in err
+
+
 def test_a_checkpoint_of_another_network_is_listed(export: Export) -> None:
     """More than one line: the tensors that differ follow the sentence."""
     file = official(export.folder)

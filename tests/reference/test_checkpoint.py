@@ -105,6 +105,59 @@ def test_safetensors_with_and_without_the_prefix(prefix: str, tmp_path: Path) ->
     assert all(torch.equal(state[name], expected[name]) for name in expected)
 
 
+@pytest.mark.parametrize("prefix", ["core.", "module.", "model.diffusion_model."])
+def test_any_common_prefix_is_taken_off_with_a_note(
+    prefix: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    expected = weights(FLUX)
+    state = {prefix + name: tensor for name, tensor in expected.items()}
+    save_file(state | {"vae.scale": torch.ones(1)}, tmp_path / "prefixed.safetensors")
+    with caplog.at_level(logging.INFO, logger="pid_ref"):
+        found = read_checkpoint(tmp_path / "prefixed.safetensors", FLUX)
+    assert list(found) == list(expected)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    assert f"begin with {prefix}, which is taken off" in caplog.text
+    assert "1 of vae.*" in caplog.text
+
+
+def test_two_networks_in_one_file_are_told_apart_by_the_user(tmp_path: Path) -> None:
+    state = weights(FLUX)
+    both = {f"{prefix}.{name}": tensor for prefix in "ab" for name, tensor in state.items()}
+    torch.save(both, tmp_path / "both.pth")
+    assert "got 2, under a., b.; save the one to use" in refusal(tmp_path / "both.pth", FLUX)
+
+
+@pytest.mark.parametrize("wrapper", ["state_dict", "model"])
+def test_a_dict_in_a_dict_is_opened(wrapper: str, tmp_path: Path) -> None:
+    torch.save({wrapper: official(weights(FLUX)), "step": 3}, tmp_path / "wrapped.pth")
+    assert list(read_checkpoint(tmp_path / "wrapped.pth", FLUX)) == list(weights(FLUX))
+
+
+@pytest.mark.parametrize("layer", ["", ".0"])
+def test_pixel_modulations_in_two_parts_are_joined(layer: str, tmp_path: Path) -> None:
+    expected, split = weights(FLUX), State()
+    for name, value in expected.items():
+        stem, found, leaf = name.rpartition("adaLN_modulation.0.")
+        if not (found and name.startswith("pixel_blocks")):
+            split[name] = value
+            continue
+        rows = value.reshape(FLUX.config.patch_size**2, 6, -1, *value.shape[1:])
+        for part, half in (("msa", rows[:, :3]), ("mlp", rows[:, 3:])):
+            joined = half.reshape(-1, *value.shape[1:]).contiguous()
+            split[f"{stem}adaLN_modulation_{part}{layer}.{leaf}"] = joined
+    assert len(split) > len(expected)
+    save_file(split, tmp_path / "split.safetensors")
+    state = read_checkpoint(tmp_path / "split.safetensors", FLUX)
+    assert list(state) == list(expected)
+    assert all(torch.equal(state[name], expected[name]) for name in expected)
+
+    del split[f"pixel_blocks.0.adaLN_modulation_mlp{layer}.bias"]
+    save_file(split, tmp_path / "half.safetensors")
+    message = refusal(tmp_path / "half.safetensors", FLUX)
+    assert "a file whose tensors differ from it" in message
+    assert "download" not in message
+
+
 def test_the_format_is_told_by_content(tmp_path: Path) -> None:
     save_file(weights(FLUX), tmp_path / "weights.pth")
     assert len(read_checkpoint(tmp_path / "weights.pth", FLUX)) > 0
@@ -251,11 +304,6 @@ def test_no_dict(tmp_path: Path) -> None:
     assert "flat dict of tensors" in refusal(tmp_path / "list.pth", FLUX)
 
 
-def test_a_nested_dict_is_no_decoder(tmp_path: Path) -> None:
-    torch.save({"state_dict": weights(FLUX)}, tmp_path / "nested.pth")
-    assert "no PiD decoder" in refusal(tmp_path / "nested.pth", FLUX)
-
-
 def drop(state: State) -> None:
     del state["s_embedder.proj.bias"], state["lq_proj.gate_modules.0.log_alpha"]
 
@@ -273,7 +321,7 @@ def reshape(state: State) -> None:
 
 
 def integer(state: State) -> None:
-    state["pixel_embedder.proj.bias"] = torch.zeros(4, dtype=torch.int8)
+    state["pixel_embedder.proj.bias"] = torch.zeros(4, dtype=torch.int32)
 
 
 def double(state: State) -> None:
@@ -371,6 +419,69 @@ def test_a_folders_name_tells_what_shapes_do_not(tmp_path: Path) -> None:
     message = refusal(file, small("sd3", "2k"))
     assert "expected sd3 2k (v1), but got flux 2k (v1) by its name" in message
     assert "flux 2k (v1) by its name" in refusal(file.parent, small("flux", "2kto4k-v1"))
+
+
+def test_a_repackagings_name_tells_the_space(tmp_path: Path) -> None:
+    file = tmp_path / "pid_sd3_512_to_2048_4step_bf16.safetensors"
+    save_file(weights(FLUX), file)
+    message = refusal(file, FLUX)
+    assert "expected flux 2k (v1), but got a file for sd3 by its name pid_sd3_512" in message
+    assert "--force-space" in message
+    assert len(read_checkpoint(file, FLUX, force_space=True)) > 0
+    assert len(read_checkpoint(file, small("sd3", "2k"))) > 0
+
+
+def test_a_value_that_is_not_finite_is_refused_when_read(tmp_path: Path) -> None:
+    state = weights(FLUX)
+    bad = "patch_blocks.1.attn.proj_x.weight"
+    state[bad][0, 1] = math.nan
+    save_file(state, tmp_path / "nan.safetensors")
+    found = read_checkpoint(tmp_path / "nan.safetensors", FLUX)
+    with pytest.raises(PidInputError, match=f"NaN or infinity in {bad} of .*nan.safetensors; "):
+        dict(found)
+
+
+def comfyui_int8(state: State) -> None:
+    mark = torch.tensor(list(b'{"format": "int8_tensorwise", "convrot": true}'), dtype=torch.uint8)
+    state["patch_blocks.0.attn.proj_x.weight"] = torch.zeros(16, 16, dtype=torch.int8)
+    state["patch_blocks.0.attn.proj_x.weight_scale"] = torch.ones(16, 1)
+    state["patch_blocks.0.attn.proj_x.comfy_quant"] = mark
+
+
+def scaled_fp8(state: State) -> None:
+    name = "patch_blocks.0.attn.proj_x.weight"
+    state[name] = state[name].to(torch.float8_e4m3fn)
+    state["patch_blocks.0.attn.proj_x.scale_weight"] = torch.ones(1)
+
+
+def scales_alone(state: State) -> None:
+    state["patch_blocks.0.attn.proj_x.scale_weight"] = torch.ones(1)
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
+@pytest.mark.parametrize(
+    ("edit", "words"),
+    [
+        (comfyui_int8, "8 of comfyui's int8_tensorwise"),
+        (scaled_fp8, "8_e4m3"),
+        (scales_alone, "with scales beside them"),
+    ],
+)
+def test_quantised_files_are_named_in_one_line(
+    edit: Edit, words: str, suffix: str, tmp_path: Path
+) -> None:
+    state, file = weights(FLUX), (tmp_path / "quantised").with_suffix(suffix)
+    edit(state)
+    if suffix == ".pth":
+        torch.save(state, file)
+    else:
+        save_file(state, file)
+    with pytest.raises(PidInputError) as caught:
+        read_checkpoint(file, FLUX)
+    message = str(caught.value)
+    assert words in message.lower()
+    assert message.endswith("pass the bf16 file they were made of")
+    assert "\n" not in message
 
 
 def test_an_undistilled_repackaging_is_not_taken_for_the_student(tmp_path: Path) -> None:
