@@ -806,6 +806,15 @@ def test_command_refuses_latents_that_do_not_fit(work: Work) -> None:
         path = work.file(name, latent=latent)
         refused = work.refusal("--latent", path, "-o", "image.png")
         assert message in refused and str(path) in refused
+    pair = np.stack([work.caption] * 2)
+    for name, beside, message in (
+        ("sigmas", {"sigma": np.array([0.1, 5.0], np.float32)}, "expected one sigma or 1, but got"),
+        ("sigma", {"sigma": np.array([5.0], np.float32)}, "expected sigma in [0, 1], but got"),
+        ("captions", {"caption": pair}, "got [2, 12, 32]; B is 1 or that of the latent"),
+    ):
+        work.file(name, latent=work.latent, **beside)
+        refused = work.refusal("--latent", f"{name}.safetensors", "-o", "image.png")
+        assert message in refused
     (work.folder / "cut.safetensors").write_bytes(path.read_bytes()[:-7])
     refused = work.refusal("--latent", "cut.safetensors", "-o", "image.png")
     assert "expected cut.safetensors to be a safetensors file, but got: " in refused

@@ -14,15 +14,16 @@ using core::refuse;
 
 constexpr const char* latent_suffix = ".safetensors";
 
-pid_tensor view_of(const Floats& floats, std::size_t first, std::size_t count) {
+// All of a tensor, or what it has for one image of the file.
+pid_tensor view_of(const Floats& floats, std::size_t image, bool one_of_many) {
     if (!floats.given())
         return pid_tensor{};
     pid_tensor view{};
-    view.data = floats.part(first);
+    view.data = one_of_many ? floats.part(image) : floats.values.data();
     view.dtype = PID_FLOAT32;
     view.rank = static_cast<std::int32_t>(floats.shape.size());
     std::copy(floats.shape.begin(), floats.shape.end(), view.shape);
-    if (count == 1)
+    if (one_of_many)
         view.shape[0] = 1;
     return view;
 }
@@ -55,11 +56,13 @@ pid_decode_params decode_params(const Arguments& arguments, const Inputs& inputs
                                 std::size_t count, const std::uint64_t& seed) {
     pid_decode_params params{};
     params.struct_bytes = sizeof params;
-    params.latent = view_of(inputs.latent, first, count);
-    params.caption = view_of(inputs.caption, first, count);
+    // All of a file is shown as it is: what is too much for its images must not be cut off.
+    const bool one_of_many = inputs.latent.given() && count < inputs.latent.images();
+    params.latent = view_of(inputs.latent, first, one_of_many);
+    params.caption = view_of(inputs.caption, first, one_of_many);
     if (inputs.sigma.given()) {
-        params.sigma = inputs.sigma.part(first);
-        params.sigma_count = count == 1 ? 1 : inputs.sigma.images();
+        params.sigma = one_of_many ? inputs.sigma.part(first) : inputs.sigma.values.data();
+        params.sigma_count = one_of_many ? 1 : inputs.sigma.images();
     }
     params.seeds = &seed;
     params.seed_count = 1;
