@@ -1,4 +1,4 @@
-"""Fetching a checkpoint from the Hugging Face hub."""
+"""Checkpoints of the Hugging Face hub: fetched, or found where they were fetched to."""
 
 import logging
 from pathlib import Path
@@ -7,6 +7,16 @@ from pid_ref.errors import PidInputError
 from pid_ref.registry import HUB_REPO, WEIGHTS_LICENSE, Checkpoint
 
 _log = logging.getLogger("pid_ref")
+
+
+def cached(checkpoint: Checkpoint) -> Path | None:
+    """Where `download` left a checkpoint's file in the hub's own cache; None if it is not there."""
+    try:
+        from huggingface_hub import try_to_load_from_cache
+    except ImportError:
+        return None
+    found = try_to_load_from_cache(HUB_REPO, checkpoint.hub_path)
+    return Path(found) if isinstance(found, str) else None
 
 
 def download(checkpoint: Checkpoint, cache_dir: str | Path | None = None) -> Path:

@@ -21,6 +21,7 @@ from pid_export.fold import fold_tables
 from pid_export.reference import Values, reference_buffers
 from pid_ref.checkpoint import checkpoint_file, read_checkpoint, state_shapes
 from pid_ref.config import PidConfig
+from pid_ref.hub import cached
 from pid_ref.network import PidNet
 from pid_ref.registry import CHECKPOINTS
 from pid_ref.sampler import sample, timesteps
@@ -91,8 +92,8 @@ def compare(
 def reference_network(manifest: Manifest, checkpoint: Path | None) -> PidNet:
     """The network a bundle was made from, in float32, with the same weights.
 
-    checkpoint: the file it was exported from; not needed for random weights, nor for those that
-    are part of this package.
+    checkpoint: the file it was exported from; not needed for random weights, for those that are
+    part of this package, nor for those that the hub's cache has.
     Raises `ExportInputError` when the weights are needed and not given, are others, or are given
     and not needed.
     """
@@ -108,11 +109,11 @@ def reference_network(manifest: Manifest, checkpoint: Path | None) -> PidNet:
         case {"file": str(name), "sha256": str(sha256)}:
             known = CHECKPOINTS.get(str(manifest.model.get("checkpoint")))
             if checkpoint is None and known is not None:
-                checkpoint = known.file
+                checkpoint = known.file or cached(known)
             if checkpoint is None:
                 raise ExportInputError(
-                    f"expected the checkpoint this bundle was made from, {name}, but got none; "
-                    "add --checkpoint PATH"
+                    f"expected the checkpoint this bundle was made from, {name}, but got none, and "
+                    "the hub's cache has none; add --checkpoint PATH"
                 )
             file = checkpoint_file(checkpoint)
             if file_sha256(file) != sha256:

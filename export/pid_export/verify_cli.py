@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 _EXAMPLES = """\
 examples:
-  pid-verify flux-4k --backend onnxruntime --checkpoint model_ema_bf16.pth
+  pid-verify flux-4k --backend onnxruntime
       every stage, then a whole decode, against the reference network
   pid-verify --golden tests/golden/*.safetensors --backend onnxruntime
 """
@@ -47,7 +47,7 @@ def _parser() -> console.ArgumentParser:
         "--checkpoint",
         type=Path,
         metavar="PATH",
-        help="the weights the bundle was exported from; not for nano",
+        help="the weights the bundle was exported from (default: those in the hub's cache)",
     )
     parser.add_argument(
         "--size", default=None, metavar="WxH", help="of the decode (default: small)"

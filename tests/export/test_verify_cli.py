@@ -20,6 +20,7 @@ from pid_export.verify import compare
 from pid_export.verify_cli import main
 from pid_ref.checkpoint import state_shapes
 from pid_ref.config import PidConfig
+from pid_ref.registry import find_checkpoint
 from pid_ref.sampler import timesteps
 from pid_ref.weights import RandomWeights
 from pid_runtime.backends.torch import TorchGraphs
@@ -490,9 +491,31 @@ def test_a_bundle_of_a_checkpoint(
     assert failures(run_command, from_checkpoint, *arguments) == []
 
 
+def test_the_hubs_cache_is_looked_in(
+    from_checkpoint: Path,
+    checkpoint: Path,
+    run_command: RunCommand,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    released = find_checkpoint("flux", "2k")
+    manifest = from_checkpoint / "manifest.json"
+    fields = json.loads(manifest.read_text())
+    fields["model"]["checkpoint"] = released.name
+    manifest.write_text(json.dumps(fields))
+    repository = tmp_path / "models--nvidia--PiD"
+    file = repository / "snapshots" / "0123" / released.hub_path
+    file.parent.mkdir(parents=True)
+    file.symlink_to(checkpoint)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("0123")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    assert failures(run_command, from_checkpoint, "--backend", "torch") == []
+
+
 def test_a_missing_checkpoint(from_checkpoint: Path, refusal: Refusal, tmp_path: Path) -> None:
     text = refusal(main, from_checkpoint)
-    assert "made from, checkpoint.pth, but got none; add --checkpoint PATH" in text
+    assert "made from, checkpoint.pth, but got none, and the hub's cache has none; add" in text
     for path, part in (
         (tmp_path / "none.pth", f"no file at {tmp_path / 'none.pth'}"),
         (tmp_path, f"no model_ema_bf16.pth in the folder {tmp_path}"),
