@@ -309,7 +309,6 @@ _VARIANTS: tuple[Variant, ...] = get_args(Variant)
 _V1PT5 = "2kto4k_v1pt5"
 """What the public code calls "2kto4k" of version v1.5."""
 
-
 _SPELLINGS = {"flux1": "flux", "qwen": "qwenimage", "sd35": "sd3"}
 """Other words for a space in the names of repackaged files."""
 
@@ -352,14 +351,9 @@ def find_checkpoint(space: str, variant: str | None = None) -> Checkpoint:
     if variant in CHECKPOINTS and CHECKPOINTS[variant].space == found:
         return CHECKPOINTS[variant]
     newest = [name for name, each in offered.items() if not each.deprecated]
-    if variant == _V1PT5:
-        if "2kto4k" in offered and offered["2kto4k"].version == "v1.5":
-            return offered["2kto4k"]
-        raise PidInputError(
-            f"expected a variant {found.name} was released in, but got {variant!r}, which it was "
-            f"not; use {' or '.join(newest)}"
-        )
-    if variant not in _VARIANTS:
+    if variant == _V1PT5 and "2kto4k" in offered and offered["2kto4k"].version == "v1.5":
+        return offered["2kto4k"]
+    if variant not in (*_VARIANTS, _V1PT5):
         raise PidInputError(
             f"expected a variant of {found.name} ({', '.join(offered)}), but got {variant!r}; "
             f"{_hint(variant, newest)}"

@@ -164,17 +164,15 @@ def _list(*, as_json: bool) -> None:
                 "checkpoint": each.name,
             }
         )
-    lines = [f"{'space':<10} {'variant':<19} {'version':<8} {'native sides':<13} output sides"]
+    table = [["space", "variant", "version", "native sides", "output sides", ""]]
     for row in rows:
         native, output = (
             "{}-{}".format(*row[key]) if row[key] else "any" for key in ("native", "output")
         )
-        note = "  superseded" if row["superseded"] else ""
-        lines.append(
-            f"{row['space']:<10} {row['variant']:<19} {row['version']:<8} {native:<13} "
-            f"{output}{note}"
-        )
-    console.emit({"checkpoints": rows}, "\n".join(lines), as_json=as_json)
+        note = "superseded" if row["superseded"] else ""
+        table.append([row["space"], row["variant"], row["version"], native, output, note])
+    text = console.aligned(table, left=range(len(table[0])))
+    console.emit({"checkpoints": rows}, text, as_json=as_json)
 
 
 def _network(args: Namespace) -> tuple[PidConfig, Checkpoint | None]:

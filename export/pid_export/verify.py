@@ -112,8 +112,8 @@ def reference_network(manifest: Manifest, checkpoint: Path | None) -> PidNet:
                 checkpoint = known.file or cached(known)
             if checkpoint is None:
                 raise ExportInputError(
-                    f"expected the checkpoint this bundle was made from, {name}, but got none, and "
-                    "the hub's cache has none; add --checkpoint PATH"
+                    f"expected the checkpoint this bundle was made from, {name}, but got none; "
+                    "add --checkpoint PATH"
                 )
             file = checkpoint_file(checkpoint)
             if file_sha256(file) != sha256:

@@ -515,7 +515,7 @@ def test_the_hubs_cache_is_looked_in(
 
 def test_a_missing_checkpoint(from_checkpoint: Path, refusal: Refusal, tmp_path: Path) -> None:
     text = refusal(main, from_checkpoint)
-    assert "made from, checkpoint.pth, but got none, and the hub's cache has none; add" in text
+    assert "made from, checkpoint.pth, but got none; add --checkpoint PATH" in text
     for path, part in (
         (tmp_path / "none.pth", f"no file at {tmp_path / 'none.pth'}"),
         (tmp_path, f"no model_ema_bf16.pth in the folder {tmp_path}"),

@@ -19,7 +19,7 @@ pid_tensor view_of(const Floats& floats, std::size_t image, bool one_of_many) {
     if (!floats.given())
         return pid_tensor{};
     pid_tensor view{};
-    view.data = one_of_many ? floats.part(image) : floats.values.data();
+    view.data = floats.part(image);
     view.dtype = PID_FLOAT32;
     view.rank = static_cast<std::int32_t>(floats.shape.size());
     std::copy(floats.shape.begin(), floats.shape.end(), view.shape);
@@ -61,7 +61,7 @@ pid_decode_params decode_params(const Arguments& arguments, const Inputs& inputs
     params.latent = view_of(inputs.latent, first, one_of_many);
     params.caption = view_of(inputs.caption, first, one_of_many);
     if (inputs.sigma.given()) {
-        params.sigma = one_of_many ? inputs.sigma.part(first) : inputs.sigma.values.data();
+        params.sigma = inputs.sigma.part(first);
         params.sigma_count = one_of_many ? 1 : inputs.sigma.images();
     }
     params.seeds = &seed;
