@@ -70,12 +70,21 @@ class LatentSpace:
     """Output pixels per pixel of the encoded image, along each axis."""
     convention: str
     """How the decoder's input is made from the encoder's raw output z."""
-    factor: float | None
-    """With `shift`: the input is factor * (z - shift). None where the rule is not one scalar."""
-    shift: float | None
+    factor: tuple[float, ...] | None
+    """With `shift`: the input is factor * (z - shift), each of one number for all channels or one
+    per channel. None where the rule is not known here."""
+    shift: tuple[float, ...] | None
     """See `factor`."""
     diffusers: str
     """What a diffusers pipeline returns for `output_type="latent"`, and what is left to do."""
+    comfyui: Literal["raw", "normalised"] | None = "raw"
+    """What ComfyUI's latent files hold: z, or the input; None for a space that it has not."""
+    token_width: int | None = None
+    """Channels of the tokens `[B, n, token_width]` in which generators or encoders pack latents;
+    None where none does."""
+    spread: tuple[float, float] | None = (0.3, 2.0)
+    """Between which the standard deviation of a normalised latent lies, whatever its noise level;
+    None where it may be anything."""
     std: tuple[float, ...] | None = None
     """Of a space whose encoder is the block DCT: the standard deviation of every channel."""
     partly_denoised: Literal["interpolation", "euler"] = "interpolation"
@@ -91,6 +100,18 @@ class LatentSpace:
         return (self.name, *self.aliases)
 
 
+_QWEN_MEAN = (
+    *(-0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508),
+    *(0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921),
+)
+"""`latents_mean` in the configuration of Qwen-Image's VAE."""
+
+_QWEN_STD = (
+    *(2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743),
+    *(3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160),
+)
+"""`latents_std` in the same."""
+
 SPACES = {
     space.name: space
     for space in (
@@ -101,9 +122,10 @@ SPACES = {
             down=8,
             scale=4,
             convention="0.3611*(z - 0.1159)",
-            factor=0.3611,
-            shift=0.1159,
+            factor=(0.3611,),
+            shift=(0.1159,),
             diffusers="normalised; FLUX returns [B, hw/4, 64] tokens of 2x2 latent pixels: unpack",
+            token_width=64,
         ),
         LatentSpace(
             name="flux2",
@@ -118,6 +140,8 @@ SPACES = {
                 "FLUX.2 returns normalised tokens: unpack to [B, 128, h, w]; "
                 "FLUX.2-klein returns 32 raw channels: patchify and normalise"
             ),
+            comfyui="normalised",
+            token_width=128,
         ),
         LatentSpace(
             name="sd3",
@@ -126,8 +150,8 @@ SPACES = {
             down=8,
             scale=4,
             convention="1.5305*(z - 0.0609)",
-            factor=1.5305,
-            shift=0.0609,
+            factor=(1.5305,),
+            shift=(0.0609,),
             diffusers="normalised [B, 16, h, w]: pass as it is",
         ),
         LatentSpace(
@@ -137,8 +161,8 @@ SPACES = {
             down=8,
             scale=4,
             convention="0.13025*z",
-            factor=0.13025,
-            shift=0.0,
+            factor=(0.13025,),
+            shift=(0.0,),
             diffusers="normalised [B, 4, h, w]: pass as it is",
             partly_denoised="euler",
         ),
@@ -149,9 +173,10 @@ SPACES = {
             down=8,
             scale=4,
             convention="(z - mean)/std per channel (latents_mean, latents_std of the VAE's config)",
-            factor=None,
-            shift=None,
+            factor=tuple(1 / std for std in _QWEN_STD),
+            shift=_QWEN_MEAN,
             diffusers="normalised tokens of 2x2 latent pixels: unpack and drop the time axis",
+            token_width=64,
         ),
         LatentSpace(
             name="dinov2",
@@ -163,6 +188,8 @@ SPACES = {
             factor=None,
             shift=None,
             diffusers="not a diffusers pipeline: the RAE's [B, 768, h, w]",
+            comfyui=None,
+            token_width=768,
         ),
         LatentSpace(
             name="siglip",
@@ -174,6 +201,8 @@ SPACES = {
             factor=None,
             shift=None,
             diffusers="not a diffusers pipeline: the Scale-RAE's [B, 1152, h, w]",
+            comfyui=None,
+            token_width=1152,
         ),
         LatentSpace(
             name="nano",
@@ -185,6 +214,8 @@ SPACES = {
             factor=None,
             shift=None,
             diffusers="not a diffusers pipeline: what `Decoder.encode` makes of an image",
+            comfyui=None,
+            spread=None,
             std=NANO_STD,
         ),
     )

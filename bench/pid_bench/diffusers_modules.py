@@ -51,13 +51,14 @@ def _kl(space: str, blocks: tuple[int, ...] = (128, 256, 512, 512), **config: An
     spec = SPACES[space]
     if spec.factor is None or spec.shift is None:
         raise ValueError(f"{space} has no scalar convention")
+    (factor,), (shift,) = spec.factor, spec.shift
     return Vae(
         "AutoencoderKL",
         spec.down,
         spec.channels,
         {**_blocks(blocks), "latent_channels": spec.channels, **config},
-        spec.factor,
-        spec.shift,
+        factor,
+        shift,
     )
 
 

@@ -20,7 +20,7 @@ from pid_export.onnx_ports import OPSET
 from pid_export.program import ProgramSpec, build_program
 from pid_export.weights_file import Slot, WeightsWriter
 from pid_ref.config import PidConfig
-from pid_ref.registry import Checkpoint
+from pid_ref.registry import Checkpoint, LatentSpace
 from pid_ref.sampler import timesteps
 from pid_ref.trained_sizes import trained_sizes
 from pid_runtime.backends.stages import Dimensions, build_stage
@@ -302,10 +302,27 @@ def _model(
         "checkpoint": checkpoint.name,
         "distilled": checkpoint.distilled,
         "captioned": checkpoint.captioned,
-        "latent_convention": checkpoint.space.convention,
+        **_latents(checkpoint.space),
         "trained_sizes": [list(size) for size in trained_sizes(checkpoint)],
         "weights_license": checkpoint.license,
     }
+
+
+def _latents(space: LatentSpace) -> dict[str, Any]:
+    """What a space's latents are; without what is not known of it."""
+    comfyui = None
+    if space.comfyui == "normalised":
+        comfyui = {"factor": [1.0], "shift": [0.0]}
+    elif space.comfyui is not None and space.factor is not None and space.shift is not None:
+        comfyui = {"factor": list(space.factor), "shift": list(space.shift)}
+    known: dict[str, Any] = {
+        "latent_convention": space.convention,
+        "latent_spread": space.spread and list(space.spread),
+        "token_width": space.token_width,
+        "comfyui_latent": comfyui,
+        "partly_denoised": space.partly_denoised,
+    }
+    return {name: value for name, value in known.items() if value is not None}
 
 
 def _codec(checkpoint: Checkpoint | None) -> Codec | None:

@@ -1,13 +1,15 @@
 """`Bundle`, opened, and `Decoder`s of it, which turn latents into images."""
 
+import logging
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
+from pid_runtime.advice import advice
 from pid_runtime.backends.choice import choose_graphs
 from pid_runtime.backends.graphs import LoadedGraphs
 from pid_runtime.backends.memory import Block
@@ -16,10 +18,13 @@ from pid_runtime.bundle.manifest import Manifest, Noise
 from pid_runtime.bundle.sizes import Sizes
 from pid_runtime.errors import NotFiniteError, PidRuntimeError
 from pid_runtime.interpreter import Program, graph_calls
+from pid_runtime.latents import spread_warning
 from pid_runtime.nano import codec
 from pid_runtime.request import Request, Rule, check_request, empty_caption
 
 Progress = Callable[[int, int], None]
+
+_log = logging.getLogger(__name__)
 
 
 class Bundle:
@@ -138,6 +143,7 @@ class Decoder:
         self._program: Program | None = None
         self._is_open = True
         self._busy = threading.Lock()
+        self._told: set[str] = set()
 
     @classmethod
     def open(
@@ -213,11 +219,11 @@ class Decoder:
 
         Returns float32 `[B, 3, H, W]` in [-1, 1], or uint8 `[B, H, W, 3]`; a new numpy array, or
         with `dlpack` an object with `__dlpack__` on the backend's device.
+        Warns in the log, once each, of what runs but not as well as it could: a size, noise level
+        or spread of the latent that the decoder was not trained on, and no caption.
         Raises `PidRuntimeError` for an input that does not fit the bundle; nothing is run then.
         Raises `NotFiniteError`, one of these, for NaN or infinity in the image, naming the step.
         """
-        if output not in ("float32", "uint8"):
-            raise PidRuntimeError(f"expected output float32 or uint8, but got {output!r}")
         request = check_request(
             self.manifest,
             latent,
@@ -230,6 +236,20 @@ class Decoder:
             times=times,
             rule=rule,
         )
+        self.warn(self._advice(request, has_caption=caption is not None))
+        return self.run(request, output, dlpack=dlpack, progress=progress)
+
+    def run(
+        self,
+        request: Request,
+        output: Literal["float32", "uint8"] = "float32",
+        *,
+        dlpack: bool = False,
+        progress: Progress | None = None,
+    ) -> Any:
+        """Decode what `check_request` returned for this bundle; as `decode`, but without advice."""
+        if output not in ("float32", "uint8"):
+            raise PidRuntimeError(f"expected output float32 or uint8, but got {output!r}")
         if not self._is_open:
             raise PidRuntimeError("expected an open decoder, but it was closed; open another")
         if not self._busy.acquire(blocking=False):
@@ -274,6 +294,21 @@ class Decoder:
             raise PidRuntimeError("expected a decode before its state is read")
         state = self.memory.read(self._program.buffer("state"))
         return state.reshape(*state.shape[:2], -1, 3)
+
+    def warn(self, lines: Iterable[str]) -> None:
+        """Warn in the log of what this decoder has not warned of before."""
+        for line in lines:
+            if line not in self._told:
+                self._told.add(line)
+                _log.warning("%s", line)
+
+    def _advice(self, request: Request, *, has_caption: bool) -> list[str]:
+        """What to say about a decode that will run, but not as well as it could."""
+        size = (request.sizes.value("W"), request.sizes.value("H"))
+        largest_sigma = float(request.sigmas.max())
+        lines = advice(self.manifest.model, size, largest_sigma, has_caption=has_caption)
+        spread = spread_warning(self.manifest, request.latent)
+        return lines if spread is None else [*lines, spread]
 
     def _run(self, request: Request, output: str, dlpack: bool, progress: Progress | None) -> Any:
         """Decode a request."""

@@ -12,6 +12,7 @@ from pid_runtime.backends.memory import as_array
 from pid_runtime.bundle.manifest import Manifest, Sampler
 from pid_runtime.bundle.sizes import Sizes, sizes_of_request
 from pid_runtime.errors import PidRuntimeError
+from pid_runtime.latents import shape_hint
 from pid_runtime.noise import image_seed
 
 Rule = Literal["sde", "ode"]
@@ -81,7 +82,7 @@ def check_request(
     """
     network = manifest.network
     schedule = check_schedule(manifest.sampler, steps=steps, times=times, rule=rule)
-    fix = f"this bundle takes {_latents_of(manifest)}"
+    fix = shape_hint(manifest, np.shape(latent))
     latent = _check_array(latent, "latent", ("B", network["latent_channels"], "h", "w"), fix)
     batch = latent.shape[0]
     if caption is None:
@@ -91,7 +92,7 @@ def check_request(
     caption = _check_array(caption, "caption", ("B", "T", network["text_dim"]), fix)
     if caption.shape[0] not in (1, batch) or caption.shape[1] > most:
         raise _shape_error("caption", ("B", "T", network["text_dim"]), caption.shape, fix)
-    sigmas = _check_sigma(sigma, batch)
+    sigmas = _check_sigma(manifest, sigma, batch)
     seeds = _check_seeds(seed, batch)
     sizes = sizes_of_request(
         network,
@@ -174,11 +175,6 @@ def _updates(visited: Sequence[float], rule: Rule) -> NDArray[np.float32]:
     return np.array(factors, np.float32)
 
 
-def _latents_of(manifest: Manifest) -> str:
-    space, convention = (manifest.model.get(key) for key in ("space", "latent_convention"))
-    return f"{space} latents, {convention}" if space else "latents of its own network"
-
-
 def _check_array(source: Any, name: str, wanted: tuple[int | str, ...], fix: str) -> Any:
     """An input as an array on the host, or as it is when it lives on a device.
 
@@ -214,16 +210,19 @@ def _shape_error(
     return PidRuntimeError(f"expected {name} shape [{letters}], but got {list(shape)}; {fix}")
 
 
-def _check_sigma(sigma: Any, batch: int) -> NDArray[np.float32]:
+def _check_sigma(manifest: Manifest, sigma: Any, batch: int) -> NDArray[np.float32]:
     sigmas = np.asarray(sigma, np.float32)
     if sigmas.shape not in ((), (1,), (batch,)):
         raise PidRuntimeError(
-            f"expected one sigma or {batch}, but got shape {list(sigmas.shape)}; give one per image"
+            f"expected one sigma{_or_more(batch)}, but got shape {list(sigmas.shape)}; give one "
+            "per image"
         )
     if not ((sigmas >= 0) & (sigmas <= 1)).all():
-        raise PidRuntimeError(
-            f"expected sigma in [0, 1], but got {sigmas.tolist()}; 0 is a clean latent"
-        )
+        fix = "0 is a clean latent"
+        if manifest.model.get("partly_denoised") == "euler":
+            fix += ", and for x0 + sigma noise divide latent and sigma by sqrt(sigma^2 + 1) first"
+        shown = ", ".join(f"{value:g}" for value in np.atleast_1d(sigmas))
+        raise PidRuntimeError(f"expected sigma in [0, 1], but got [{shown}]; {fix}")
     return np.ascontiguousarray(np.broadcast_to(sigmas, (batch,)))
 
 
@@ -232,8 +231,12 @@ def _check_seeds(seed: Any, batch: int) -> tuple[int, ...]:
         return tuple(image_seed(seed, b) for b in range(batch))
     seeds = tuple(image_seed(each, 0) for each in seed)
     if len(seeds) != batch:
-        raise PidRuntimeError(f"expected one seed or {batch}, but got {len(seeds)}")
+        raise PidRuntimeError(f"expected one seed{_or_more(batch)}, but got {len(seeds)}")
     return seeds
+
+
+def _or_more(batch: int) -> str:
+    return "" if batch == 1 else f" or {batch}"
 
 
 def _check_noises(

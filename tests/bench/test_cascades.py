@@ -136,12 +136,15 @@ def test_latents_are_denormalised_by_the_spaces_rule(
     elif space == "qwenimage":
         module(latent)
         mean, std = (module.vae.config[f"latents_{name}"] for name in ("mean", "std"))
+        assert rule.factor is not None and rule.shift == tuple(mean)
+        assert rule.factor == tuple(1 / value for value in std)
         assert seen[0].shape == (1, 16, 1, 2, 3)
         assert torch.allclose(seen[0][:, 3, 0], latent[:, 3] * std[3] + mean[3])
     else:
         module(latent)
         assert rule.factor is not None and rule.shift is not None
-        assert torch.allclose(rule.factor * (seen[0] - rule.shift), latent, atol=1e-6)
+        (factor,), (shift,) = rule.factor, rule.shift
+        assert torch.allclose(factor * (seen[0] - shift), latent, atol=1e-6)
 
 
 def test_the_encoder_normalises_as_the_decoder_denormalises(

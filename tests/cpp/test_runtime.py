@@ -703,7 +703,8 @@ def test_command_decodes_a_folder_in_order(work: Work) -> None:
     work.file("latents/b", latent=work.latent[None], caption=work.caption)
     (work.folder / "latents" / "notes.txt").write_text("not a latent")
     code, out, err = work.run("--latents", "latents", "-o", "images", "--json", "--seed", 2**64 - 1)
-    assert (code, err) == (0, "")
+    skipped = "skipped 1 of 3 files in latents: .txt is none of *.safetensors, *.latent"
+    assert (code, err) == (0, f"warning: {skipped}\n")
     result = json.loads(out)
     assert [each["image"] for each in result["images"]] == [
         "images/a-0.png",
@@ -765,8 +766,8 @@ def test_command_warns(work: Work, tmp_path: Path) -> None:
         ((*ONE, "--seed", 2**64), "expected a whole number from 0 to 2^64 - 1"),
         ((*ONE, "--seed", "1.5"), "expected a whole number"),
         ((*ONE, "--threads", 0), "expected a whole number from 1"),
-        ((*ONE, "--sigma", "1.01"), "expected a number in [0, 1], but got '1.01'"),
-        ((*ONE, "--sigma", "nan"), "expected a number in [0, 1], but got 'nan'"),
+        ((*ONE, "--sigma", "1.01"), "expected sigma in [0, 1], but got [1.01]; 0 is a clean lat"),
+        ((*ONE, "--sigma", "nan"), "expected sigma in [0, 1], but got [nan]"),
         ((*ONE, "--sigma", "high"), "expected a number, but got 'high'"),
         ((*ONE, "--times", "1,half,0"), "expected a number, but got"),
         ((*ONE, "--rule", "euler"), "'euler'"),
@@ -798,7 +799,13 @@ def test_command_refuses_latents_that_do_not_fit(work: Work) -> None:
     for name, latent, message in (
         ("wide", np.zeros((16, 17, 16), np.float32), "expected at most 1024 patch tokens"),
         ("channels", work.latent[:15].copy(), "expected latent shape [B, 16, h, w], but got "),
-        ("rank", work.latent[0].copy(), "to be [C, h, w] or [B, C, h, w], but got [2, 3]"),
+        ("rank", work.latent[0].copy(), "but got [2, 3]; this bundle takes latents of its own net"),
+        (
+            "single",
+            np.ones((), np.float32),
+            "expected latent shape [B, 16, h, w], but got []; this bundle",
+        ),
+        ("video", np.zeros((1, 16, 3, 2, 3), np.float32), "[1, 16, 3, 2, 3]; choose one frame"),
         ("empty", np.zeros((16, 0, 3), np.float32), "but got [16, 0, 3]"),
         ("double", work.latent.astype(np.float64), "to be F32, F16, BF16, but got F64; convert"),
         ("nan", nan, "holds NaN or infinity"),
@@ -808,7 +815,7 @@ def test_command_refuses_latents_that_do_not_fit(work: Work) -> None:
         assert message in refused and str(path) in refused
     pair = np.stack([work.caption] * 2)
     for name, beside, message in (
-        ("sigmas", {"sigma": np.array([0.1, 5.0], np.float32)}, "expected one sigma or 1, but got"),
+        ("sigmas", {"sigma": np.array([0.1, 5.0], np.float32)}, "expected one sigma, but got"),
         ("sigma", {"sigma": np.array([5.0], np.float32)}, "expected sigma in [0, 1], but got"),
         ("captions", {"caption": pair}, "got [2, 12, 32]; B is 1 or that of the latent"),
     ):
@@ -822,6 +829,53 @@ def test_command_refuses_latents_that_do_not_fit(work: Work) -> None:
     work.file("batch/a-1", latent=work.latent)
     refused = work.refusal("--latents", "batch", "-o", "images")
     assert "expected every image to have its own name, but got " in refused
+
+
+def test_command_knows_latents_of_other_tools(work: Work, tmp_path: Path) -> None:
+    assert work.run(*ONE)[0] == 0
+    factor, shift = [0.5, *[0.25] * 15], [0.125]
+    bundle = edited(
+        work.bundle,
+        tmp_path / "rules",
+        lambda tree: tree["model"].update(
+            space="flux",
+            latent_convention="z",
+            latent_spread=[0.3, 2.0],
+            token_width=3,
+            comfyui_latent={"factor": factor, "shift": shift},
+            partly_denoised="euler",
+        ),
+    )
+    raw = work.latent[None, :, None] / np.array(factor, np.float32)[:, None, None, None] + 0.125
+    mark = np.zeros(0, np.float32)
+    path = work.folder / work.file("raw", latent_tensor=raw, latent_format_version_0=mark)
+    path.rename(path.with_suffix(".latent"))
+    one = ("--latent", "raw.latent", *ONE[2:-1], "raw.png")
+    assert work.run(*one, bundle=bundle)[::2] == (0, "")
+    np.testing.assert_array_equal(work.pixels("raw.png"), work.pixels("image.png"))
+    assert "bundle does not say how to normalise it; " in work.refusal(*one)
+    refused = work.refusal(*one, "--overwrite", "--sigma", 1.2, bundle=bundle)
+    assert "a clean latent, and for x0 + sigma noise divide latent and sigma by sqrt(" in refused
+
+    work.file("scaled", latent=7 * work.latent[None])
+    scaled = ("--latent", "scaled.safetensors", *ONE[2:-1], "scaled.png")
+    told = f"the latent's standard deviation is {7 * work.latent.std():.2f}, "
+    code, _, err = work.run(*scaled, bundle=bundle)
+    assert code == 0 and err.count("\n") == 1
+    assert err.startswith(f"warning: scaled.safetensors: {told}")
+    assert err.endswith(
+        "but about 1 is expected; normalise it as this bundle takes it: flux latents, z\n"
+    )
+
+    for name, latent, message in (
+        ("tokens", raw.reshape(1, -1, 3), "these look like tokens [B, n, 3]: unpack them to [B,"),
+        ("either", work.latent, "[16, 2, 3]; save one latent as [1, 16, h, w]; if these are tok"),
+    ):
+        path = work.file(name, latent=latent)
+        assert message in work.refusal("--latent", path, "-o", "a.png", bundle=bundle)
+    np.save(work.folder / "latent.npy", work.latent)
+    refused = work.refusal("--latent", "latent.npy", "-o", "a.png")
+    assert "to be a safetensors file, but got a NumPy file; save its array as 'latent'" in refused
 
 
 def test_command_refuses_damaged_bundles(work: Work, tmp_path: Path) -> None:

@@ -185,9 +185,9 @@ def test_superseded_files_are_looked_for_where_the_hub_moved_them() -> None:
 
 def test_scalar_conventions_are_written_as_they_compute() -> None:
     for space in SPACES.values():
-        if space.factor is not None and space.shift is not None:
+        if space.factor is not None and space.shift is not None and len(space.factor) == 1:
             value = eval(space.convention, {"z": 0.7})
-            assert value == pytest.approx(space.factor * (0.7 - space.shift))
+            assert value == pytest.approx(space.factor[0] * (0.7 - space.shift[0]))
 
 
 def test_registry_needs_no_torch() -> None:

@@ -32,7 +32,8 @@ constexpr const char* examples =
 files:
   A latent file has one tensor, or one named "latent": [C, h, w] or [B, C, h, w] in float32,
   float16 or bfloat16, normalised as the bundle's manifest says. It may also hold "caption",
-  [T, D] or [B, T, D], and "sigma", a number or [B]. A batch makes image-0.png, image-1.png, ..
+  [T, D] or [B, T, D], and "sigma", a number or [B]. ComfyUI's .latent files are known, and
+  normalised. A batch makes image-0.png, image-1.png, ..
   Image b of a file is decoded with seed + b, so a file gives the same images alone or among
   others. Every input is checked before the first decode, and images appear whole or not at all.)";
 
@@ -59,13 +60,6 @@ std::uint64_t integer(const std::string& text, std::uint64_t least, std::uint64_
     if (error != std::errc() || stop != end || value < least || value > most)
         throw Unusable{core::text_of("a whole number from ", least, " to ", most_text)};
     return value;
-}
-
-float sigma(const std::string& text) {
-    const double value = number(text);
-    if (!(value >= 0 && value <= 1))
-        throw Unusable{"a number in [0, 1]"};
-    return static_cast<float>(value);
 }
 
 std::vector<double> times(const std::string& text) {
@@ -124,7 +118,7 @@ public:
         value("--caption-key", "NAME", "the caption's tensor, if it has another name",
               word(to_.caption_key));
         value("--sigma", "SIGMA", "noise level of the latents, 0 to 1 (the files', or 0)",
-              [this](const std::string& text) { to_.sigma = sigma(text); });
+              [this](const std::string& text) { to_.sigma = static_cast<float>(number(text)); });
         value("--seed", "SEED", "of the first image of every file (0)",
               [this](const std::string& text) {
                   to_.seed =

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <map>
+#include <set>
 
 #include "errors.h"
 #include "png_file.h"
@@ -12,7 +13,22 @@ namespace {
 
 using core::refuse;
 
-constexpr const char* latent_suffix = ".safetensors";
+constexpr const char* caption_suffix = ".safetensors";
+
+// Whether a file is one of latents, by its name; the second suffix is ComfyUI's.
+bool is_latent_file(const Path& path) {
+    return path.extension() == caption_suffix || path.extension() == ".latent";
+}
+
+// In the order of their names, without hidden ones.
+std::vector<Path> files_in(const Path& folder) {
+    std::vector<Path> files;
+    for (const auto& entry : std::filesystem::directory_iterator(folder))
+        if (entry.is_regular_file() && entry.path().filename().string()[0] != '.')
+            files.push_back(entry.path());
+    std::sort(files.begin(), files.end());
+    return files;
+}
 
 // All of a tensor, or what it has for one image of the file.
 pid_tensor view_of(const Floats& floats, std::size_t image, bool one_of_many) {
@@ -43,8 +59,10 @@ Path target_of(const Source& source, const Arguments& arguments, std::size_t bat
 
 } // namespace
 
-Inputs read_source(const Source& source, const Arguments& arguments) {
-    Inputs inputs = read_latent_file(source.latent, arguments.latent_key, source.caption.empty());
+Inputs read_source(const core::Manifest& manifest, const Source& source,
+                   const Arguments& arguments) {
+    Inputs inputs =
+        read_latent_file(source.latent, manifest, arguments.latent_key, source.caption.empty());
     if (!source.caption.empty())
         inputs.caption = read_caption_file(source.caption, arguments.caption_key);
     if (arguments.sigma)
@@ -78,24 +96,39 @@ std::vector<Source> find_sources(const Arguments& arguments) {
     if (!arguments.many)
         return {{arguments.latents, arguments.caption}};
     std::vector<Source> sources;
-    for (const auto& entry : std::filesystem::directory_iterator(arguments.latents))
-        if (entry.path().extension() == latent_suffix && entry.is_regular_file())
-            sources.push_back({entry.path(), arguments.caption});
+    for (const Path& file : files_in(arguments.latents))
+        if (is_latent_file(file))
+            sources.push_back({file, arguments.caption});
     if (sources.empty())
-        refuse("expected *", latent_suffix, " files, but got none in ", arguments.latents.string(),
-               "; give another folder");
-    std::sort(sources.begin(), sources.end(),
-              [](const Source& a, const Source& b) { return a.latent < b.latent; });
+        refuse("expected *.safetensors, *.latent files, but got none in ",
+               arguments.latents.string(), "; give another folder");
     if (arguments.captions.empty())
         return sources;
     for (Source& source : sources) {
-        source.caption = arguments.captions / source.latent.filename();
+        source.caption = arguments.captions / (Path(source.latent.stem()) += caption_suffix);
         if (!std::filesystem::is_regular_file(source.caption))
             refuse("expected a caption for every latent, but got no ",
-                   source.latent.filename().string(), " in ", arguments.captions.string(),
+                   source.caption.filename().string(), " in ", arguments.captions.string(),
                    "; add it, or use --caption FILE for all");
     }
     return sources;
+}
+
+std::string skipped_files(const Arguments& arguments) {
+    std::size_t skipped = 0;
+    std::set<std::string> kinds;
+    const std::vector<Path> files = files_in(arguments.latents);
+    for (const Path& file : files)
+        if (!is_latent_file(file)) {
+            ++skipped;
+            kinds.insert(file.has_extension() ? file.extension().string()
+                                              : file.filename().string());
+        }
+    if (skipped == 0)
+        return "";
+    return core::text_of("skipped ", skipped, " of ", files.size(), " files in ",
+                         arguments.latents.string(), ": ", core::joined(kinds),
+                         " is none of *.safetensors, *.latent");
 }
 
 core::Failure about(const Source& source, const core::Failure& failure) {
@@ -106,7 +139,7 @@ std::vector<Job> plan_jobs(const core::Manifest& manifest, const std::vector<Sou
                            const Arguments& arguments) {
     std::vector<Job> jobs;
     for (const Source& source : sources) {
-        const Inputs inputs = read_source(source, arguments);
+        const Inputs inputs = read_source(manifest, source, arguments);
         const std::size_t batch = inputs.latent.images();
         try {
             const core::Request request = core::check_request(

@@ -21,7 +21,8 @@ struct Source {
 
 // The content of a source, with what the arguments say in its place.
 using Inputs = LatentFile;
-Inputs read_source(const Source& source, const Arguments& arguments);
+Inputs read_source(const core::Manifest& manifest, const Source& source,
+                   const Arguments& arguments);
 
 // Parameters of a decode of some images of these inputs, which they borrow.
 // first, count: which images of the batch; count is 1 or all of them.
@@ -46,6 +47,9 @@ struct Job {
 // Pair latents with captions; the latents of a folder in the order of their names.
 // Refuses a folder without latents, or a latent without its caption file.
 std::vector<Source> find_sources(const Arguments& arguments);
+
+// What to say of files in a folder of latents that find_sources() leaves out; "" if there are none.
+std::string skipped_files(const Arguments& arguments);
 
 // Read every source, check it against the bundle, and list the images to make of it.
 // Refuses an input that does not fit.

@@ -5,7 +5,7 @@
 #include <string>
 #include <vector>
 
-#include "bundle/sizes.h"
+#include "bundle/manifest.h"
 
 namespace pid::cli {
 
@@ -30,11 +30,13 @@ struct LatentFile {
 // Read a latent [C, h, w] or [B, C, h, w], and the caption and sigma beside it.
 //
 // The latent is the tensor called `key`; for "", the tensor called "latent", or the only one that
-// is neither "caption" [T, D] or [B, T, D] nor "sigma" (a number or one per image). Each is F32,
-// F16 or BF16. embedded_caption: read "caption", if there is one.
+// is neither "caption" [T, D] or [B, T, D] nor "sigma" (a number or one per image). That of
+// ComfyUI's files is known, and normalised. An axis of one frame, [B, C, 1, h, w], is left out; a
+// shape that is not clear stays as it is. Each is F32, F16 or BF16.
+// manifest: of the bundle that is to decode it. embedded_caption: read "caption", if there is one.
 // Refuses a file that cannot be read or holds something else, such as NaN.
-LatentFile read_latent_file(const std::filesystem::path& path, const std::string& key,
-                            bool embedded_caption);
+LatentFile read_latent_file(const std::filesystem::path& path, const core::Manifest& manifest,
+                            const std::string& key, bool embedded_caption);
 
 // Read a caption embedding [T, D] or [B, T, D], as [1 or B, T, D].
 //

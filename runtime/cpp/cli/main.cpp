@@ -17,6 +17,7 @@
 #include "decode_jobs.h"
 #include "decoder.h"
 #include "errors.h"
+#include "latents.h"
 #include "parallel.h"
 #include "png_file.h"
 #include "request.h"
@@ -96,7 +97,12 @@ std::vector<double> run(core::Decoder& decoder, const std::vector<Job>& jobs,
     Inputs inputs;
     for (const Job& job : jobs) {
         if (job.index == 0)
-            inputs = read_source(job.source, arguments);
+            inputs = read_source(decoder.manifest(), job.source, arguments);
+        const std::size_t count = inputs.latent.values.size() / inputs.latent.images();
+        const std::string spread =
+            core::spread_warning(decoder.manifest().model, inputs.latent.part(job.index), count);
+        if (!spread.empty())
+            print_warning(job.source.latent.string() + ": " + spread);
         const core::Request request = core::check_request(
             decoder.manifest(), decode_params(arguments, inputs, job.index, 1, job.seed), false);
         std::vector<std::uint8_t> pixels(static_cast<std::size_t>(job.width * job.height) * 3);
@@ -170,6 +176,9 @@ void decode(const Arguments& arguments) {
     core::Decoder decoder(std::make_shared<core::Bundle>(arguments.bundle, options), run_options);
     throw_if_interrupted();
     const Cancellable cancellable(decoder);
+    if (const std::string skipped = arguments.many ? skipped_files(arguments) : "";
+        !skipped.empty())
+        print_warning(skipped);
     warn(manifest.model, jobs);
     const auto params = decode_params(arguments, Inputs(), 0, 0, arguments.seed);
     const std::size_t steps = core::check_schedule(manifest.sampler, params).rows.size();

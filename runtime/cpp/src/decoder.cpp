@@ -8,6 +8,7 @@
 #include "advice.h"
 #include "bundle/folder.h"
 #include "errors.h"
+#include "latents.h"
 
 namespace pid::core {
 namespace {
@@ -125,6 +126,13 @@ void Decoder::advise(const Request& request) const {
     for (const std::string& line :
          advice(manifest().model, shape[3], shape[2], sigma, request.has_caption))
         log_(PID_LOG_WARNING, line);
+    if (request.latent.memory != PID_HOST)
+        return;
+    const auto* latent = static_cast<const float*>(request.latent.data);
+    const std::string spread =
+        spread_warning(manifest().model, latent, count_of(request.latent.shape));
+    if (!spread.empty())
+        log_(PID_LOG_WARNING, spread);
 }
 
 Tensor Decoder::state() const {

@@ -7,6 +7,7 @@
 #include "backends/memory.h"
 #include "errors.h"
 #include "interpreter.h"
+#include "latents.h"
 
 namespace pid::core {
 namespace {
@@ -54,13 +55,6 @@ std::string known_steps(const Sampler& sampler) {
         numbers.push_back(rows.size());
     std::sort(numbers.begin(), numbers.end());
     return joined(numbers);
-}
-
-std::string latents_of(const Manifest& manifest) {
-    const Model& model = manifest.model;
-    if (model.space.empty())
-        return "latents of its own network";
-    return model.space + " latents, " + model.latent_convention;
 }
 
 [[noreturn]] void refuse_shape(const std::string& name, const SymbolicShape& wanted,
@@ -171,16 +165,25 @@ Input check_caption(const Manifest& manifest, const pid_tensor& tensor, std::uin
     return check_values(tensor, "caption", std::move(shape), has_device);
 }
 
-std::vector<float> check_sigmas(const pid_decode_params& params, std::uint64_t batch) {
+// "" or " or B", after "expected one sigma".
+std::string or_more(std::uint64_t batch) {
+    return batch == 1 ? "" : text_of(" or ", batch);
+}
+
+std::vector<float> check_sigmas(const Model& model, const pid_decode_params& params,
+                                std::uint64_t batch) {
     if (params.sigma_count == 0)
         return std::vector<float>(batch, 0.0F);
     if ((params.sigma_count != 1 && params.sigma_count != batch) || params.sigma == nullptr)
-        refuse("expected one sigma or ", batch, ", but got ",
+        refuse("expected one sigma", or_more(batch), ", but got ",
                params.sigma == nullptr ? 0 : params.sigma_count, "; give one per image");
     const std::vector<float> given(params.sigma, params.sigma + params.sigma_count);
     for (const float sigma : given)
         if (!(sigma >= 0 && sigma <= 1))
-            refuse("expected sigma in [0, 1], but got ", listed(given), "; 0 is a clean latent");
+            refuse("expected sigma in [0, 1], but got [", joined(given), "]; 0 is a clean latent",
+                   model.is_euler ? ", and for x0 + sigma noise divide latent and sigma by "
+                                    "sqrt(sigma^2 + 1) first"
+                                  : "");
     return given.size() == batch ? given : std::vector<float>(batch, given[0]);
 }
 
@@ -188,7 +191,7 @@ std::vector<std::uint64_t> check_seeds(const pid_decode_params& params, std::uin
     std::vector<std::uint64_t> seeds(batch);
     if (params.seed_count > 1 || (params.seed_count == 1 && params.seeds == nullptr)) {
         if (params.seed_count != batch || params.seeds == nullptr)
-            refuse("expected one seed or ", batch, ", but got ",
+            refuse("expected one seed", or_more(batch), ", but got ",
                    params.seeds == nullptr ? 0 : params.seed_count);
         std::copy_n(params.seeds, batch, seeds.begin());
         return seeds;
@@ -284,9 +287,11 @@ Schedule check_schedule(const Sampler& sampler, const pid_decode_params& params)
 
 Sizes check_sizes(const Manifest& manifest, const pid_tensor& latent) {
     const Network& network = manifest.network;
-    const std::string fix = "this bundle takes " + latents_of(manifest);
     if (latent.data == nullptr)
-        refuse("expected a latent, but got none; ", fix);
+        refuse("expected a latent, but got none; this bundle takes ", latents_of(manifest.model));
+    const bool has_axes = latent.rank > 0 && latent.rank <= PID_MAX_RANK;
+    const std::string fix =
+        shape_hint(manifest, Shape(latent.shape, latent.shape + (has_axes ? latent.rank : 0)));
     const Shape shape =
         check_shape(latent, "latent", {"B", network.latent_channels, "h", "w"}, fix);
     const auto size = [&](std::size_t axis) { return static_cast<std::uint64_t>(shape[axis]); };
@@ -302,7 +307,7 @@ Request check_request(const Manifest& manifest, const pid_decode_params& params,
     Input latent = check_values(params.latent, "latent",
                                 Shape(params.latent.shape, params.latent.shape + 4), has_device);
     Input caption = check_caption(manifest, params.caption, batch, has_device);
-    std::vector<float> sigmas = check_sigmas(params, batch);
+    std::vector<float> sigmas = check_sigmas(manifest.model, params, batch);
     std::vector<std::uint64_t> seeds = check_seeds(params, batch);
     const std::size_t times = manifest.sampler.times.size();
     sizes = Sizes::of_request(manifest.network, batch, sizes.value("h"), sizes.value("w"),

@@ -3,7 +3,6 @@
 import argparse
 import contextlib
 import itertools
-import logging
 import time
 from argparse import Namespace
 from collections.abc import Callable, Generator, Sequence
@@ -13,10 +12,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from pid_runtime.advice import advice
 from pid_runtime.backends.choice import BACKENDS
 from pid_runtime.bundle.folder import read_manifest
 from pid_runtime.command import console
-from pid_runtime.command.advice import advice
 from pid_runtime.command.decode_jobs import (
     Job,
     Settings,
@@ -25,17 +24,18 @@ from pid_runtime.command.decode_jobs import (
     check_targets,
     find_sources,
     plan_jobs,
+    request_of,
+    skipped_files,
 )
 from pid_runtime.command.images import save_image, sheet_size, side_by_side
 from pid_runtime.decoder import Decoder
 from pid_runtime.errors import NotFiniteError, PidRuntimeError
+from pid_runtime.latents import spread_warning
 from pid_runtime.request import RULES, check_schedule
 
 FORMATS = ("png", "jpg", "webp")
 
 Pixels = NDArray[np.uint8]
-
-_log = logging.getLogger(__name__)
 
 _EXAMPLES = """examples:
   pid-decode flux-2k --latent latent.safetensors --caption caption.safetensors -o image.png
@@ -46,7 +46,8 @@ _EXAMPLES = """examples:
 files:
   A latent file has one tensor, or one named "latent": [C, h, w] or [B, C, h, w] in float32,
   float16 or bfloat16, normalised as the bundle's manifest says. It may also hold "caption",
-  [T, D] or [B, T, D], and "sigma", a number or [B]. A batch makes image-0.png, image-1.png, ..
+  [T, D] or [B, T, D], and "sigma", a number or [B]. ComfyUI's .latent files are known, and
+  normalised. A batch makes image-0.png, image-1.png, ..
   Image b of a file is decoded with seed + b, so a file gives the same images alone or among
   others. Names, sizes and types of all inputs are checked before the first decode. Images appear
   whole or not at all.
@@ -86,7 +87,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--caption-key", metavar="NAME", help="the caption's tensor, if it has another name")
     add(
         "--sigma",
-        type=_sigma,
+        type=_number,
         help="noise level of the latents, 0 to 1 (the files', or 0); of a photo's, noise to add",
     )
     add("--seed", type=_seed, default=0, help="of the first image of every file (0)")
@@ -132,6 +133,7 @@ def _decode(arguments: Namespace) -> None:
     )
     path = arguments.latent or arguments.latents or arguments.image or arguments.images
     sources = find_sources(path, arguments.caption, arguments.captions, photos=photos)
+    skipped = skipped_files(path, photos=photos) if many else None
     jobs = plan_jobs(manifest, sources, settings, _namer(arguments, many))
     folder = _folder(arguments.output) if many else contextlib.nullcontext()
     with folder:
@@ -148,7 +150,8 @@ def _decode(arguments: Namespace) -> None:
             manifest=manifest,
         )
         with decoder:
-            _warn(decoder.manifest.model, jobs)
+            decoder.warn([skipped] if skipped else [])
+            decoder.warn(_advice(decoder.manifest.model, jobs))
             total = schedule.steps * len(jobs)
             with console.progress("Decoding", total, quiet=arguments.quiet) as advance:
                 seconds, tiles = _run(decoder, jobs, settings, advance, bool(arguments.sheet))
@@ -171,18 +174,13 @@ def _run(
         inputs = source.read(decoder.manifest, settings)
         for job in group:
             own = inputs.image(job.index)
+            request = request_of(decoder.manifest, own, settings, job.seed)
+            if spread := spread_warning(decoder.manifest, own.latent):
+                decoder.warn([f"{source.path}: {spread}"])
             begin = time.perf_counter()
             try:
-                images: Pixels = decoder.decode(
-                    own.latent,
-                    own.caption,
-                    sigma=own.sigma,
-                    seed=job.seed,
-                    steps=settings.steps,
-                    times=settings.times,
-                    rule=settings.rule,
-                    output="uint8",
-                    progress=lambda _done, _total: advance(1),
+                images: Pixels = decoder.run(
+                    request, "uint8", progress=lambda _done, _total: advance(1)
                 )
             except NotFiniteError as error:
                 raise PidRuntimeError(f"{source.path}: {error}") from None
@@ -225,18 +223,21 @@ def _report(arguments: Namespace, jobs: Sequence[Job], seconds: Sequence[float])
     console.emit(result, "\n".join(lines), as_json=arguments.json)
 
 
-def _warn(model: dict[str, Any], jobs: Sequence[Job]) -> None:
-    sizes = [(job.width, job.height) for job in jobs]
-    for line in advice(model, sizes, max(job.sigma for job in jobs)):
-        _log.warning("%s", line)
+def _advice(model: dict[str, Any], jobs: Sequence[Job]) -> list[str]:
+    """What to say about images that will be made, but not as well as they could."""
+    largest_sigma = max(job.sigma for job in jobs)
+    lines = [
+        line
+        for job in jobs
+        for line in advice(model, (job.width, job.height), largest_sigma, has_caption=True)
+    ]
     bare = sum(not job.has_caption for job in jobs)
     if bare and model.get("captioned") is not False:
-        _log.warning(
-            "%s of %s images have no caption and get the empty embedding (zeros), which costs "
-            "quality; give the prompt's Gemma-2-2b-it embedding by --caption",
-            bare,
-            len(jobs),
+        lines.append(
+            f"{bare} of {len(jobs)} images have no caption and get the empty embedding (zeros), "
+            "which costs quality; give the prompt's Gemma-2-2b-it embedding by --caption"
         )
+    return lines
 
 
 def _check_kinds(arguments: Namespace, *, many: bool, photos: bool) -> None:
@@ -293,13 +294,6 @@ def _folder(path: Path) -> Generator[None, None, None]:
     finally:
         with contextlib.suppress(OSError):
             path.rmdir()  # refused unless it is empty
-
-
-def _sigma(text: str) -> float:
-    value = _number(text)
-    if not 0 <= value <= 1:
-        raise argparse.ArgumentTypeError(f"expected a number in [0, 1], but got {text!r}")
-    return value
 
 
 def _times(text: str) -> tuple[float, ...]:

@@ -9,15 +9,19 @@ from numpy.typing import NDArray
 
 from pid_runtime.bundle.manifest import Manifest
 from pid_runtime.command.images import check_image_path, check_image_size
-from pid_runtime.command.latents import StoredTensor, open_caption_file, open_latent_file
+from pid_runtime.command.latent_files import (
+    CAPTION_SUFFIX,
+    LATENT_SUFFIXES,
+    StoredTensor,
+    open_caption_file,
+    open_latent_file,
+)
 from pid_runtime.errors import PidRuntimeError
 from pid_runtime.nano.block_dct import BLOCK
 from pid_runtime.nano.codec import encode, latent_channels
 from pid_runtime.nano.photos import PHOTO_SUFFIXES, padded, photo_size, read_photo
 from pid_runtime.noise import image_seed
-from pid_runtime.request import Rule, check_request
-
-LATENT_SUFFIX = ".safetensors"
+from pid_runtime.request import Request, Rule, check_request
 
 Values = Callable[[StoredTensor], NDArray[np.float32]]
 """What becomes of a tensor in a file: its values, or an outline of them."""
@@ -56,7 +60,7 @@ class Source:
         if self.is_photo:
             inputs = self._photo_outline(manifest, settings)
         else:
-            inputs = self._latent(settings, StoredTensor.outline)
+            inputs = self._latent(manifest, settings, StoredTensor.outline)
         return self._with_caption(inputs, settings, StoredTensor.outline)
 
     def read(self, manifest: Manifest, settings: Settings) -> "Inputs":
@@ -64,7 +68,7 @@ class Source:
         if self.is_photo:
             inputs = self._photo(manifest, settings)
         else:
-            inputs = self._latent(settings, StoredTensor.read)
+            inputs = self._latent(manifest, settings, StoredTensor.read)
         return self._with_caption(inputs, settings, StoredTensor.read)
 
     def _with_caption(self, inputs: "Inputs", settings: Settings, values: Values) -> "Inputs":
@@ -73,9 +77,9 @@ class Source:
         stored = open_caption_file(self.caption, settings.caption_key)
         return replace(inputs, caption=values(stored))
 
-    def _latent(self, settings: Settings, values: Values) -> "Inputs":
+    def _latent(self, manifest: Manifest, settings: Settings, values: Values) -> "Inputs":
         file = open_latent_file(
-            self.path, settings.latent_key, embedded_caption=self.caption is None
+            self.path, manifest, settings.latent_key, embedded_caption=self.caption is None
         )
         sigma = np.zeros(1, np.float32) if file.sigma is None else file.sigma.read()
         if settings.sigma is not None:
@@ -129,6 +133,20 @@ class Inputs:
         return Inputs(part(self.latent), caption, part(self.sigma), self.photo_size)
 
 
+def request_of(manifest: Manifest, inputs: Inputs, settings: Settings, seed: int) -> Request:
+    """What the decoder is asked for. Raises `PidRuntimeError` for inputs that do not fit."""
+    return check_request(
+        manifest,
+        inputs.latent,
+        inputs.caption,
+        sigma=inputs.sigma,
+        seed=seed,
+        steps=settings.steps,
+        times=settings.times,
+        rule=settings.rule,
+    )
+
+
 @dataclass(frozen=True)
 class Job:
     """One image to decode."""
@@ -154,21 +172,21 @@ def find_sources(
 ) -> list[Source]:
     """Pair latents or photos with captions.
 
-    path: a file, or a folder of `*.safetensors` or of photos, taken in the order of their names.
-    caption: one caption file for all. captions: a folder of caption files named as the others.
+    path: a file, or a folder of latent files or of photos, taken in the order of their names.
+    caption: one caption file for all. captions: a folder of `*.safetensors` named as the others.
     Raises `PidRuntimeError` for a folder without such files, or one without its caption file.
     """
     if not path.is_dir():
         return [Source(path, caption, photos)]
-    suffixes = PHOTO_SUFFIXES if photos else (LATENT_SUFFIX,)
-    files = sorted(f for f in path.iterdir() if f.suffix.lower() in suffixes and f.is_file())
+    suffixes = _suffixes(photos)
+    files = [file for file in _files(path) if file.suffix.lower() in suffixes]
     if not files:
         raise PidRuntimeError(
             f"expected *{', *'.join(suffixes)} files, but got none in {path}; give another folder"
         )
     if captions is None:
         return [Source(file, caption, photos) for file in files]
-    sources = [Source(file, captions / f"{file.stem}{LATENT_SUFFIX}", photos) for file in files]
+    sources = [Source(file, captions / f"{file.stem}{CAPTION_SUFFIX}", photos) for file in files]
     for source in sources:
         if source.caption is not None and not source.caption.is_file():
             raise PidRuntimeError(
@@ -176,6 +194,28 @@ def find_sources(
                 f"{source.caption.name} in {captions}; add it, or use --caption FILE for all"
             )
     return sources
+
+
+def skipped_files(path: Path, *, photos: bool = False) -> str | None:
+    """What to say of files in a folder that `find_sources` leaves out; None if there are none."""
+    suffixes, files = _suffixes(photos), _files(path)
+    skipped = [file for file in files if file.suffix.lower() not in suffixes]
+    if not skipped:
+        return None
+    kinds = ", ".join(sorted({file.suffix or file.name for file in skipped}))
+    return (
+        f"skipped {len(skipped)} of {len(files)} files in {path}: {kinds} is none of "
+        f"*{', *'.join(suffixes)}"
+    )
+
+
+def _suffixes(photos: bool) -> tuple[str, ...]:
+    return PHOTO_SUFFIXES if photos else LATENT_SUFFIXES
+
+
+def _files(folder: Path) -> list[Path]:
+    """In the order of their names, without hidden ones."""
+    return sorted(f for f in folder.iterdir() if f.is_file() and not f.name.startswith("."))
 
 
 def plan_jobs(
@@ -193,16 +233,7 @@ def plan_jobs(
     for source in sources:
         inputs = source.outline(manifest, settings)
         try:
-            request = check_request(
-                manifest,
-                inputs.latent,
-                inputs.caption,
-                sigma=inputs.sigma,
-                seed=settings.seed,
-                steps=settings.steps,
-                times=settings.times,
-                rule=settings.rule,
-            )
+            request = request_of(manifest, inputs, settings, settings.seed)
         except PidRuntimeError as error:
             raise PidRuntimeError(f"{source.path}: {error}") from None
         target, batch = name(source), len(inputs.latent)

@@ -61,10 +61,13 @@ class Work:
         out, err = self.capture.readouterr()
         return code, out, err
 
-    def decode(self, *arguments: object, latent: Path | None = None) -> NDArray[np.uint8]:
+    def decode(
+        self, *arguments: object, latent: Path | None = None, bundle: Path | None = None
+    ) -> NDArray[np.uint8]:
         """Pixels of an image decoded without complaint."""
         self.image.unlink(missing_ok=True)
-        code, _, err = self.run("--latent", latent or self.latent, "-o", self.image, *arguments)
+        chosen = ("--latent", latent or self.latent, "-o", self.image, *arguments)
+        code, _, err = self.run(*chosen, bundle=bundle)
         assert (code, err) == (0, "")
         return pixels(self.image)
 
@@ -77,13 +80,15 @@ class Work:
         assert tree(self.folder) == before
         return err
 
-    def mistake(self, *arguments: object, latent: Path | None = None) -> str:
+    def mistake(
+        self, *arguments: object, latent: Path | None = None, bundle: Path | None = None
+    ) -> str:
         """The refusal of a decode of one latent with a caption."""
         caption = (
             () if {"--caption", "--captions"} & set(arguments) else ("--caption", self.caption)
         )
         chosen = ("--latent", latent or self.latent, "-o", self.image, *caption, *arguments)
-        return self.refusal(*chosen)
+        return self.refusal(*chosen, bundle=bundle)
 
 
 @pytest.fixture
@@ -279,7 +284,8 @@ def test_decodes_a_folder_in_order(work: Work, many: Path) -> None:
     target, sheet = work.folder / "images", work.folder / "sheet.png"
     arguments = ("--latents", many, "-o", target, "--seed", 3, "--sheet", sheet, "--json")
     code, out, err = work.run(*arguments)
-    assert (code, err) == (0, "")
+    assert code == 0 and err.count("\n") == 1
+    assert f"skipped 1 of 4 files in {many}: .txt is none of *.safetensors, *.latent" in err
     result = json.loads(out)
     names = ["a-0.png", "a-1.png", "b.png", "c.png"]
     assert [Path(image["image"]).name for image in result["images"]] == names
@@ -303,8 +309,7 @@ def test_captions_of_a_folder(work: Work, many: Path) -> None:
     missing = work.refusal(*arguments, work.folder / "images")
     assert "expected a caption for every latent, but got no c.safetensors in " in missing
     work.file("captions/c", caption=CAPTION)
-    code, _, err = work.run(*arguments, work.folder / "images", "--format", "webp")
-    assert (code, err) == (0, "")
+    assert work.run(*arguments, work.folder / "images", "--format", "webp")[0] == 0
     names = ["a-0.webp", "a-1.webp", "b.webp", "c.webp"]
     assert sorted(os.listdir(work.folder / "images")) == names
     # One caption for all, into a folder that exists.
@@ -321,7 +326,7 @@ def test_one_bad_file_stops_all(work: Work, many: Path) -> None:
     target = work.folder / "images"
     bad = work.file("latents/z", latent=LATENT[:4], caption=CAPTION)
     message = work.refusal("--latents", many, "-o", target)
-    assert f"{bad}: expected latent shape [B, 16, h, w], but got [1, 4, 2, 3]; " in message
+    assert f"{bad}: expected latent shape [B, 16, h, w], but got [4, 2, 3]; " in message
     bad.write_bytes(bad.read_bytes()[:-1])
     assert f"expected {bad} to be a safetensors file" in work.refusal(
         "--latents", many, "-o", target
@@ -420,9 +425,9 @@ def test_latents_that_do_not_fit(work: Work) -> None:
     shape = "expected latent shape [B, 16, h, w], but got "
     for name, tensor, message in (
         ("wide", normal(CHANNELS, 17, 16), "expected at most 1024 patch tokens"),
-        ("channels", LATENT[:15], f"{shape}[1, 15, 2, 3]; "),
-        ("rank2", LATENT[0], "to be [C, h, w] or [B, C, h, w], but got [2, 3]"),
-        ("rank5", LATENT[None, None], "but got [1, 1, 16, 2, 3]"),
+        ("channels", LATENT[:15], f"{shape}[15, 2, 3]; "),
+        ("rank2", LATENT[0], f"{shape}[2, 3]; this bundle takes latents of its own network"),
+        ("rank5", LATENT[None, None], f"{shape}[1, 1, 16, 2, 3]; choose one frame"),
         ("empty", LATENT[:, :0], "but got [16, 0, 3]"),
         ("whole", LATENT.to(torch.int32), "to be F32, F16, BF16, but got I32; "),
         ("double", LATENT.double(), "but got F64; convert it"),
@@ -433,6 +438,63 @@ def test_latents_that_do_not_fit(work: Work) -> None:
         message_given = work.mistake(latent=latent)
         assert message in message_given
         assert str(latent) in message_given
+
+
+def test_packed_latents_and_frames(work: Work, edit_bundle: EditBundle) -> None:
+    bundle = edit_bundle(lambda manifest: manifest["model"].update(token_width=3))
+    shape = "expected latent shape [B, 16, h, w], but got "
+    for name, tensor, message in (
+        ("tokens", normal(1, 6, 3), "[1, 6, 3]; these look like tokens [B, n, 3]: unpack them to"),
+        ("either", LATENT, "[16, 2, 3]; save one latent as [1, 16, h, w]; if these are tokens"),
+        ("video", normal(1, 16, 3, 2, 3), "[1, 16, 3, 2, 3]; choose one frame"),
+    ):
+        latent = work.file(name, latent=tensor)
+        assert f"{latent}: {shape}{message}" in work.mistake(latent=latent, bundle=bundle)
+    want = work.decode("--caption", work.caption)
+    for one in (LATENT[None], LATENT[None, :, None]):
+        latent = work.file("one", latent=one)
+        caption = ("--caption", work.caption)
+        np.testing.assert_array_equal(work.decode(*caption, latent=latent, bundle=bundle), want)
+
+
+def test_latents_of_comfyui(work: Work, edit_bundle: EditBundle) -> None:
+    factor, shift = [0.5, *[0.25] * 15], [0.125]
+    rule = {"factor": factor, "shift": shift}
+    bundle = edit_bundle(lambda manifest: manifest["model"].update(comfyui_latent=rule))
+    raw = LATENT[None] / torch.tensor(factor)[:, None, None] + 0.125
+    latent = work.file("raw", latent_tensor=raw, latent_format_version_0=torch.tensor([]))
+    latent = latent.rename(latent.with_suffix(".latent"))
+    arguments = ("--caption", work.caption)
+    image = work.decode(*arguments, latent=latent, bundle=bundle)
+    np.testing.assert_array_equal(image, work.decode(*arguments))
+    folder = work.folder / "raw"
+    folder.mkdir()
+    latent.rename(folder / latent.name)
+    code, _, err = work.run("--latents", folder, *arguments, "-o", folder, bundle=bundle)
+    assert (code, err) == (0, "")
+    np.testing.assert_array_equal(pixels(folder / "raw.png"), image)
+    latent = folder / latent.name
+    assert "does not say how to normalise it" in work.mistake(latent=latent)
+    rule["factor"] = factor[:3]
+    bundle = edit_bundle(lambda manifest: manifest["model"].update(comfyui_latent=rule))
+    assert "does not say how to normalise it" in work.mistake(latent=latent, bundle=bundle)
+
+
+def test_a_latent_that_is_not_normalised_is_told(work: Work, edit_bundle: EditBundle) -> None:
+    bundle = edit_bundle(
+        lambda manifest: manifest["model"].update(
+            space="flux", latent_spread=[0.3, 2.0], latent_convention="0.3611*(z - 0.1159)"
+        )
+    )
+    for scale, std in ((7.0, "6.53"), (0.1, "0.09"), (1.0, None)):
+        latent = work.file("scaled", latent=scale * LATENT)
+        code, _, err = work.run(
+            "--latent", latent, "--caption", work.caption, "-o", work.image, "--overwrite",
+            bundle=bundle,
+        )  # fmt: skip
+        told = f"warning: {latent}: the latent's standard deviation is {std}"
+        assert code == 0 and err.startswith(told if std else "") and bool(err) == bool(std)
+        assert std is None or err.endswith("takes it: flux latents, 0.3611*(z - 0.1159)\n")
 
 
 def test_captions_that_do_not_fit(work: Work) -> None:
@@ -465,6 +527,14 @@ def test_files_that_are_no_latents(work: Work) -> None:
     assert f"but {work.folder / 'missing'} is none; " in work.mistake(
         latent=work.folder / "missing"
     )
+    array, archive, pickle = (work.folder / name for name in ("a.npy", "a.pt", "old.pt"))
+    np.save(array, LATENT.numpy())
+    torch.save(LATENT, archive)
+    torch.save(LATENT, pickle, _use_new_zipfile_serialization=False)
+    for path, kind in ((array, "a NumPy file"), (archive, "a ZIP archive"), (pickle, "a pickle")):
+        refused = work.mistake(latent=path)
+        assert f"expected {path} to be a safetensors file, but got {kind}" in refused
+        assert "save its array as 'latent' with save_file of the safetensors package" in refused
     several = work.file("several", a=LATENT, b=LATENT)
     none = work.file("none", caption=CAPTION)
     assert "or one named 'latent', in " in work.mistake(latent=several)
@@ -478,7 +548,7 @@ def test_files_that_are_no_latents(work: Work) -> None:
 def test_sigma_beside_the_latent_that_does_not_fit(work: Work) -> None:
     for value, message in (
         (torch.tensor(1.5), "expected sigma in [0, 1], but got [1.5]; "),
-        (torch.tensor([0.0, 0.0]), "expected one sigma or 1, but got shape [2]"),
+        (torch.tensor([0.0, 0.0]), "expected one sigma, but got shape [2]"),
         (torch.tensor([[0.0]]), "to be [] or [B], but got [1, 1]"),
         (torch.tensor(torch.nan), "holds NaN"),
         (torch.tensor(1), "but got I64"),
@@ -490,9 +560,9 @@ def test_sigma_beside_the_latent_that_does_not_fit(work: Work) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--sigma", "1.01"], "argument --sigma: expected a number in [0, 1], but got '1.01'"),
-        (["--sigma=-0.1"], "expected a number in [0, 1], but got '-0.1'"),
-        (["--sigma", "nan"], "expected a number in [0, 1], but got 'nan'"),
+        (["--sigma", "1.01"], "expected sigma in [0, 1], but got [1.01]; 0 is a clean"),
+        (["--sigma=-0.1"], "expected sigma in [0, 1], but got [-0.1]"),
+        (["--sigma", "nan"], "expected sigma in [0, 1], but got [nan]"),
         (["--sigma", "high"], "expected a number, but got 'high'"),
         (["--seed=-1"], "expected a whole number from 0 to 2^64 - 1, but got '-1'"),
         (["--seed", str(2**64)], "expected a whole number from 0 to 2^64 - 1"),
@@ -580,7 +650,7 @@ def test_an_interrupt_leaves_no_folder(work: Work, monkeypatch: pytest.MonkeyPat
     def interrupt(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(Decoder, "decode", interrupt)
+    monkeypatch.setattr(Decoder, "run", interrupt)
     work.file("latents/a", latent=LATENT, caption=CAPTION)
     before = tree(work.folder)
     images_folder = work.folder / "images"

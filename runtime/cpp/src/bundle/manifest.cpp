@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <initializer_list>
+#include <set>
 
 #include "bundle/json_reader.h"
 #include "bundle/manifest_check.h"
@@ -197,6 +198,33 @@ void check_version(const Json& raw) {
            "; update pid-trt, or export the bundle again with this version");
 }
 
+// A list of so many numbers; nothing of anything else, since no decode needs it.
+std::vector<double> numbers_or_none(const Json& value, const std::set<std::size_t>& counts) {
+    if (!value.is_array() || counts.count(value.size()) == 0)
+        return {};
+    for (const Json& each : value)
+        if (!each.is_number())
+            return {};
+    return value.get<std::vector<double>>();
+}
+
+void read_latents(Model& model, const Json& value, std::uint64_t channels) {
+    const auto spread = numbers_or_none(value.value("latent_spread", Json()), {2});
+    if (!spread.empty())
+        model.latent_spread = {spread[0], spread[1]};
+    const Json width = value.value("token_width", Json());
+    model.token_width = width.is_number_unsigned() ? width.get<std::uint64_t>() : 0;
+    model.is_euler = value.value("partly_denoised", Json()) == "euler";
+    const Json rule = value.value("comfyui_latent", Json());
+    if (!rule.is_object())
+        return;
+    const std::set<std::size_t> counts{1, channels};
+    const auto factor = numbers_or_none(rule.value("factor", Json()), counts);
+    const auto shift = numbers_or_none(rule.value("shift", Json()), counts);
+    if (!factor.empty() && !shift.empty())
+        model.comfyui_latent = {{factor.begin(), factor.end()}, {shift.begin(), shift.end()}};
+}
+
 Model read_model(const Json& value, const std::string& where) {
     object(value, where);
     const auto text_or_none = [&](const char* name) {
@@ -306,6 +334,7 @@ Manifest Manifest::parse(std::string_view text_of_file) {
         read_dimension(network, "patch_size"), read_dimension(network, "text_max_length"),
         read_dimension(network, "text_dim"), read_dimension(network, "latent_channels"),
         integer(member(raw, "tokens_per_latent", where), where + ", tokens_per_latent")};
+    read_latents(manifest.model, raw["model"], manifest.network.latent_channels);
     manifest.sampler = read_sampler(member(raw, "sampler", where), where + ", sampler");
     manifest.files = read_parts<File>(raw, "files", [](const Json& file, const std::string& at) {
         return File{integer(member(object(file, at), "bytes", at), at + ", bytes"),

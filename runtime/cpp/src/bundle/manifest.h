@@ -5,6 +5,7 @@
 #include <array>
 #include <cstdint>
 #include <map>
+#include <optional>
 #include <string>
 #include <string_view>
 #include <utility>
@@ -171,11 +172,28 @@ struct File {
 
 // What the bundle says about its decoder, which is more than a decode needs: a member that is not
 // there, or is not what it should be, is as here.
+// factor * (z - shift), each one number for all channels or one per channel.
+struct Normalization {
+    std::vector<float> factor;
+    std::vector<float> shift;
+
+    // Normalise raw latents [B, C, h, w] where they are.
+    void apply(std::vector<float>& z, const Shape& shape) const;
+};
+
 struct Model {
     std::string name;
     std::string space;
     std::string variant;
     std::string latent_convention;
+    // Least and most of a normalised latent's standard deviation.
+    std::optional<std::pair<double, double>> latent_spread;
+    // Channels of tokens [B, n, token_width] in which generators pack latents; 0 if none does.
+    std::uint64_t token_width = 0;
+    // How ComfyUI's latents become this bundle's.
+    std::optional<Normalization> comfyui_latent;
+    // Whether a latent of noise level sigma may be x0 + sigma noise, of an Euler schedule.
+    bool is_euler = false;
     bool captioned = true;
     bool distilled = true;
     // (width, height) of images in pixels; empty when they are not known.

@@ -1,7 +1,7 @@
 """What to tell a user about a decode that will run, but not as well as it could."""
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 Size = tuple[int, int]
@@ -17,8 +17,10 @@ DEMONSTRATED: frozenset[Size] = frozenset({(4096, 4096), (4096, 3072), (3072, 40
 """Sizes beyond their training that the release itself shows 2kto4k decoders at."""
 
 
-def advice(model: Mapping[str, Any], sizes: Iterable[Size], largest_sigma: float) -> list[str]:
-    """Warnings, one line each, about decodes to these sizes; empty if all is well.
+def advice(
+    model: Mapping[str, Any], size: Size, largest_sigma: float, *, has_caption: bool
+) -> list[str]:
+    """Warnings, one line each, about a decode to this size; empty if all is well.
 
     model: what the manifest says the decoder is; a network of one's own promises nothing.
     largest_sigma: the highest noise level among the latents.
@@ -30,12 +32,16 @@ def advice(model: Mapping[str, Any], sizes: Iterable[Size], largest_sigma: float
             f"{name} is not distilled: a few steps give poor images; use a distilled variant, or "
             "many steps by --times"
         )
-    for size in sorted(set(sizes)):
-        lines += _about_size(model, name, size)
+    lines += _about_size(model, name, size)
     if largest_sigma > TRAINED_SIGMA:
         lines.append(
             f"sigma {largest_sigma:g} is beyond {TRAINED_SIGMA}, the highest in training; "
             "denoise the latent further for a faithful image"
+        )
+    if not has_caption and model.get("captioned") is not False:
+        lines.append(
+            "no caption was given: the empty embedding (zeros) costs quality; give the prompt's "
+            "Gemma-2-2b-it embedding"
         )
     return lines
 

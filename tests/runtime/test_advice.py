@@ -4,7 +4,7 @@ import pytest
 
 from pid_ref.registry import find_checkpoint
 from pid_ref.trained_sizes import trained_sizes
-from pid_runtime.command.advice import advice
+from pid_runtime.advice import advice
 
 
 @pytest.mark.parametrize(
@@ -37,7 +37,7 @@ def test_sizes_of_the_released_checkpoints(
         "variant": variant,
         "trained_sizes": trained_sizes(checkpoint),
     }
-    found = advice(model, [(width, height)], largest_sigma=0.0)
+    found = advice(model, (width, height), 0.0, has_caption=True)
     assert len(found) == len(words), found
     for line, needed in zip(found, words, strict=True):
         assert "\n" not in line

@@ -1,0 +1,92 @@
+"""What a bundle says about its latents, and what latents of another kind look like."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pid_runtime.bundle.manifest import Manifest
+
+
+@dataclass(frozen=True)
+class Normalization:
+    """factor * (z - shift), each one number for all channels or one per channel."""
+
+    factor: tuple[float, ...]
+    shift: tuple[float, ...]
+
+    def apply(self, z: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Normalised latents of raw ones `[B, C, h, w]`, float32."""
+        factor, shift = (
+            np.array(values, np.float32)[:, None, None] for values in (self.factor, self.shift)
+        )
+        return (z - shift) * factor
+
+
+def comfyui_normalization(manifest: Manifest) -> Normalization | None:
+    """How ComfyUI's latents become this bundle's; None where the bundle does not say."""
+    rule: Any = manifest.model.get("comfyui_latent")
+    counts = (1, manifest.network["latent_channels"])
+    if not isinstance(rule, dict):
+        return None
+    factor, shift = (_numbers(rule.get(name), counts) for name in ("factor", "shift"))
+    return Normalization(factor, shift) if factor and shift else None
+
+
+def latents_of(manifest: Manifest) -> str:
+    """What the latents of this bundle are, in words."""
+    space, convention = (manifest.model.get(key) for key in ("space", "latent_convention"))
+    return f"{space} latents, {convention}" if space else "latents of its own network"
+
+
+def may_be_tokens(manifest: Manifest, shape: Sequence[int]) -> bool:
+    """Whether latents of this shape may be packed tokens `[B, n, width]`, as generators have."""
+    return len(shape) == 3 and shape[2] == manifest.model.get("token_width")
+
+
+def shape_hint(manifest: Manifest, shape: Sequence[int]) -> str:
+    """What to do about latents that are not `[B, C, h, w]`."""
+    channels = manifest.network["latent_channels"]
+    if may_be_tokens(manifest, shape):
+        if shape[0] == channels:
+            return (
+                f"save one latent as [1, {channels}, h, w]; if these are tokens [B, n, {shape[2]}],"
+                f" unpack them to [B, {channels}, h, w] first"
+            )
+        return (
+            f"these look like tokens [B, n, {shape[2]}]: unpack them to [B, {channels}, h, w] "
+            "first, as the pipeline that made them does before its VAE"
+        )
+    if len(shape) == 5:
+        return "choose one frame, and leave its axis out"
+    if len(shape) == 3 and shape[0] == channels:
+        return "put an axis of images in front"
+    return f"this bundle takes {latents_of(manifest)}"
+
+
+def spread_warning(manifest: Manifest, latent: Any) -> str | None:
+    """What to say of a latent whose values are too large or too small to be normalised ones.
+
+    One on a device is not looked at.
+    """
+    spread = _numbers(manifest.model.get("latent_spread"), (2,))
+    if not spread or not isinstance(latent, np.ndarray):
+        return None
+    std = float(np.std(cast("NDArray[np.float32]", latent), dtype=np.float64))
+    if spread[0] <= std <= spread[1]:
+        return None
+    return (
+        f"the latent's standard deviation is {std:.2f}, but about 1 is expected; normalise it "
+        f"as this bundle takes it: {latents_of(manifest)}"
+    )
+
+
+def _numbers(raw: Any, counts: Sequence[int]) -> tuple[float, ...]:
+    """A list of so many finite numbers; nothing of anything else, since no decode needs it."""
+    if not isinstance(raw, list) or len(raw) not in counts:
+        return ()
+    are_numbers = all(type(each) in (int, float) and math.isfinite(each) for each in raw)
+    return tuple(float(each) for each in raw) if are_numbers else ()
