@@ -28,10 +28,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run `pid-bench`; returns its exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     if arguments[:1] == ["compare"]:
-        return console.run(_compare_parser(), _compare, arguments[1:])
+        return console.run(_compare_parser(), _compare, arguments[1:], extra="bench")
     if arguments[:1] == ["merge"]:
-        return console.run(_merge_parser(), _merge, arguments[1:])
-    return console.run(_parser(), _bench, arguments, also=(PidInputError,))
+        return console.run(_merge_parser(), _merge, arguments[1:], extra="bench")
+    return console.run(_parser(), _bench, arguments, also=(PidInputError,), extra="bench")
 
 
 def _parser() -> console.ArgumentParser:

@@ -6,14 +6,16 @@ import time
 from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from pid_engines.build import Build, build_engines
 from pid_engines.errors import BuildError, BuildInputError
 from pid_engines.flavors import find_flavor, parse_targets
 from pid_engines.options import PLANS, BuildOptions
 from pid_runtime.bundle.engines import Engine
 from pid_runtime.command import console
+
+if TYPE_CHECKING:
+    from pid_engines.build import Build
 
 _EXAMPLES = """\
 examples:
@@ -30,7 +32,7 @@ MOST_JOBS = 4
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `pid-build`; returns its exit code."""
-    return console.run(_parser(), _build, argv, also=(BuildError,))
+    return console.run(_parser(), _build, argv, also=(BuildError,), extra="engines")
 
 
 def _parser() -> console.ArgumentParser:
@@ -74,6 +76,8 @@ def _parser() -> console.ArgumentParser:
 
 
 def _build(args: Namespace) -> None:
+    from pid_engines.build import build_engines
+
     options = _options(args)
     begin = time.monotonic()
     with console.progress("Building", 1.0, quiet=args.quiet) as advance:
@@ -122,7 +126,7 @@ def _parse_size(text: str) -> int:
     return int(match[1]) << {"": 0, "K": 10, "M": 20, "G": 30}[match[2]]
 
 
-def _result(build: Build, seconds: float) -> dict[str, Any]:
+def _result(build: "Build", seconds: float) -> dict[str, Any]:
     """The result as JSON; bytes throughout."""
     buckets = build.engines.buckets
     memory = list(buckets.values())
@@ -167,7 +171,7 @@ def _result(build: Build, seconds: float) -> dict[str, Any]:
     }
 
 
-def _scratch(build: Build, engine: Engine) -> dict[str, int]:
+def _scratch(build: "Build", engine: Engine) -> dict[str, int]:
     """The largest scratch of an engine by bucket."""
     plan = build.plans[engine.file]
     return {
@@ -181,7 +185,7 @@ def _scratch(build: Build, engine: Engine) -> dict[str, int]:
     }
 
 
-def _table(build: Build) -> str:
+def _table(build: "Build") -> str:
     """Memory of every engine and bucket, in megabytes, and build times."""
     buckets = build.engines.buckets
     rows = [["engine", "weights", *(f"scratch {name}" for name in buckets), "seconds", "fused"]]

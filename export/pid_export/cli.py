@@ -36,7 +36,7 @@ examples:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `pid-export`; returns its exit code."""
-    return console.run(_parser(), _export, argv, also=(PidInputError,))
+    return console.run(_parser(), _export, argv, also=(PidInputError,), extra="export")
 
 
 def _parser() -> console.ArgumentParser:

@@ -28,7 +28,7 @@ examples:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `pid-verify`; returns its exit code: 0 when all passed, 1 when not, 2 for bad input."""
-    return console.run(_parser(), _verify, argv, also=(PidInputError,))
+    return console.run(_parser(), _verify, argv, also=(PidInputError,), extra="export")
 
 
 def _parser() -> console.ArgumentParser:

@@ -1,6 +1,13 @@
 """Runs PiD bundles: `Decoder` turns latents into images. Needs neither torch nor onnx."""
 
-from pid_runtime.decoder import Bundle, Decoder
-from pid_runtime.errors import PidRuntimeError
+import importlib.metadata
 
-__all__ = ["Bundle", "Decoder", "PidRuntimeError"]
+from pid_runtime.decoder import Bundle, Decoder
+from pid_runtime.errors import NotFiniteError, PidRuntimeError
+
+__all__ = ["Bundle", "Decoder", "NotFiniteError", "PidRuntimeError", "__version__"]
+
+try:
+    __version__ = importlib.metadata.version("pid-trt")
+except importlib.metadata.PackageNotFoundError:
+    __version__ = "0+not.installed"

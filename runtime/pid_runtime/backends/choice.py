@@ -9,6 +9,10 @@ from pid_runtime.errors import PidRuntimeError
 HOST_BACKENDS = ("onnxruntime", "torch")
 """Backends that run without a GPU too."""
 
+INSTALL_ONNXRUNTIME = (
+    "pip install 'pid-trt[cpu]', or on a machine with an NVIDIA GPU 'pid-trt[cuda]', never both"
+)
+
 BACKENDS = (*HOST_BACKENDS, "tensorrt")
 
 
@@ -34,7 +38,14 @@ def choose_graphs(
             f"expected the tensorrt backend to run engines {engines!r}, but got {backend!r}"
         )
     if backend == "onnxruntime":
-        from pid_runtime.backends.onnxruntime import LoadedSessions
+        try:
+            from pid_runtime.backends.onnxruntime import LoadedSessions
+        except ImportError as error:
+            reason = "it is not installed" if isinstance(error, ModuleNotFoundError) else error
+            raise PidRuntimeError(
+                f"expected ONNX Runtime for the onnxruntime backend, but {reason}; "
+                f"{INSTALL_ONNXRUNTIME}"
+            ) from None
 
         provider, colon, ordinal = (device or "cpu").partition(":")
         if colon and not (ordinal.isascii() and ordinal.isdecimal()):

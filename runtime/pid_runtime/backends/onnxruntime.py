@@ -1,7 +1,11 @@
 """The ONNX Runtime backend: graphs through IoBinding, on the CPU or another provider."""
 
+import contextlib
+import ctypes
 import functools
 import importlib
+import importlib.metadata
+import io
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -100,6 +104,15 @@ class LoadedSessions:
             except Exception as error:
                 reason = str(error).splitlines()[0]
                 raise PidRuntimeError(f"{self.provider} cannot load {file}: {reason}") from error
+            loaded = self.sessions[name].get_providers()
+            if (
+                providers and self.provider not in loaded
+            ):  # ONNX Runtime logs why, and goes on without
+                raise PidRuntimeError(
+                    f"expected {self.provider} to run {file}, but ONNX Runtime took "
+                    f"{', '.join(loaded)}; nvidia-smi should show a GPU and a driver as new as "
+                    "this ONNX Runtime's CUDA"
+                )
 
     def memory(self) -> "HostMemory | OrtMemory":
         return HostMemory() if self.on_host else OrtMemory("cuda", self._device_id)
@@ -206,12 +219,46 @@ def find_provider(name: str) -> str:
     if full in PLUGINS:
         _register_plugin(full)
     elif full not in available:
+        fix = "GPU providers come with pip install 'pid-trt[cuda]', after uninstalling onnxruntime"
+        if _packages() > 1:
+            fix = (
+                "onnxruntime and onnxruntime-gpu are both installed and overwrite each other's "
+                "files: pip uninstall onnxruntime onnxruntime-gpu, then install one"
+            )
         raise PidRuntimeError(
             f"expected one of this ONNX Runtime's providers ({', '.join(available)}), "
-            f"but got {name!r}; "
-            "GPU providers come with onnxruntime-gpu"
+            f"but got {name!r}; {fix}"
         )
+    elif full == PROVIDERS["cuda"]:
+        _load_cuda()
     return full
+
+
+def _packages() -> int:
+    """How many of the packages that bring the module `onnxruntime` are installed."""
+    return len(set(importlib.metadata.packages_distributions().get("onnxruntime", ())))
+
+
+@functools.cache
+def _load_cuda() -> None:
+    """Load CUDA's libraries and the provider's own, so that what is missing can be named.
+
+    ONNX Runtime logs it in many lines, and goes on without a GPU. Raises `PidRuntimeError`.
+    """
+    with contextlib.redirect_stdout(io.StringIO()):  # what it prints is raised below
+        ort.preload_dlls()
+    folder = Path(ort.__file__).parent / "capi"
+    try:
+        ctypes.CDLL(str(folder / "libonnxruntime_providers_shared.so"), ctypes.RTLD_GLOBAL)
+        ctypes.CDLL(str(folder / "libonnxruntime_providers_cuda.so"))
+    except OSError as error:
+        library, _, reason = str(error).partition(":")
+        fix = "pip install 'pid-trt[cuda]' brings CUDA and cuDNN"
+        if library.startswith("libcuda.so"):
+            fix = "install NVIDIA's driver"
+        raise PidRuntimeError(
+            f"expected {PROVIDERS['cuda']} to load, but {library}:{reason}; {fix}"
+        ) from None
 
 
 @functools.cache
@@ -226,7 +273,8 @@ def _register_plugin(provider: str) -> None:
         ort.register_execution_provider_library(provider, plugin.get_library_path())
     except ImportError:
         raise PidRuntimeError(
-            f"expected the package of {provider}, but it is not installed; pip install {package}"
+            f"expected the package of {provider}, but it is not installed; "
+            "pip install 'pid-trt[rtx-provider]'"
         ) from None
     except Exception as error:  # noqa: BLE001 - ONNX Runtime's errors share no other class
         reason = str(error).partition("\n")[0]

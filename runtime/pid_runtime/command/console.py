@@ -12,7 +12,6 @@ Results go to stdout by `emit`, everything else to stderr. Exit codes: what the 
 import argparse
 import contextlib
 import errno
-import importlib.metadata
 import json
 import logging
 import math
@@ -25,6 +24,8 @@ from argparse import Namespace
 from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import Any, NoReturn
 
+from pid_runtime import __version__
+from pid_runtime.backends.choice import INSTALL_ONNXRUNTIME
 from pid_runtime.errors import InputError, PidRuntimeError
 
 BAD_INPUT, BROKEN_PIPE, INTERRUPTED = 2, 141, 130
@@ -49,7 +50,7 @@ class ArgumentParser(argparse.ArgumentParser):
             formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,
         )
-        self.add_argument("--version", action="version", version=f"{prog} {_version()}")
+        self.add_argument("--version", action="version", version=f"{prog} {__version__}")
         self.add_argument("--quiet", action="store_true", help="no progress bars and no notes")
         self.add_argument("--json", action="store_true", help="print the result as JSON")
 
@@ -64,11 +65,13 @@ def run(
     argv: Sequence[str] | None = None,
     *,
     also: tuple[type[Exception], ...] = (),
+    extra: str | None = None,
 ) -> int:
     """Parse `argv` (the process's arguments when None), call `body`, return the exit code.
 
     What `body` returns is the code (None is 0). `InputError`, and what is in `also`, are bad input:
-    their message is printed after the program's name, without a traceback, and so is a full disk.
+    their message is printed after the program's name, without a traceback; and so are a full disk
+    and a missing package, with `extra`, what to install of pid-trt for this command.
     Raises `SystemExit` as argparse does for wrong arguments and for `--help`.
     """
     _interrupted.clear()
@@ -91,6 +94,8 @@ def run(
             return _fail(parser.prog, f"no space left on {where}; free some and run it again")
         if isinstance(error, (InputError, *also)):
             return _fail(parser.prog, str(error))
+        if isinstance(error, ModuleNotFoundError) and (missing := _missing(error, extra)):
+            return _fail(parser.prog, missing)
         raise
 
 
@@ -199,6 +204,19 @@ def _fail(prog: str, message: str, code: int = BAD_INPUT) -> int:
     return code
 
 
+def _missing(error: ModuleNotFoundError, extra: str | None) -> str | None:
+    """What to say of a package that is not installed; None for a module of our own."""
+    package = (error.name or "").partition(".")[0]
+    if package.startswith("pid_"):
+        return None
+    cure = None if extra is None else f"pip install 'pid-trt[{extra}]'"
+    if package == "onnxruntime":
+        cure = INSTALL_ONNXRUNTIME
+    if cure is None:
+        return None
+    return f"expected the package {package!r}, but it is not installed; {cure}"
+
+
 def _is_no_space(error: Exception) -> bool:
     """Whether the disk is full, also by libraries that only say so in words."""
     return getattr(error, "errno", None) in _NO_SPACE or os.strerror(errno.ENOSPC) in str(error)
@@ -210,10 +228,3 @@ def _finite(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _version() -> str:
-    try:
-        return importlib.metadata.version("pid-trt")
-    except importlib.metadata.PackageNotFoundError:
-        return "(not installed)"

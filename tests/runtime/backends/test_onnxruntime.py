@@ -3,7 +3,7 @@
 import json
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -98,6 +98,67 @@ def test_contrib_files_are_for_the_cpu_and_cuda(edit_bundle: EditBundle) -> None
     assert set(CONTRIB_PROVIDERS) == {PROVIDERS["cpu"], PROVIDERS["cuda"]}
 
 
+# providers on a GPU, where ONNX Runtime only logs what is missing
+
+
+@pytest.fixture
+def _with_cuda(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+    """An ONNX Runtime with CUDA's provider, but without its libraries."""
+    ort = backend_onnxruntime.ort
+    monkeypatch.setattr(ort, "get_available_providers", lambda: [PROVIDERS["cuda"]])
+    monkeypatch.setattr(ort, "preload_dlls", lambda: sys.stdout.write("Failed to load"))
+    monkeypatch.setattr(ort, "__file__", str(tmp_path / "__init__.py"))
+    backend_onnxruntime._load_cuda.cache_clear()
+    yield
+    backend_onnxruntime._load_cuda.cache_clear()
+
+
+@pytest.mark.usefixtures("_with_cuda")
+def test_a_library_that_is_missing_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(
+        PidRuntimeError, match=r"providers_shared\.so: cannot open shared"
+    ) as caught:
+        find_provider("cuda")
+    assert str(caught.value).endswith("; pip install 'pid-trt[cuda]' brings CUDA and cuDNN")
+    assert "\n" not in str(caught.value)
+    assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.usefixtures("_with_cuda")
+def test_a_missing_driver_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_driver(*_: object) -> None:
+        raise OSError("libcuda.so.1: cannot open shared object file: No such file or directory")
+
+    monkeypatch.setattr(backend_onnxruntime.ctypes, "CDLL", no_driver)
+    with pytest.raises(PidRuntimeError, match=r"libcuda\.so\.1: .*; install NVIDIA's driver"):
+        find_provider("cuda")
+
+
+def test_a_provider_that_onnx_runtime_drops_is_told(
+    golden_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(backend_onnxruntime, "find_provider", lambda name: PROVIDERS["cuda"])
+    session = backend_onnxruntime.ort.InferenceSession
+
+    def without_gpu(file: Path, options: Any, providers: Any, **_: Any) -> Any:
+        assert providers[0] == (PROVIDERS["cuda"], {"device_id": "0"})
+        return session(file, options, [PROVIDERS["cpu"]])
+
+    monkeypatch.setattr(backend_onnxruntime.ort, "InferenceSession", without_gpu)
+    with pytest.raises(PidRuntimeError, match=r"to run .*\.onnx, but ONNX Runtime took CPUExec"):
+        loaded(golden_bundle, read_manifest(golden_bundle, verify=False), "cuda")
+
+
+def test_two_packages_of_onnx_runtime_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(PidRuntimeError, match=r"pip install 'pid-trt\[cuda\]', after uninstalling"):
+        find_provider("cuda")
+    both = {"onnxruntime": ["onnxruntime", "onnxruntime-gpu"]}
+    packages = backend_onnxruntime.importlib.metadata
+    monkeypatch.setattr(packages, "packages_distributions", lambda: both)
+    with pytest.raises(PidRuntimeError, match="are both installed and overwrite each other's"):
+        find_provider("cuda")
+
+
 # providers that are plug-ins
 
 
@@ -113,7 +174,7 @@ def test_a_plugin_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None
         find_provider("nvtensorrtrtx")
     assert str(caught.value) == (
         "expected the package of NvTensorRTRTXExecutionProvider, but it is not installed; "
-        "pip install onnxruntime-ep-nv-tensorrt-rtx"
+        "pip install 'pid-trt[rtx-provider]'"
     )
 
 
