@@ -214,7 +214,7 @@ FIGURES: Mapping[str, Callable[[Path], Table]] = {
 def _decodes(report: Report, wanted: Callable[[Row], bool]) -> Table:
     return Table(
         "",
-        ("decode", "px", "precision", "median ms", "min", "TFLOP", "peak memory", "to PiD"),
+        ("decode", "px", "precision", "median ms", "min ms", "TFLOP", "peak memory", "to PiD"),
         tuple(_decode(report, row) for row in report.measured() if wanted(row)),
     )
 

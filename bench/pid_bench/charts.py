@@ -2,17 +2,18 @@
 
 import importlib
 import io
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from pid_bench.errors import BenchInputError
 
-COLOURS = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377", "#bbbbbb")
-"""Told apart by colour-blind readers too (Paul Tol's bright scheme)."""
+DASHES = ("-", "--", ":", "-.")
+"""Of lines, when there are more than colours."""
 
-HATCHES = ("", "///", "...", "xxx")
-"""Over the colours, when there are more parts than those."""
+LEGEND_CHARACTERS = 110
+"""What fits beside each other above a chart."""
 
 WIDTH, ROW = 9.0, 0.26
 """Of a chart, and the height of a bar or of a line of a legend with its gap, in inches."""
@@ -23,7 +24,6 @@ INK = "#222222"
 _STYLE = {
     "svg.fonttype": "none",  # text stays text
     "svg.hashsalt": "pid",  # names inside of the file do not change from run to run
-    "hatch.linewidth": 0.6,
     "font.family": "sans-serif",
     "font.size": 9.0,
     "axes.spines.top": False,
@@ -57,9 +57,8 @@ def stacked_bars(bars: Sequence[Bar], axis: str, shown: Callable[[float], str]) 
         begins = [0.0] * len(bars)
         for index, name in enumerate(names):
             values = [parts.get(name, 0.0) for _, parts in bars]
-            colour, hatch = COLOURS[index % len(COLOURS)], HATCHES[index // len(COLOURS) % 4]
-            style = {"color": colour, "hatch": hatch, "edgecolor": "white", "linewidth": 0.0}
-            axes.barh(range(len(bars)), values, 0.78, left=begins, label=name, **style)
+            colour = colours()[index % len(colours())]
+            axes.barh(range(len(bars)), values, 0.78, left=begins, label=name, color=colour)
             begins = [begin + value for begin, value in zip(begins, values, strict=True)]
         for index, total in enumerate(begins):
             axes.annotate(
@@ -68,12 +67,13 @@ def stacked_bars(bars: Sequence[Bar], axis: str, shown: Callable[[float], str]) 
         axes.set_yticks(range(len(bars)), [label for label, _ in bars])
         axes.tick_params(axis="y", length=0)
         axes.set_ylim(len(bars) - 0.5, -0.5)
-        axes.set_xlim(0, 1.12 * longest or 1)
+        axes.set_xlim(0, 1.2 * longest or 1)
         axes.set_xlabel(axis)
+        axes.xaxis.set_major_formatter("{x:,.10g}")
         axes.grid(axis="x")
-        _legend(axes)
+        _legend(axes, names)
 
-    return in_page(draw, ROW * (len(bars) + 2.6) + ROW * 0.8 * len(names) / 4 + 0.2)
+    return in_page(draw, ROW * (len(bars) + 2.6) + _legend_height(names))
 
 
 def log_lines(series: Mapping[str, Points], x_label: str, y_label: str) -> str:
@@ -81,8 +81,8 @@ def log_lines(series: Mapping[str, Points], x_label: str, y_label: str) -> str:
 
     def draw(axes: Any) -> None:
         for index, (name, points) in enumerate(series.items()):
-            dashes = ("-", "--", ":", "-.")[index // len(COLOURS) % 4]
-            style = {"color": COLOURS[index % len(COLOURS)], "linestyle": dashes}
+            turn, colour = divmod(index, len(colours()))
+            style = {"color": colours()[colour], "linestyle": DASHES[turn % len(DASHES)]}
             axes.loglog(*zip(*sorted(points), strict=True), marker="o", label=name, **style)
         axes.set_xlabel(x_label)
         axes.set_ylabel(y_label)
@@ -92,9 +92,9 @@ def log_lines(series: Mapping[str, Points], x_label: str, y_label: str) -> str:
             axis.set_minor_formatter("")
         axes.minorticks_off()
         axes.grid()
-        _legend(axes)
+        _legend(axes, list(series))
 
-    return in_page(draw, 3.6 + ROW * 0.8 * len(series) / 4)
+    return in_page(draw, 3.4 + _legend_height(list(series)))
 
 
 def to_svg(draw: Callable[[Any], None], height: float, background: str = "white") -> str:
@@ -128,6 +128,21 @@ def in_page(draw: Callable[[Any], None], height: float) -> str:
     return re.sub(r'<g id="[^"]*">', "<g>", svg).replace(INK, "currentColor")
 
 
-def _legend(axes: Any) -> None:
+def colours() -> list[Any]:
+    """Twenty that differ, the strong ones first: more than a report has stages."""
+    table = importlib.import_module("matplotlib").colormaps["tab20"].colors
+    return [*table[::2], *table[1::2]]
+
+
+def _legend(axes: Any, names: Sequence[str]) -> None:
     """What the colours mean, above the plot."""
-    axes.figure.legend(loc="outside upper left", ncols=4, frameon=False)
+    axes.figure.legend(loc="outside upper left", ncols=_legend_columns(names), frameon=False)
+
+
+def _legend_columns(names: Sequence[str]) -> int:
+    return max(1, min(4, LEGEND_CHARACTERS // (max(map(len, names)) + 6)))
+
+
+def _legend_height(names: Sequence[str]) -> float:
+    """In inches."""
+    return 0.2 + 0.8 * ROW * math.ceil(len(names) / _legend_columns(names))

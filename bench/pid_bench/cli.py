@@ -66,7 +66,7 @@ def _parser() -> console.ArgumentParser:
     how.add_argument("--threads", type=int, metavar="N", help="on the CPU (default: all cores)")
     how.add_argument("--repeats", type=int, metavar="N", help="timed decodes of every case")
     how.add_argument("--quick", action="store_true", help="an answer within a minute or so")
-    how.add_argument("--dry-run", action="store_true", help="count, and run nothing")
+    how.add_argument("--dry-run", action="store_true", help="count, run nothing; -o writes it")
     parser.add_argument("-o", "--output", type=Path, metavar="FOLDER", help="the report's folder")
     return parser
 

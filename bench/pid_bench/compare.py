@@ -18,6 +18,8 @@ class Change:
     """after / before - 1."""
     noise: float
     """How much of a change says nothing: half of both spreads (p10 to p90), together."""
+    reduced: str
+    """How the network was made smaller; empty when it was not."""
     hardware: tuple[str, str]
     """What each ran on; times of different hardware are no change of the code."""
 
@@ -50,7 +52,7 @@ def changes_table(changes: list[Change]) -> Table:
     """One line per case."""
     rows = tuple(
         (
-            each.key,
+            f"{each.key} ({each.reduced})" if each.reduced else each.key,
             milliseconds(each.before_ms),
             milliseconds(each.after_ms),
             f"{100 * each.change:+.1f} %",
@@ -70,13 +72,7 @@ def _change(before: Report, row: Row, after: Report, other: Row) -> Change:
         before_ms=then,
         after_ms=now,
         change=now / then - 1,
-        noise=math.hypot(_noise(row), _noise(other)),
+        noise=math.hypot(row.noise, other.noise),
+        reduced=row.reduced,
         hardware=(before.hardware(row), after.hardware(other)),
     )
-
-
-def _noise(row: Row) -> float:
-    """Half of the spread of a row's times, relative to their median."""
-    whole = row.whole
-    assert whole.median_ms and whole.p90_ms is not None and whole.p10_ms is not None
-    return (whole.p90_ms - whole.p10_ms) / 2 / whole.median_ms

@@ -6,7 +6,10 @@ from pathlib import Path
 
 from pid_bench.charts import OTHER, Bar, log_lines, stacked_bars
 from pid_bench.report import REPORT_FILE, Report, Row, write_file, write_report
+from pid_bench.summary import summary
 from pid_bench.tables import Table, milliseconds, network, pixels, tables, to_markdown
+
+PAGE_FILE = "report.html"
 
 _ABOUT = (
     "Every decode starts from the same latent and ends in pixels; encoding the caption is not part "
@@ -32,12 +35,12 @@ def write_all(folder: Path, report: Report) -> None:
     """Write report.json, report.md and report.html; the first is what the others are made from."""
     write_report(folder / REPORT_FILE, report)
     write_file(folder / "report.md", to_markdown_page(report))
-    write_file(folder / "report.html", to_html_page(report))
+    write_file(folder / PAGE_FILE, to_html_page(report))
 
 
 def to_markdown_page(report: Report) -> str:
     """The tables as one page."""
-    parts = ["# pid-bench", _ABOUT]
+    parts = ["# pid-bench", *summary(report), _ABOUT]
     for table in tables(report):
         parts += [f"## {table.title}", to_markdown(table)]
     return "\n\n".join(parts) + "\n"
@@ -50,11 +53,12 @@ def to_html_page(report: Report) -> str:
         f'<h2>{escape(table.title)}</h2>\n<div class="scroll">{_html_table(table)}</div>'
         for table in tables(report)
     ]
+    head = "\n".join(f"<p>{escape(text)}</p>" for text in (*summary(report), _ABOUT))
     body = "\n".join(parts)
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         f"<title>pid-bench</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n"
-        f"<h1>pid-bench</h1>\n<p>{escape(_ABOUT)}</p>\n{body}\n</body>\n</html>\n"
+        f"<h1>pid-bench</h1>\n{head}\n{body}\n</body>\n</html>\n"
     )
 
 
@@ -123,12 +127,15 @@ def _engine(row: Row) -> Bar:
 def _against_resolution(
     rows: Iterable[Row], value_of: Callable[[Row], float | None]
 ) -> dict[str, list[tuple[float, float]]]:
-    """Points by pipeline; of several with as many pixels the last."""
+    """Points by pipeline; of several with as many pixels the last. Equal lines are one."""
     series: dict[str, dict[float, float]] = {}
+    together: dict[tuple[tuple[float, float], ...], list[str]] = {}
     for row in rows:
         if value := value_of(row):
             series.setdefault(network(row), {})[row.case.width * row.case.height / 1e6] = value
-    return {name: list(points.items()) for name, points in series.items()}
+    for name, points in series.items():
+        together.setdefault(tuple(points.items()), []).append(name)
+    return {"; ".join(names): list(points) for points, names in together.items()}
 
 
 def _html_table(table: Table) -> str:

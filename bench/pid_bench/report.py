@@ -180,6 +180,14 @@ class Row:
         )
 
     @property
+    def noise(self) -> float:
+        """Half of the spread of its times, p10 to p90, relative to their median; 0 without any."""
+        whole = self.whole
+        if not whole.median_ms or whole.p10_ms is None or whole.p90_ms is None:
+            return 0.0
+        return (whole.p90_ms - whole.p10_ms) / 2 / whole.median_ms
+
+    @property
     def agrees(self) -> bool | None:
         """Whether the image is within the tolerance of the precision; None if not compared."""
         if self.measured.rms_error is None:

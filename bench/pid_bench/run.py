@@ -8,6 +8,7 @@ from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock, Timeout
 
@@ -18,11 +19,12 @@ from pid_bench.errors import BenchInputError
 from pid_bench.images import check_images
 from pid_bench.materials import check_bundle, make_jobs
 from pid_bench.measure import QUICK_REPEATS, REPEATS
-from pid_bench.render import write_all
+from pid_bench.render import PAGE_FILE, write_all
 from pid_bench.report import REPORT_FILE, Environment, Report, Row, read_report
 from pid_bench.reported import reported_rows
 from pid_bench.screen import Screen
 from pid_bench.selection import Selection, plan, select
+from pid_bench.summary import summary
 from pid_bench.tables import counted_table, decodes_table, to_text
 from pid_engines.child import ChildError
 from pid_runtime.command import console
@@ -56,14 +58,22 @@ def bench(args: Namespace) -> int:
 
 
 def _count(args: Namespace, cases: Sequence[Case], selection: Selection) -> int:
-    """Print what is known without running anything."""
+    """Print, and write where it was asked, what is known without running anything."""
     rows: list[Row] = []
     with console.progress("Counting", len(cases), quiet=args.quiet) as advance:
         for case in cases:
             rows.append(counted_row(case, selection.network, selection.manifest))
             advance(1)
-    result = {"rows": [Report().shown(row) for row in rows]}
-    console.emit(result, to_text(counted_table(rows)), as_json=args.json)
+    result: dict[str, Any] = {"rows": [Report().shown(row) for row in rows]}
+    text = to_text(counted_table(rows))
+    if args.output is not None:
+        with _locked(args.output):
+            report = _report_in(args.output)
+            for row in rows:
+                report = report.with_row(row)
+            write_all(args.output, report)
+        result, text = {"report": str(args.output), **result}, _with_page(text, args.output)
+    console.emit(result, text, as_json=args.json)
     return 0
 
 
@@ -77,8 +87,7 @@ def _measure(args: Namespace, cases: Sequence[Case], selection: Selection) -> in
         return [row for row in report.measured() if row.case in cases]
 
     with _locked(folder), Screen(args.quiet) as screen:
-        report = read_report(folder) if (folder / REPORT_FILE).exists() else Report()
-        report, name = report.with_environment(environment)
+        report, name = _report_in(folder).with_environment(environment)
         for row in reported_rows():
             report = report.with_row(row)
         todo = [case for case in cases if not _is_done(report.find(case, environment.hardware))]
@@ -109,10 +118,21 @@ def _measure(args: Namespace, cases: Sequence[Case], selection: Selection) -> in
             report = _with_ceilings(report, environment, selection, screen.status)
         write_all(folder, report)
     rows = own(report)
-    text = f"{to_text(decodes_table(report, rows))}\n{folder / 'report.html'}"
-    result = {"report": str(folder), "rows": [report.shown(row) for row in rows]}
-    console.emit(result, text, as_json=args.json)
+    said = summary(replace(report, rows=tuple(rows)))
+    text = "\n".join([to_text(decodes_table(report, rows)), *said])
+    result = {"report": str(folder), "rows": [report.shown(row) for row in rows], "summary": said}
+    console.emit(result, _with_page(text, folder), as_json=args.json)
     return 1 if any(row.status == "error" or row.agrees is False for row in rows) else 0
+
+
+def _report_in(folder: Path) -> Report:
+    """The report that a folder has, or an empty one."""
+    return read_report(folder) if (folder / REPORT_FILE).exists() else Report()
+
+
+def _with_page(text: str, folder: Path) -> str:
+    """A result, and where to read more."""
+    return f"{text}\n{folder / PAGE_FILE}"
 
 
 @contextmanager

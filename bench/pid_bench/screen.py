@@ -11,7 +11,7 @@ from rich.table import Table as RichTable
 from rich.text import Text
 
 from pid_bench.report import Row
-from pid_bench.tables import Table, milliseconds, pixels
+from pid_bench.tables import Table, milliseconds, network, pixels
 
 _log = logging.getLogger(__name__)
 
@@ -48,7 +48,7 @@ class Screen:
         if self._live is None:
             took = f"{milliseconds(row.measured.median_ms)} ms"
             result = took if row.status == "ok" else row.message
-            _log.info("%s, %s: %s", row.case.label, pixels(row.case.size), result)
+            _log.info("%s, %s px: %s", network(row), pixels(row.case.size), result)
             return
         drawn = RichTable(box=box.SIMPLE)
         for index, title in enumerate(table.header):

@@ -18,7 +18,7 @@ from pid_bench.errors import BenchInputError
 from pid_engines.flavors import BUILDERS, gpu_target, library_version
 from pid_export.bundle import BUCKETS, config_of
 from pid_ref.config import PidConfig
-from pid_ref.registry import find_checkpoint, find_space
+from pid_ref.registry import SPACES, find_checkpoint, find_space
 from pid_ref.sampler import timesteps
 from pid_runtime.bundle.engines import read_engine_sets
 from pid_runtime.bundle.flavors import FLAVORS
@@ -271,6 +271,11 @@ def _cascades(args: Namespace, network: Network) -> tuple[str, ...]:
 
 def _check_cascades(network: Network) -> None:
     """Raise `BenchInputError` unless cascades start from this network's latent."""
+    if network.space not in SPACES:
+        raise BenchInputError(
+            "expected a network of a known latent space for cascades, which begin with its "
+            f"autoencoder, but got a {network.space} network; use --cascades none"
+        )
     vae, config = find_vae(network.space), network.config
     own = config.latent_channels, config.latent_down, config.scale
     if own != (vae.channels, vae.down, SCALE):

@@ -91,10 +91,10 @@ def to_markdown(table: Table) -> str:
 
 
 def milliseconds(value: float | None) -> str:
-    """Three digits, or all before the point: 3.51, 35.1, 351, 3512."""
+    """Three digits, or all before the point: 3.51, 35.1, 351, 3,512."""
     if value is None:
         return ""
-    return f"{value:.2f}" if value < 10 else f"{value:.1f}" if value < 100 else f"{value:.0f}"
+    return f"{value:.2f}" if value < 10 else f"{value:.1f}" if value < 100 else f"{value:,.0f}"
 
 
 def gigabytes(value: int | None) -> str:
@@ -109,14 +109,24 @@ def pixels(size: Sequence[int]) -> str:
 
 def network(row: Row) -> str:
     """Pipeline and backend, and how the network was made smaller."""
-    return f"{row.case.label} ({row.reduced})" if row.reduced else row.case.label
+    return _of_part(row.case.label, row)
 
 
 _NUMBERS = frozenset(
     (
-        *("median ms", "p10-p90", "min", "user ms", "TFLOP", "TFLOP/s", "of matmul", "of copy"),
-        *("to PiD", "RMS diff", "params M", "weights MB", "peak RSS GB", "allocated GB"),
-        *("reserved GB", "device GB", "build s", "load s", "first decode s", "runs", "ms"),
+        *("median ms", "p10-p90 ms", "min ms", "user ms", "TFLOP", "TFLOP/s", "of matmul"),
+        *("of copy", "to PiD", "RMS diff (-1..1)", "parameters M", "weights MB"),
+        *(
+            "peak RSS GB",
+            "allocated GB",
+            "reserved GB",
+            "device GB",
+            "build s",
+            "load s",
+            "first decode s",
+            "runs",
+            "ms",
+        ),
         *("weights GB", "buffers GB", "scratch GB", "arena GB", "peak GB", "TFLOP/step"),
         *("moved GB", "copy GB/s", "before ms", "after ms", "change", "noise"),
     )
@@ -124,6 +134,11 @@ _NUMBERS = frozenset(
 """Headers of columns that hold numbers."""
 
 Column = tuple[str, Callable[[Line], str]]
+
+
+def _of_part(name: str, row: Row) -> str:
+    """What a row is called; every table says when it is of a part of the network only."""
+    return f"{name} ({row.reduced})" if row.reduced else name
 
 
 def _spread(line: Line) -> str:
@@ -166,12 +181,6 @@ def _agreement(line: Line) -> str:
     return f"{error} DIFFERS" if line.row.agrees is False else error
 
 
-def _network(line: Line) -> str:
-    case, reduced = line.row.case, line.row.reduced
-    whole = " ".join(part for part in (case.space, case.variant) if part)
-    return f"{whole} ({reduced})" if reduced else whole
-
-
 def _sizes(line: Line) -> str:
     return f"{pixels(line.row.input_size)} to {pixels(line.row.case.size)}"
 
@@ -188,21 +197,24 @@ def _of_whole(cell: Callable[[Line], str]) -> Callable[[Line], str]:
     return lambda line: cell(line) if line.is_whole else ""
 
 
-_PIPELINE: Column = ("pipeline", lambda line: line.row.case.pipeline)
+_PIPELINE: Column = ("pipeline", lambda line: _of_part(line.row.case.pipeline, line.row))
 _BACKEND: Column = ("backend", lambda line: line.row.case.backend)
 _PX: Column = ("px", _sizes)
 _PRECISION: Column = ("precision", lambda line: line.row.case.precision)
 _CALLED: Column = ("steps x CFG x tiles", _calls)
-_SPREAD: Column = ("p10-p90", _spread)
+_SPREAD: Column = ("p10-p90 ms", _spread)
 _TFLOP: Column = ("TFLOP", lambda line: _tera(line.stage.tflop))
-_PARAMETERS: Column = ("params M", lambda line: _formatted("{:.1f}", line.stage.parameters, 1e6))
+_PARAMETERS: Column = (
+    "parameters M",
+    lambda line: _formatted("{:.1f}", line.stage.parameters, 1e6),
+)
 _WEIGHTS: Column = (
     "weights MB",
     lambda line: _formatted("{:.0f}", line.row.counted.weight_bytes, 1e6),
 )
 _CASE = (_PIPELINE, _BACKEND, _PX, _PRECISION)
 _PART = (
-    ("pipeline", lambda line: line.row.case.label),
+    ("pipeline", lambda line: network(line.row)),
     _PX,
     ("stage", lambda line: line.stage.name),
     _CALLED,
@@ -214,7 +226,7 @@ _DECODES: tuple[Column, ...] = (
     *_CASE,
     ("median ms", _result),
     _SPREAD,
-    ("min", lambda line: milliseconds(line.row.measured.min_ms)),
+    ("min ms", lambda line: milliseconds(line.row.measured.min_ms)),
     ("user ms", lambda line: milliseconds(line.row.measured.user_ms)),
     _TFLOP,
     ("TFLOP/s", lambda line: _tera(_rates(line).tflop_per_s)),
@@ -223,7 +235,7 @@ _DECODES: tuple[Column, ...] = (
         for title, name in (("of matmul", "share_of_matmul"), ("of copy", "share_of_copy"))
     ),
     ("to PiD", lambda line: _formatted("{:.2f}x", _rates(line).ratio_to_pid)),
-    ("RMS diff", _agreement),
+    ("RMS diff (-1..1)", _agreement),
 )
 
 _MEMORY: tuple[Column, ...] = (
@@ -238,7 +250,7 @@ _MEMORY: tuple[Column, ...] = (
 
 _DETAILS: tuple[Column, ...] = (
     *_CASE,
-    ("network", _network),
+    ("network", lambda line: f"{line.row.case.space} {line.row.case.variant}".strip()),
     ("weights", lambda line: line.row.case.weights),
     ("dtype", lambda line: line.row.case.dtype),
     ("compile", lambda line: line.row.case.compile),

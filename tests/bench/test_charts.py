@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from pid_bench.charts import COLOURS, log_lines, stacked_bars
+from pid_bench.charts import log_lines, stacked_bars
 from pid_bench.errors import BenchInputError
 
 BARS = [("pid, eager", {"step": 80.0, "other": 20.0}), ("pid, torch", {"prologue": 5.0})]
@@ -31,9 +31,19 @@ def test_bars_say_what_they_are() -> None:
 def test_many_parts_look_different() -> None:
     parts = {f"stage {index}": 1.0 for index in range(13)}
     svg = stacked_bars([("all", parts)], "ms", str)
-    patterns = set(re.findall(r'<pattern id="([^"]*)"', svg))
-    plain = {colour for colour in COLOURS if f"fill: {colour}" in svg}
-    assert len(patterns) + len(plain) >= len(parts)
+    assert len(set(re.findall("fill: (#[0-9a-f]{6})", svg))) >= len(parts)
+
+
+def test_a_long_legend_leaves_room() -> None:
+    """Names that do not fit beside each other stand below each other, and the chart grows."""
+    tall, low = (
+        float(re.findall(r'viewBox="0 0 [0-9.]+ ([0-9.]+)"', svg)[0])
+        for svg in (
+            log_lines({f"{name} {number}": [(1.0, 2.0)] for number in range(6)}, "x", "y")
+            for name in ("a pipeline with a very long name", "pid")
+        )
+    )
+    assert tall > low
 
 
 def test_lines_have_labelled_axes() -> None:

@@ -112,7 +112,7 @@ def test_end_to_end(golden_bundle: Path, tmp_path: Path, run_command: Any) -> No
     code, out, err = run_command(main, *arguments, "--backends", "eager,torch,onnxruntime")
     started = [line for line in err.splitlines() if line.startswith("pid, ")]
     assert code == 0 and "2 of 3 cases are in the report already" in err
-    assert len(started) == 1 and started[0].startswith("pid, torch, 64x64: ")
+    assert len(started) == 1 and started[0].startswith("pid, torch, 64x64 px: ")
     again = read_report(folder).measured()
     assert [row.case.backend for row in again] == ["eager", "onnxruntime", "torch"]
     assert again[0].measured.rounds_ms == rows[0].measured.rounds_ms and again[2].agrees
@@ -156,11 +156,16 @@ def test_a_bundle_is_exported_for_the_run(tmp_path: Path, run_command: Any) -> N
     config.write_text(json.dumps(SMALL))
     folder = tmp_path / "report"
     arguments = ("--config", config, "--depth", "1", "--size", "64x64", "-o", folder)
-    code, _, err = run_command(main, *QUICK, *arguments, "--backends", "eager,torch")
+    code, out, err = run_command(main, *QUICK, *arguments, "--backends", "eager,torch")
     assert code == 0, err
     eager, ours = measured(folder)
     assert ours.measured.build_seconds and ours.agrees and ours.reduced == "1 of 2 patch blocks"
     assert eager.measured.build_seconds is None
+    page = (folder / "report.md").read_text("utf-8")
+    for shown in (out, page.partition("## Counted")[0]):
+        lines = [line for line in shown.splitlines() if re.match(r"(\| )?pid[ ,]", line)]
+        assert lines and all("1 of 2 patch blocks" in line for line in lines)
+        assert "Only 1 of 2 patch blocks" in shown
     assert eager.case.key.endswith("depth1/steps4/threads1/random")
 
 
@@ -227,6 +232,23 @@ def test_dry_run_shows_the_record_of_the_build(edit_bundle: Any, run_command: An
     assert engine_memory(manifest, "rtx", 10**6) == ("", {})
 
 
+def test_a_dry_run_is_written_where_it_was_asked(
+    golden_bundle: Path, tmp_path: Path, run_command: Any
+) -> None:
+    folder = tmp_path / "plan"
+    arguments = ("--dry-run", "--bundle", golden_bundle, "--size", "64x64", "-o", folder)
+    code, out, err = run_command(main, *arguments)
+    assert code == 0 and "no cascades: expected a network of a known latent space" in err
+    assert out.splitlines()[-1] == str(folder / "report.html")
+    rows = read_report(folder).rows
+    assert [(row.kind, row.case.backend) for row in rows] == [
+        ("counted", "eager"),
+        ("counted", "torch"),
+    ]
+    page = (folder / "report.md").read_text("utf-8")
+    assert "Nothing was run" in page and "pid, torch" in page
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
@@ -287,6 +309,8 @@ def test_refuses_what_a_bundle_is_not(golden_bundle: Path, tmp_path: Path, refus
     backends = ("--backends", "torch")
     assert "--precision fp32, which" in refusal(main, *given, *backends, "--precision", "fp16")
     assert "patch tokens" in refusal(main, *given, *backends, "--size", "1024x1024")
+    says = refusal(main, *given, *backends, "--cascades", "all")
+    assert "but got a custom network; use --cascades none" in says
     assert "--bundle alone" in refusal(main, *given, "--depth", "1")
     dry = ("--dry-run", "--bundle", golden_bundle, "--size", "64x64", "--cascades", "none")
     says = refusal(main, *dry, "--backends", "tensorrt-rtx")

@@ -23,7 +23,7 @@ class Terminal(io.StringIO):
 
 
 @pytest.mark.parametrize(
-    ("row", "line"), [(ROW, "pid, eager, 256x128: 12.5 ms"), (FAILED, "256x128: no kernel")]
+    ("row", "line"), [(ROW, "pid, eager, 256x128 px: 12.5 ms"), (FAILED, "256x128 px: no kernel")]
 )
 def test_a_line_per_case(row: Row, line: str, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
