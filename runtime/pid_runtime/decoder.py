@@ -1,6 +1,7 @@
 """`Bundle`, opened, and `Decoder`s of it, which turn latents into images."""
 
 import logging
+import os
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -8,9 +9,10 @@ from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
 from pid_runtime.advice import advice
-from pid_runtime.backends.choice import choose_graphs
+from pid_runtime.backends.choice import choose_graphs, device_name
 from pid_runtime.backends.graphs import LoadedGraphs
 from pid_runtime.backends.memory import Block
 from pid_runtime.bundle.folder import check_files, read_constants, read_manifest
@@ -20,9 +22,13 @@ from pid_runtime.errors import NotFiniteError, PidRuntimeError
 from pid_runtime.interpreter import Program, graph_calls
 from pid_runtime.latents import spread_warning
 from pid_runtime.nano import codec
+from pid_runtime.nano.block_dct import BLOCK
+from pid_runtime.nano.photos import padded, read_photo
 from pid_runtime.request import Request, Rule, check_request, empty_caption
 
 Progress = Callable[[int, int], None]
+
+OUTPUTS = ("float32", "uint8", "pil")
 
 _log = logging.getLogger(__name__)
 
@@ -40,9 +46,12 @@ class Bundle:
         manifest: Manifest,
         graphs: LoadedGraphs,
         constants: Mapping[str, NDArray[np.float32]],
+        backend: str = "",
+        device: str = "",
     ) -> None:
         """Wrap loaded graphs; most callers want `Bundle.open`."""
         self.path, self.manifest, self.graphs, self.constants = path, manifest, graphs, constants
+        self.backend, self.device = backend, device
         self._lock = threading.Lock()
         self._is_open = True
         self._users = 1  # who opened it, and its decoders
@@ -52,7 +61,7 @@ class Bundle:
         cls,
         bundle: str | Path,
         backend: str = "onnxruntime",
-        device: str | None = None,
+        device: Any = None,
         *,
         threads: int | None = None,
         verify: bool = True,
@@ -63,16 +72,17 @@ class Bundle:
         """Open a bundle.
 
         backend: "onnxruntime", "torch" or "tensorrt". device: for onnxruntime a provider, "cpu"
-        (default), "cuda", "cuda:1" or a provider's full name; for torch a torch device; for
-        tensorrt a GPU, "cuda:0" (default). threads: CPU threads, all when None; for torch of the
-        whole process. verify: check the SHA-256 of every file, not only its size.
+        (default), "cuda", "cuda:1" or a provider's full name; for torch a torch device, or its
+        name; for tensorrt a GPU, "cuda:0" (default). threads: CPU threads, all when None; for
+        torch of the whole process. verify: check the SHA-256 of every file, not only its size.
         engines: for tensorrt, the engine set to run; None for the first that this GPU and the
         libraries installed run, which the log names. cuda_graphs: for tensorrt, replay the steps
         as CUDA graphs from the second decode in a shape on. manifest: the bundle's, if it has been
         read already.
         Raises `PidRuntimeError` for a broken bundle or a backend that is not there.
         """
-        path = Path(bundle)
+        path = Path(bundle).expanduser()
+        device = device_name(backend, device)
         if manifest is None:
             manifest = read_manifest(path, verify)
         elif verify:
@@ -88,7 +98,7 @@ class Bundle:
             cuda_graphs=cuda_graphs,
         )
         graphs.load()
-        return cls(path, manifest, graphs, read_constants(path, manifest))
+        return cls(path, manifest, graphs, read_constants(path, manifest), backend, device)
 
     def decoder(self) -> "Decoder":
         """One more decoder, for one thread. Raises `PidRuntimeError` when the bundle is closed."""
@@ -109,6 +119,9 @@ class Bundle:
             last = not self._users
         if last:
             self.graphs.close()
+
+    def __repr__(self) -> str:
+        return f"<Bundle {_described(self)}>"
 
     def __enter__(self) -> "Bundle":
         return self
@@ -150,7 +163,7 @@ class Decoder:
         cls,
         bundle: str | Path,
         backend: str = "onnxruntime",
-        device: str | None = None,
+        device: Any = None,
         *,
         threads: int | None = None,
         verify: bool = True,
@@ -172,6 +185,14 @@ class Decoder:
         with opened:
             return opened.decoder()
 
+    @property
+    def device(self) -> str:
+        """Where it decodes: "cpu", "cuda:0", or the name of an ONNX Runtime provider."""
+        return self._bundle.device
+
+    def __repr__(self) -> str:
+        return f"<Decoder {_described(self._bundle)}{'' if self._is_open else ', closed'}>"
+
     def __enter__(self) -> "Decoder":
         return self
 
@@ -179,46 +200,57 @@ class Decoder:
         self.close()
 
     def close(self) -> None:
-        """Release the arena; the decoder cannot be used afterwards. Again does nothing."""
-        if self._is_open:
+        """Release the arena; the decoder cannot be used afterwards. Again does nothing.
+
+        Raises `PidRuntimeError` while a decode runs, as from its progress callback.
+        """
+        if not self._is_open:
+            return
+        self._begin("close it when the decode has ended")
+        try:
             self._is_open = False
             self._program = self._block = None
             self.graphs.close()
             self._bundle.release()
+        finally:
+            self._busy.release()
 
     def decode(
         self,
         latent: Any,
         caption: Any = None,
         *,
-        sigma: float | Sequence[float] | NDArray[np.float32] = 0.0,
-        seed: int | Sequence[int] = 0,
+        sigma: Any = 0.0,
+        seed: Any = 0,
         noise: Any = None,
         step_noise: Sequence[Any] | None = None,
         steps: int | None = None,
         times: Sequence[float] | None = None,
         rule: Rule = "sde",
-        output: Literal["float32", "uint8"] = "float32",
+        output: Literal["float32", "uint8", "pil"] = "float32",
         dlpack: bool = False,
         progress: Progress | None = None,
     ) -> Any:
         """Decode latents to images.
 
-        Arrays are numpy or anything with DLPack.
+        Arrays are numpy or anything with DLPack, such as torch tensors on any device.
 
         latent: float `[B, C, h, w]`, normalised as `manifest.model["latent_convention"]` says.
         caption: float `[B, T, text_dim]`, T at most `text_max_length`; or `[1, T, text_dim]` for
         the whole batch; None for the empty embedding (see `empty_caption`), which costs quality.
         sigma: noise level of the latent in [0, 1], one or B of them; 0 is clean, trained to 0.8.
         seed: 64-bit; image b of a batch uses seed + b, or give B seeds. Every backend draws the
-        same noise from it. noise: `[B, 3, H, W]` float32 standard normal, in place of the seed's
-        first draw; step_noise: `steps - 1` of the same, in place of the later draws.
+        same noise from it. A `torch.Generator`, or B of them, stands for the seed that it was
+        given; None for a random one, which the log tells.
+        noise: `[B, 3, H, W]` float32 standard normal, in place of the seed's first draw;
+        step_noise: `steps - 1` of the same, in place of the later draws.
         steps: 1, 2 or 4; the bundle's default when None. times: the times to visit, descending
         from at most 1 to 0, only for bundles exported with --arbitrary-timesteps.
         rule: "sde" (distilled students) or "ode". progress: called with (steps done, steps).
 
         Returns float32 `[B, 3, H, W]` in [-1, 1], or uint8 `[B, H, W, 3]`; a new numpy array, or
-        with `dlpack` an object with `__dlpack__` on the backend's device.
+        with `dlpack` an object with `__dlpack__` on the backend's device. With output "pil" it
+        returns a list of B `PIL.Image.Image`.
         Warns in the log, once each, of what runs but not as well as it could: a size, noise level
         or spread of the latent that the decoder was not trained on, and no caption.
         Raises `PidRuntimeError` for an input that does not fit the bundle; nothing is run then.
@@ -242,35 +274,45 @@ class Decoder:
     def run(
         self,
         request: Request,
-        output: Literal["float32", "uint8"] = "float32",
+        output: Literal["float32", "uint8", "pil"] = "float32",
         *,
         dlpack: bool = False,
         progress: Progress | None = None,
     ) -> Any:
         """Decode what `check_request` returned for this bundle; as `decode`, but without advice."""
-        if output not in ("float32", "uint8"):
-            raise PidRuntimeError(f"expected output float32 or uint8, but got {output!r}")
+        if output not in OUTPUTS:
+            raise PidRuntimeError(f"expected output {' or '.join(OUTPUTS)}, but got {output!r}")
+        if dlpack and output == "pil":
+            raise PidRuntimeError("expected no dlpack for output pil, but got both; drop one")
         if not self._is_open:
             raise PidRuntimeError("expected an open decoder, but it was closed; open another")
-        if not self._busy.acquire(blocking=False):
-            raise PidRuntimeError(
-                "expected one decode at a time, but another thread's runs in this decoder; use a "
-                "decoder of the bundle for each thread"
-            )
+        self._begin("use a decoder of the bundle for each thread")
         try:
-            return self._run(request, output, dlpack, progress)
+            image = self._run(request, output, dlpack, progress)
         finally:
             self._busy.release()
+        return [Image.fromarray(each) for each in image] if output == "pil" else image
+
+    def _begin(self, fix: str) -> None:
+        """Keep other calls out. Raises `PidRuntimeError` if one is in."""
+        if not self._busy.acquire(blocking=False):
+            raise PidRuntimeError(
+                f"expected one call at a time, but a decode runs in this decoder; {fix}"
+            )
 
     def encode(self, image: Any, *, sigma: float = 0.0, seed: int = 0) -> NDArray[np.float32]:
         """Latents of images, for a bundle with a codec: float32 `[B, C, H / 8, W / 8]`.
 
         image: float `[B, 3, H, W]` in [-1, 1] or uint8 `[B, H, W, 3]`, as `decode` gives them; H
-        and W are multiples of 8. sigma: in [0, 1], noise to add as in a partly denoised latent,
-        (1 - sigma) latent + sigma noise, to be given to `decode` too. seed: of that noise, seed + b
-        for image b; `decode` may have the same, it draws other numbers.
+        and W are multiples of 8. Or a photo, as the path of a file or a `PIL.Image.Image`: its last
+        row and column are repeated up to such multiples.
+        sigma: in [0, 1], noise to add as in a partly denoised latent, (1 - sigma) latent + sigma
+        noise, to be given to `decode` too. seed: of that noise, seed + b for image b; `decode` may
+        have the same, it draws other numbers.
         Raises `PidRuntimeError` for another image, or a bundle without a codec.
         """
+        if isinstance(image, str | os.PathLike | Image.Image):
+            image = padded(read_photo(image), BLOCK)[None]
         return codec.encode(self.manifest, image, sigma, seed)
 
     def native_decode(self, latent: Any) -> NDArray[np.float32]:
@@ -316,8 +358,9 @@ class Decoder:
         self._denoise(program, request, progress)
         if not memory.is_finite(program.buffer("state")):
             raise NotFiniteError(self._first_not_finite(program, request))
-        program.run("image" if output == "float32" else "image_bytes")
-        image = program.buffer("image" if output == "float32" else "image_bytes")
+        name = "image" if output == "float32" else "image_bytes"
+        program.run(name)
+        image = program.buffer(name)
         return memory.clone(image) if dlpack else memory.read(image)
 
     def _denoise(self, program: Program, request: Request, progress: Progress | None) -> None:
@@ -406,6 +449,12 @@ class Decoder:
         memory.write(program.buffer("update"), _padded(schedule.updates, rows))
         if schedule.moments is not None:
             memory.write(program.buffer("timestep"), _padded(schedule.moments, rows))
+
+
+def _described(bundle: Bundle) -> str:
+    name = bundle.manifest.model.get("name", "unnamed")
+    where = f" on {bundle.backend} {bundle.device}" if bundle.backend else ""
+    return f"{str(bundle.path)!r}: {name}, {bundle.manifest.precision}{where}"
 
 
 def _padded(values: NDArray[np.float32], rows: int) -> NDArray[np.float32]:

@@ -1,5 +1,9 @@
 """A decode's inputs, checked against a bundle before anything runs."""
 
+import logging
+import operator
+import os
+import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -17,6 +21,8 @@ from pid_runtime.noise import image_seed
 
 Rule = Literal["sde", "ode"]
 RULES = ("sde", "ode")
+
+_log = logging.getLogger(__name__)
 
 _FLOATS = ("float16", "bfloat16", "float32", "float64")
 
@@ -68,7 +74,7 @@ def check_request(
     caption: Any = None,
     *,
     sigma: float | Sequence[float] | NDArray[np.float32] = 0.0,
-    seed: int | Sequence[int] = 0,
+    seed: Any = 0,
     noise: Any = None,
     step_noise: Sequence[Any] | None = None,
     steps: int | None = None,
@@ -127,7 +133,7 @@ def check_schedule(
                 "expected no times, since this bundle knows only its own, but got "
                 f"{list(times)}; give steps, or export with --arbitrary-timesteps"
             )
-        steps = sampler.steps if steps is None else steps
+        steps = sampler.steps if steps is None else _integer(steps, "steps")
         rows = sampler.schedules.get(str(steps))
         if rows is None:
             raise PidRuntimeError(
@@ -141,7 +147,7 @@ def check_schedule(
             "expected times, since this bundle takes any, but got none; give for example "
             "1.0,0.75,0.5,0.25,0"
         )
-    visited = [float(time) for time in times]
+    visited = [float(time) for time in _numbers(times, "times").reshape(-1)]
     descending = all(a > b for a, b in pairwise(visited))
     if len(visited) < 2 or visited[-1] != 0 or visited[0] > 1 or not descending:
         raise PidRuntimeError(
@@ -180,6 +186,12 @@ def _check_array(source: Any, name: str, wanted: tuple[int | str, ...], fix: str
 
     wanted: its shape; letters stand for any size but 0.
     """
+    if isinstance(source, str | os.PathLike):
+        if name == "caption":
+            fix = "give the embedding that Gemma-2-2b-it makes of a prompt"
+        raise PidRuntimeError(f"expected an array as {name}, but got {str(source)[:60]!r}; {fix}")
+    if getattr(source, "requires_grad", False):
+        source = source.detach()
     kind = str(getattr(source, "dtype", "")).removeprefix("torch.")
     if kind == "bfloat16":  # numpy has none of its own
         source = source.float() if hasattr(source, "float") else source.astype(np.float32)
@@ -211,7 +223,7 @@ def _shape_error(
 
 
 def _check_sigma(manifest: Manifest, sigma: Any, batch: int) -> NDArray[np.float32]:
-    sigmas = np.asarray(sigma, np.float32)
+    sigmas = _numbers(sigma, "sigma").astype(np.float32)
     if sigmas.shape not in ((), (1,), (batch,)):
         raise PidRuntimeError(
             f"expected one sigma{_or_more(batch)}, but got shape {list(sigmas.shape)}; give one "
@@ -226,13 +238,41 @@ def _check_sigma(manifest: Manifest, sigma: Any, batch: int) -> NDArray[np.float
     return np.ascontiguousarray(np.broadcast_to(sigmas, (batch,)))
 
 
+def _numbers(given: Any, name: str) -> NDArray[Any]:
+    """A number, or several. Raises `PidRuntimeError` for text, truth values and others."""
+    try:
+        array = as_array(given.detach() if getattr(given, "requires_grad", False) else given)
+    except ValueError:  # lists of different lengths
+        array = np.array(None)
+    if array.dtype.kind not in "fiu":
+        raise PidRuntimeError(f"expected numbers as {name}, but got {str(given)[:60]!r}")
+    return array
+
+
 def _check_seeds(seed: Any, batch: int) -> tuple[int, ...]:
+    if seed is None:
+        seed = secrets.randbits(64)
+        _log.info("Seed %s", seed)
     if np.ndim(seed) == 0:
-        return tuple(image_seed(seed, b) for b in range(batch))
-    seeds = tuple(image_seed(each, 0) for each in seed)
+        return tuple(image_seed(_integer(seed, "seed"), b) for b in range(batch))
+    seeds = tuple(image_seed(_integer(each, "seed"), 0) for each in seed)
     if len(seeds) != batch:
         raise PidRuntimeError(f"expected one seed{_or_more(batch)}, but got {len(seeds)}")
     return seeds
+
+
+def _integer(given: Any, name: str) -> int:
+    """A whole number, or the seed of a `torch.Generator`."""
+    if hasattr(given, "initial_seed"):
+        return int(given.initial_seed())
+    try:
+        if isinstance(given, bool | np.bool_):
+            raise TypeError
+        return operator.index(given)
+    except TypeError:
+        raise PidRuntimeError(
+            f"expected a whole number as {name}, but got {str(given)[:60]!r}"
+        ) from None
 
 
 def _or_more(batch: int) -> str:

@@ -225,8 +225,25 @@ def test_images_that_do_not_fit(pid: Decoder, image: NDArray[Any], message: str)
         pid.encode(image)
 
 
+def test_photos_may_be_given_as_they_are(pid: Decoder, tmp_path: Path) -> None:
+    photo = save(tmp_path / "photo.png", 15, 17)
+    want = pid.encode(padded(read_photo(photo), 8)[None])
+    assert want.shape == (1, 16, 2, 3)
+    np.testing.assert_array_equal(pid.encode(photo), want)
+    np.testing.assert_array_equal(pid.encode(str(photo)), want)
+    with Image.open(photo) as opened:
+        np.testing.assert_array_equal(pid.encode(opened), want)
+
+
+def test_images_of_another_range_are_refused(pid: Decoder) -> None:
+    with pytest.raises(PidRuntimeError, match=r"in \[-1, 1\], but got values up to 255; scale"):
+        pid.encode(np.full((1, 3, 8, 8), 255, np.float32))
+    assert np.isfinite(pid.encode(np.full((1, 3, 8, 8), 1.2, np.float32))).all()
+
+
 def test_noise_levels_that_are_none(pid: Decoder) -> None:
-    for sigma in (-0.1, 1.5, math.nan):
+    wrong: tuple[Any, ...] = (-0.1, 1.5, math.nan, "0.2", True)
+    for sigma in wrong:
         with pytest.raises(PidRuntimeError, match=r"expected sigma in \[0, 1\], but got"):
             pid.encode(np.zeros((1, 3, 8, 8), np.float32), sigma=sigma)
 

@@ -1,5 +1,6 @@
 """`Decoder` on small bundles, on both backends."""
 
+import logging
 import shutil
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -207,6 +208,75 @@ def test_takes_arrays_that_are_read_only_or_not_contiguous(pid: Decoder) -> None
     np.testing.assert_array_equal(image, pid.decode(LATENT, CAPTION[:1], sigma=[0.5] * 3))
 
 
+def test_takes_what_torch_users_have(pid: Decoder, caplog: pytest.LogCaptureFixture) -> None:
+    want = pid.decode(LATENT, CAPTION, seed=7, sigma=0.25)
+    latent = torch.from_numpy(LATENT).requires_grad_()
+    sigma = torch.tensor([0.25] * 3, requires_grad=True)
+    generator = torch.Generator().manual_seed(7)
+    got = pid.decode(latent, torch.from_numpy(CAPTION), seed=generator, sigma=sigma)
+    np.testing.assert_array_equal(got, want)
+    seeds = [torch.Generator().manual_seed(7 + b) for b in range(3)]
+    np.testing.assert_array_equal(pid.decode(LATENT, CAPTION, seed=seeds, sigma=0.25), want)
+    on_device = SimpleNamespace(  # a tensor of a GPU, which is copied from there
+        shape=LATENT.shape,
+        dtype="torch.float32",
+        __dlpack_device__=lambda: (2, 0),
+        __dlpack__=None,
+        cpu=lambda: torch.from_numpy(LATENT),
+    )
+    if pid.device == "cpu" and "onnxruntime" in repr(pid):
+        got = pid.decode(on_device, CAPTION, seed=7, sigma=0.25)
+        np.testing.assert_array_equal(got, want)
+    with caplog.at_level(logging.INFO, "pid_runtime"):
+        image = pid.decode(LATENT, CAPTION, seed=None, steps=1)
+    (seed,) = (int(text.split()[1]) for text in caplog.messages if text.startswith("Seed "))
+    np.testing.assert_array_equal(image, pid.decode(LATENT, CAPTION, seed=seed, steps=1))
+
+
+def test_images_of_pillow(pid: Decoder) -> None:
+    images = pid.decode(LATENT, CAPTION, steps=1, output="pil")
+    want = pid.decode(LATENT, CAPTION, steps=1, output="uint8")
+    assert [image.size for image in images] == [(96, 64)] * 3
+    np.testing.assert_array_equal(np.stack([np.asarray(image) for image in images]), want)
+
+
+def test_a_decoder_says_what_it_is(golden_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(golden_bundle.parent))
+    bundle = f"~/{golden_bundle.name}"
+    with Bundle.open(bundle, "torch", torch.device("cpu"), verify=False) as opened:
+        pid = opened.decoder()
+        assert pid.device == "cpu"
+        assert repr(opened) == f"<Bundle {str(golden_bundle)!r}: custom, fp32 on torch cpu>"
+        assert repr(pid) == f"<Decoder {str(golden_bundle)!r}: custom, fp32 on torch cpu>"
+        pid.close()
+        assert repr(pid).endswith(" on torch cpu, closed>")
+
+
+def test_advice_is_logged_once(
+    edit_bundle: Callable[..., Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    bundle = edit_bundle(
+        lambda manifest: manifest["model"].update(latent_spread=[0.3, 2.0], distilled=False)
+    )
+    with Decoder.open(bundle, threads=1, verify=False) as pid:
+        for _ in range(2):
+            pid.decode(9 * LATENT, steps=1, sigma=0.9)
+    told = [record.getMessage() for record in caplog.records]
+    assert [text[:30] for text in told] == [
+        "custom is not distilled: a few",
+        "sigma 0.9 is beyond 0.8, the h",
+        "no caption was given: the empt",
+        "the latent's standard deviatio",
+    ]
+
+
+def test_a_decoder_is_not_closed_while_it_decodes(golden_bundle: Path) -> None:
+    with Decoder.open(golden_bundle, threads=1, verify=False) as pid:
+        with pytest.raises(PidRuntimeError, match="close it when the decode has ended"):
+            pid.decode(LATENT, CAPTION, progress=lambda *_: pid.close())
+        assert pid.decode(LATENT, CAPTION, steps=1).shape == (3, 3, 64, 96)
+
+
 def test_no_caption_is_the_empty_one(pid: Decoder) -> None:
     assert pid.empty_caption().shape == (1, TEXT, DIM) and not pid.empty_caption().any()
     image = pid.decode(LATENT)
@@ -364,7 +434,7 @@ def test_a_decoder_serves_one_thread_at_a_time(pid: Decoder) -> None:
 
     image = pid.decode(LATENT, CAPTION, seed=5, progress=meanwhile)
     assert len(refused) == 4
-    assert all("expected one decode at a time" in message for message in refused)
+    assert all("expected one call at a time" in message for message in refused)
     np.testing.assert_array_equal(image, expected)
     np.testing.assert_array_equal(pid.decode(LATENT, CAPTION, seed=5), expected)
 
@@ -435,7 +505,18 @@ WRONG: dict[str, tuple[str, dict[str, Any]]] = {
     "no steps": ("expected 1, 2, 4 steps, but got 0", {"steps": 0}),
     "times": ("knows only its own", {"times": [1, 0]}),
     "rule": ("rule sde or ode", {"rule": "euler"}),
-    "output": ("output float32 or uint8", {"output": "float16"}),
+    "output": ("output float32 or uint8 or pil", {"output": "float16"}),
+    "output and dlpack": ("no dlpack for output pil", {"output": "pil", "dlpack": True}),
+    "sigma text": ("numbers as sigma, but got '0.2'", {"sigma": "0.2"}),
+    "sigma truth": ("numbers as sigma, but got 'True'", {"sigma": True}),
+    "sigma ragged": ("numbers as sigma", {"sigma": [0, [0, 0]]}),
+    "seed truth": ("whole number as seed, but got 'True'", {"seed": True}),
+    "seed float": ("whole number as seed, but got '1.5'", {"seed": 1.5}),
+    "seed text": ("whole number as seed", {"seed": "7"}),
+    "steps text": ("whole number as steps, but got '4'", {"steps": "4"}),
+    "steps truth": ("whole number as steps", {"steps": True}),
+    "latent path": ("array as latent, but got 'latent.npy'", {"latent": Path("latent.npy")}),
+    "prompt": ("array as caption, but got 'a cat'; give the embedding", {"caption": "a cat"}),
     "noise shape": (r"noise shape \[3, 3, 64, 96\]", {"noise": normal(1, 3, 64, 96)}),
     "noise count": ("expected 3 step noises", {"step_noise": [normal(3, 3, 64, 96)] * 2}),
 }
@@ -468,6 +549,7 @@ def test_no_state_before_a_decode(golden_bundle: Path) -> None:
         ),
         ("providers .*CPUExecutionProvider.* but got 'abacus'", {"device": "abacus"}),
         ("device such as cuda:0, but got 'cpu:x'", {"device": "cpu:x"}),
+        ("device by name, such as cpu or cuda:0, but got 0", {"device": 0}),
         ("device such as cuda:0, but got 'cpu:'", {"device": "cpu:"}),
         ("device torch can use", {"backend": "torch", "device": "abacus"}),
         ("at least one thread, but got 0", {"threads": 0}),

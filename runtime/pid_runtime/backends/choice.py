@@ -13,14 +13,29 @@ INSTALL_ONNXRUNTIME = (
     "pip install 'pid-trt[cpu]', or on a machine with an NVIDIA GPU 'pid-trt[cuda]', never both"
 )
 
+DEFAULT_DEVICES = {"onnxruntime": "cpu", "torch": "cpu", "tensorrt": "cuda:0"}
+"""By backend."""
+
 BACKENDS = (*HOST_BACKENDS, "tensorrt")
+
+
+def device_name(backend: str, device: object) -> str:
+    """The name of a device given by name, as a `torch.device`, or as None for the default.
+
+    Raises `PidRuntimeError` for anything else.
+    """
+    if device is None:
+        return DEFAULT_DEVICES.get(backend, "cpu")
+    if isinstance(device, str) or type(device).__module__ == "torch":
+        return str(device)
+    raise PidRuntimeError(f"expected a device by name, such as cpu or cuda:0, but got {device!r}")
 
 
 def choose_graphs(
     bundle: Path,
     manifest: Manifest,
     backend: str,
-    device: str | None = None,
+    device: object = None,
     *,
     threads: int | None = None,
     verify: bool = True,
@@ -37,6 +52,7 @@ def choose_graphs(
         raise PidRuntimeError(
             f"expected the tensorrt backend to run engines {engines!r}, but got {backend!r}"
         )
+    device = device_name(backend, device)
     if backend == "onnxruntime":
         try:
             from pid_runtime.backends.onnxruntime import LoadedSessions
@@ -47,7 +63,7 @@ def choose_graphs(
                 f"{INSTALL_ONNXRUNTIME}"
             ) from None
 
-        provider, colon, ordinal = (device or "cpu").partition(":")
+        provider, colon, ordinal = device.partition(":")
         if colon and not (ordinal.isascii() and ordinal.isdecimal()):
             raise PidRuntimeError(f"expected a device such as cuda:0, but got {device!r}")
         return LoadedSessions(bundle, manifest, provider, int(ordinal or 0), threads)
@@ -59,14 +75,14 @@ def choose_graphs(
                 "expected PyTorch for the torch backend, but it is not installed; "
                 "pip install 'pid-trt[torch]'"
             ) from None
-        return LoadedStages(bundle, manifest, device or "cpu", threads)
+        return LoadedStages(bundle, manifest, device, threads)
     if backend == "tensorrt":
         from pid_runtime.backends.tensorrt import LoadedEngines
 
         return LoadedEngines(
             bundle,
             manifest,
-            device or "cuda:0",
+            device,
             engines,
             cuda_graphs=cuda_graphs,
             verify=verify,

@@ -112,7 +112,8 @@ def as_array(source: Any) -> NDArray[Any]:
     if isinstance(source, np.ndarray):
         return source
     if hasattr(source, "__dlpack__"):
-        return np.from_dlpack(source)
+        on_host = source.__dlpack_device__()[0] == CPU
+        return np.from_dlpack(source if on_host else source.cpu())
     return np.asarray(source)
 
 

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pid_runtime.advice import advice
-from pid_runtime.backends.choice import BACKENDS
+from pid_runtime.backends.choice import BACKENDS, device_name
 from pid_runtime.bundle.folder import read_manifest
 from pid_runtime.command import console
 from pid_runtime.command.decode_jobs import (
@@ -209,7 +209,7 @@ def _report(arguments: Namespace, jobs: Sequence[Job], seconds: Sequence[float])
     result = {
         "bundle": str(arguments.bundle),
         "backend": arguments.backend,
-        "device": arguments.device or ("cuda:0" if arguments.backend == "tensorrt" else "cpu"),
+        "device": device_name(arguments.backend, arguments.device),
         "images": images,
         "sheet": str(arguments.sheet) if arguments.sheet else None,
     }

@@ -18,6 +18,10 @@ LATENT_DRAW = 2**32 - 1
 """The draw that a latent's own noise is; a decode of the same seed uses the first few."""
 
 
+MOST = 1.5
+"""No float image has larger values; what a VAE decodes goes a little beyond 1."""
+
+
 def latent_channels(manifest: Manifest) -> int:
     """Channels of the latents that `encode` makes. Raises `PidRuntimeError` as `encode` does."""
     return len(_std(manifest))
@@ -26,8 +30,8 @@ def latent_channels(manifest: Manifest) -> int:
 def encode(manifest: Manifest, image: Any, sigma: float = 0.0, seed: int = 0) -> Floats:
     """See `Decoder.encode`."""
     std = _std(manifest)
-    if not 0 <= sigma <= 1:
-        raise PidRuntimeError(f"expected sigma in [0, 1], but got {sigma}; 0 is a clean latent")
+    if isinstance(sigma, bool | str) or not 0 <= sigma <= 1:
+        raise PidRuntimeError(f"expected sigma in [0, 1], but got {sigma!r}; 0 is a clean latent")
     latent = block_dct.encode(_floats(as_array(image)), std)
     if sigma:
         latent *= np.float32(1 - sigma)
@@ -72,5 +76,11 @@ def _floats(image: NDArray[Any]) -> Floats:
     if not np.issubdtype(image.dtype, np.floating):
         raise PidRuntimeError(
             f"expected float images in [-1, 1] or uint8 ones, but got {image.dtype}; convert them"
+        )
+    largest = float(np.abs(image).max(initial=0))
+    if largest > MOST:  # NaN is refused later
+        raise PidRuntimeError(
+            f"expected float images in [-1, 1], but got values up to {largest:g}; scale them, or "
+            "give uint8"
         )
     return image.astype(np.float32, copy=False)

@@ -29,24 +29,29 @@ def photo_size(path: str | os.PathLike[str]) -> tuple[int, int]:
         return (height, width) if on_its_side else (width, height)
 
 
-def read_photo(path: str | os.PathLike[str]) -> NDArray[np.float32]:
-    """Read a photo as float32 `[3, H, W]` in [-1, 1].
+def read_photo(photo: str | os.PathLike[str] | Image.Image) -> NDArray[np.float32]:
+    """Read a photo, in a file or opened, as float32 `[3, H, W]` in [-1, 1].
 
     It is turned as its EXIF data says and converted to sRGB from the colour profile in it, if that
     can be used; what is transparent is put on white. Greyscale of 16 bits keeps its precision;
     colours of 16 bits are read as 8. Of several frames or pages the first one is taken.
     Raises `PidRuntimeError` for a file that is no image, or a damaged one.
     """
-    with _opened(Path(path)) as image:
-        upright = ImageOps.exif_transpose(image)
-        if upright.mode == "I" or upright.mode.startswith("I;16"):
-            return _grey16(np.asarray(upright))
-        if upright.mode == "F":
-            raise PidRuntimeError(
-                f"expected a photo of whole numbers, but got floats in {path}; save it as 8 bits"
-            )
-        pixels = np.asarray(_on_white(upright))
-    return from_uint8(pixels)
+    if isinstance(photo, Image.Image):
+        return _read(photo, "it")
+    with _opened(Path(photo)) as image:
+        return _read(image, str(photo))
+
+
+def _read(image: Image.Image, where: str) -> NDArray[np.float32]:
+    upright = ImageOps.exif_transpose(image)
+    if upright.mode == "I" or upright.mode.startswith("I;16"):
+        return _grey16(np.asarray(upright))
+    if upright.mode == "F":
+        raise PidRuntimeError(
+            f"expected a photo of whole numbers, but got floats in {where}; save it as 8 bits"
+        )
+    return from_uint8(np.asarray(_on_white(upright)))
 
 
 def padded(image: NDArray[np.float32], multiple: int) -> NDArray[np.float32]:
