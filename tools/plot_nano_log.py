@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from pid_bench.charts import COLOURS, to_svg
+from pid_bench.charts import colours, to_svg
 from pid_runtime.bundle.files import write_whole
 
 SERIES = {"clean": "clean latents", "noisy": "noisy latents, sigma 0 to 0.8"}
@@ -30,7 +30,7 @@ def main() -> int:
 
 def draw(axes: Any, entries: list[dict[str, Any]]) -> None:
     """PSNR of the crops over the iterations, in a matplotlib `Axes`."""
-    for (name, words), colour in zip(SERIES.items(), COLOURS, strict=False):
+    for (name, words), colour in zip(SERIES.items(), colours(), strict=False):
         points = [(e["iteration"], e["psnr"][name]) for e in entries if name in e["psnr"]]
         values = np.convolve([y for _, y in points], np.ones(WINDOW) / WINDOW, "valid")
         at = [x for x, _ in points][WINDOW // 2 : WINDOW // 2 + len(values)]

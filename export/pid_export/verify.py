@@ -33,7 +33,7 @@ from pid_runtime.bundle.sizes import Sizes, sizes_of_request
 from pid_runtime.decoder import Bundle, Decoder
 from pid_runtime.errors import NotFiniteError
 from pid_runtime.interpreter import Program, graph_calls
-from pid_runtime.request import update_factors
+from pid_runtime.request import check_fits, update_factors
 
 TOLERANCES = {"fp32": 1e-4, "fp16": 2e-2, "bf16": 1e-1}
 """Largest error that passes, by precision, relative to the reference's RMS (at least 1)."""
@@ -153,7 +153,7 @@ def random_inputs(
             f"expected width and height to be multiples of {multiple}, but got {width}x{height}; "
             f"{smaller} is the next smaller size"
         )
-    manifest.bucket_for(math.prod(size) * manifest.tokens_per_latent**2)
+    check_fits(manifest, *size)
     rng = np.random.default_rng(seed)
 
     def normal(*shape: int) -> NDArray[np.float32]:

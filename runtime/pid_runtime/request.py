@@ -1,6 +1,7 @@
 """A decode's inputs, checked against a bundle before anything runs."""
 
 import logging
+import math
 import operator
 import os
 import secrets
@@ -109,9 +110,34 @@ def check_request(
         text_tokens=caption.shape[1],
         rows=len(manifest.sampler.times) or schedule.steps,
     )
-    manifest.bucket_for(sizes.value("L"))
+    check_fits(manifest, latent.shape[2], latent.shape[3])
     noises = _check_noises(noise, step_noise, sizes, schedule.steps, rule)
     return Request(sizes, schedule, latent, caption, sigmas, seeds, noises)
+
+
+def largest_latent(manifest: Manifest, height: int, width: int) -> tuple[int, int]:
+    """Height and width of the largest latent of about this shape that a bucket holds."""
+    most = manifest.most_tokens // manifest.tokens_per_latent**2
+    scale = min(1.0, math.sqrt(most / (height * width)))
+    rows = max(1, math.floor(height * scale))
+    columns = max(1, min(math.floor(width * scale), most // rows))
+    return min(rows, most), columns
+
+
+def check_fits(manifest: Manifest, height: int, width: int) -> None:
+    """Raise `PidRuntimeError` for a latent of a height and width that no bucket holds."""
+    per_latent = manifest.tokens_per_latent
+    tokens = height * width * per_latent**2
+    if tokens <= manifest.most_tokens:
+        return
+    side = per_latent * manifest.network["patch_size"]
+    rows, columns = largest_latent(manifest, height, width)
+    raise PidRuntimeError(
+        f"expected an image of at most {manifest.megapixels(manifest.most_tokens)}, the largest "
+        f"bucket of this bundle, but got {side * width}x{side * height}; the largest of this shape "
+        f"is {side * columns}x{side * rows}, of a latent of height {rows} and width {columns}; or "
+        f"export with --buckets large={tokens}"
+    )
 
 
 def check_schedule(

@@ -308,7 +308,7 @@ def test_refuses_what_a_bundle_is_not(golden_bundle: Path, tmp_path: Path, refus
     given = (*QUICK, "--bundle", golden_bundle, "-o", tmp_path / "report")
     backends = ("--backends", "torch")
     assert "--precision fp32, which" in refusal(main, *given, *backends, "--precision", "fp16")
-    assert "patch tokens" in refusal(main, *given, *backends, "--size", "1024x1024")
+    assert "at most 0.262 megapixels" in refusal(main, *given, *backends, "--size", "1024x1024")
     says = refusal(main, *given, *backends, "--cascades", "all")
     assert "but got a custom network; use --cascades none" in says
     assert "--bundle alone" in refusal(main, *given, "--depth", "1")

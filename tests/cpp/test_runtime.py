@@ -797,7 +797,12 @@ def test_command_refuses_latents_that_do_not_fit(work: Work) -> None:
     nan = work.latent.copy()
     nan[3, 1, 1] = np.nan
     for name, latent, message in (
-        ("wide", np.zeros((16, 17, 16), np.float32), "expected at most 1024 patch tokens"),
+        (
+            "wide",
+            np.zeros((16, 17, 16), np.float32),
+            "at most 0.262 megapixels, the largest bucket of this bundle, but got 512x544; the "
+            "largest of this shape is 480x512, of a latent of height 16 and width 15; or export",
+        ),
         ("channels", work.latent[:15].copy(), "expected latent shape [B, 16, h, w], but got "),
         ("rank", work.latent[0].copy(), "but got [2, 3]; this bundle takes latents of its own net"),
         (
@@ -947,6 +952,7 @@ def test_command_ends_quietly_when_nobody_reads(work: Work) -> None:
 
 
 FLAGS_OF_ONE = {
+    "--fit": "photos are read by Pillow",
     "--image": "photos are read by Pillow",
     "--images": "photos are read by Pillow",
     "--provider-library": "Python finds plug-in providers by their packages",

@@ -27,7 +27,7 @@ from pid_runtime.command.images import to_uint8
 from pid_runtime.decoder import Decoder
 from pid_runtime.errors import PidRuntimeError
 from pid_runtime.nano import block_dct, codec
-from pid_runtime.nano.photos import padded, photo_size, read_photo
+from pid_runtime.nano.photos import padded, photo_size, read_photo, resized
 
 RunCommand = Callable[..., tuple[int, str, str]]
 Refusal = Callable[..., str]
@@ -312,6 +312,25 @@ def test_a_folder_of_photos(bundle: Path, run_command: RunCommand, tmp_path: Pat
     assert sizes == {"A.png": (32, 36), "b.png": (64, 32)}
 
 
+def test_a_photo_that_is_too_large_is_fitted(
+    bundle: Path, pid: Decoder, run_command: RunCommand, tmp_path: Path
+) -> None:
+    photo, target = save(tmp_path / "large.png", 72, 88), tmp_path / "image.png"
+    arguments = (bundle, "--image", photo, "-o", target, "--fit", "--threads", 1)
+    assert run_command(decode_cli.main, *arguments)[::2] == (0, "")
+    # 64 latent pixels fit: 7 x 8 blocks, and 72:88 in 56 x 64 pixels.
+    reduced = resized(read_photo(photo), 52, 64)
+    pixels = pid.decode(pid.encode(padded(reduced, 8)[None]), output="uint8")[0]
+    with Image.open(target) as image:
+        assert image.size == (256, 208)
+        np.testing.assert_array_equal(np.asarray(image), pixels[:208, :256])
+    small = save(tmp_path / "small.png", 8, 24)
+    arguments = (bundle, "--image", small, "-o", target, "--fit", "--overwrite", "--threads", 1)
+    assert run_command(decode_cli.main, *arguments)[::2] == (0, "")
+    with Image.open(target) as image:
+        np.testing.assert_array_equal(np.asarray(image), decoded(pid, small))
+
+
 def test_photos_that_cannot_be_decoded(
     bundle: Path, golden_bundle: Path, refusal: Refusal, tmp_path: Path
 ) -> None:
@@ -319,7 +338,7 @@ def test_photos_that_cannot_be_decoded(
     large, text = save(tmp_path / "large.png", 72, 88), tmp_path / "text.png"
     text.write_text("not a photo")
     for arguments, message in (
-        ((bundle, "--image", large), "photo of 88x72 first"),
+        ((bundle, "--image", large), "--fit, which reduces this photo of 88x72"),
         ((bundle, "--image", text), "is no image that Pillow reads"),
         ((bundle, "--image", tmp_path / "missing.png"), "is no file"),
         ((bundle, "--images", photo), "expected a folder for --images"),

@@ -451,8 +451,8 @@ def test_one_thing_at_a_time(golden_bundle: Path, refusal: Refusal) -> None:
         (["--size", f"{'9' * 5000}x64"], "a size such as 512x512"),
         (["--size", "0x64"], "multiples of 32, but got 0x64; 32x64"),
         (["--size", "100x64"], "multiples of 32, but got 100x64; 96x64"),
-        (["--size", "1024x1024"], "at most 1024 patch tokens"),
-        (["--size", "99999968x99999968"], "at most 1024 patch tokens"),
+        (["--size", "1024x1024"], "at most 0.262 megapixels"),
+        (["--size", "99999968x99999968"], "at most 0.262 megapixels"),
         (["--checkpoint", "model.pth"], "no checkpoint, as this bundle's weights are random"),
     ],
 )

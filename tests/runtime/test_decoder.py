@@ -486,7 +486,10 @@ WRONG: dict[str, tuple[str, dict[str, Any]]] = {
     "integers": ("latent values of float16", {"latent": LATENT.astype(np.int32)}),
     "NaN": ("finite latent", {"latent": changed(LATENT, np.nan)}),
     "infinity": ("finite latent", {"latent": torch.from_numpy(changed(LATENT, np.inf)).half()}),
-    "tokens": ("at most 1024 patch tokens", {"latent": normal(3, CHANNELS, 17, 16)}),
+    "tokens": (
+        "at most 0.262 megapixels, .*--buckets large=1088",
+        {"latent": normal(3, CHANNELS, 17, 16)},
+    ),
     "caption width": (r"caption shape \[B, T, 32\]", {"caption": CAPTION[..., :31]}),
     "caption length": ("T at most 12", {"caption": normal(3, 13, DIM)}),
     "no text": ("caption shape", {"caption": CAPTION[:, :0]}),

@@ -1,6 +1,7 @@
 #include "request.h"
 
 #include <algorithm>
+#include <cmath>
 #include <cstddef>
 #include <utility>
 
@@ -285,6 +286,29 @@ Schedule check_schedule(const Sampler& sampler, const pid_decode_params& params)
     return schedule;
 }
 
+// Refuse a latent of a height and width that no bucket holds.
+void check_fits(const Manifest& manifest, std::uint64_t height, std::uint64_t width) {
+    const Network& network = manifest.network;
+    const std::uint64_t budget = most_tokens(manifest.buckets);
+    const std::uint64_t tokens = product(product(height, width), network.least_tokens());
+    if (tokens <= budget)
+        return;
+    const std::uint64_t most = budget / network.least_tokens();
+    const double scale = std::sqrt(static_cast<double>(most) /
+                                   (static_cast<double>(height) * static_cast<double>(width)));
+    const auto scaled = [&](std::uint64_t side) {
+        return static_cast<std::uint64_t>(std::floor(static_cast<double>(side) * scale));
+    };
+    const std::uint64_t rows = std::max<std::uint64_t>(1, std::min(most, scaled(height)));
+    const std::uint64_t columns = std::max<std::uint64_t>(1, std::min(scaled(width), most / rows));
+    const std::uint64_t side = network.pixels_per_latent();
+    refuse("expected an image of at most ", manifest.megapixels(budget),
+           ", the largest bucket of this bundle, but got ", product(side, width), "x",
+           product(side, height), "; the largest of this shape is ", side * columns, "x",
+           side * rows, ", of a latent of height ", rows, " and width ", columns,
+           "; or export with --buckets large=", tokens);
+}
+
 Sizes check_sizes(const Manifest& manifest, const pid_tensor& latent) {
     const Network& network = manifest.network;
     if (latent.data == nullptr)
@@ -295,6 +319,7 @@ Sizes check_sizes(const Manifest& manifest, const pid_tensor& latent) {
     const Shape shape =
         check_shape(latent, "latent", {"B", network.latent_channels, "h", "w"}, fix);
     const auto size = [&](std::size_t axis) { return static_cast<std::uint64_t>(shape[axis]); };
+    check_fits(manifest, size(2), size(3));
     const Sizes sizes = Sizes::of_request(network, size(0), size(2), size(3), 1, 1);
     Program::arena_bytes(manifest.bucket_for(sizes.value("L")).second, sizes);
     return sizes;

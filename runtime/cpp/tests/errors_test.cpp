@@ -184,7 +184,7 @@ TEST_F(Errors, OfLatents) {
     EXPECT_SAYS(latent({1, 16, 0, 3}), "but got [1, 16, 0, 3]");
     EXPECT_SAYS(latent({1, 16, -2, 3}), "but got [1, 16, -2, 3]");
     EXPECT_SAYS(latent({0, 16, 2, 3}), "but got [0, 16, 2, 3]");
-    EXPECT_SAYS(latent({1, 16, 17, 16}), "expected at most 1024 patch tokens");
+    EXPECT_SAYS(latent({1, 16, 17, 16}), "at most 0.262 megapixels");
     const std::int64_t huge = std::numeric_limits<std::int64_t>::max();
     latent({1, 16, huge, huge});
     latent({huge, 16, 1, 1});

@@ -226,9 +226,10 @@ class TensorRtGraphs:
         built = self._set.buckets.values()
         fitting = [bucket for bucket in built if bucket.max_tokens >= tokens]
         if not fitting:
+            most = max((bucket.max_tokens for bucket in built), default=0)
             raise PidRuntimeError(
-                f"expected at most {max((b.max_tokens for b in built), default=0)} patch tokens "
-                f"(Hs x Ws), as these engines were built for, but got {tokens}; build a larger "
+                f"expected an image of at most {self._manifest.megapixels(most)}, as these engines "
+                f"were built for, but got {self._manifest.megapixels(tokens)}; build a larger "
                 "bucket with pid-build --buckets, or decode a smaller latent"
             )
         return min(fitting, key=lambda bucket: bucket.max_tokens)
@@ -317,7 +318,7 @@ class TensorRtGraphs:
             tokens, name, peak = max(fitting)
             alone = "one image at a time, " if batch > 1 else ""
             advice = (
-                f"decode {alone}at most {tokens} patch tokens (Hs x Ws): bucket {name} takes "
+                f"decode {alone}at most {self._manifest.megapixels(tokens)}: bucket {name} takes "
                 f"{peak / 1e9:.2f} GB in all"
             )
         raise PidRuntimeError(

@@ -188,15 +188,22 @@ class Manifest:
             (b.max_tokens, name) for name, b in self.buckets.items() if b.max_tokens >= tokens
         ]
         if not fitting:
-            largest = max(self.buckets.values(), key=lambda b: b.max_tokens).max_tokens
-            p = self.network["patch_size"]
             raise PidRuntimeError(
-                f"expected at most {largest} patch tokens (H/{p} x W/{p}), the largest bucket of "
-                f"this bundle, but got {tokens}; export with a larger bucket or decode a smaller "
-                "latent"
+                f"expected an image of at most {self.megapixels(self.most_tokens)}, the largest "
+                f"bucket of this bundle, but got {self.megapixels(tokens)}; export with --buckets "
+                f"large={tokens}, or decode a smaller latent"
             )
         name = min(fitting)[1]
         return name, self.buckets[name]
+
+    @property
+    def most_tokens(self) -> int:
+        """The largest budget of the buckets."""
+        return max(bucket.max_tokens for bucket in self.buckets.values())
+
+    def megapixels(self, tokens: int) -> str:
+        """The size of an image of so many patch tokens, such as "4.19 megapixels"."""
+        return f"{tokens * self.network['patch_size'] ** 2 / 1e6:.3g} megapixels"
 
     def instructions(self) -> Iterator[Instruction]:
         """All instructions in the order of `SECTIONS`."""

@@ -55,7 +55,8 @@ files:
 photos:
   A bundle of space nano makes its latents itself: --image takes any photo that Pillow reads, and
   the image is it at four times its size. It is turned as its EXIF data says, converted to sRGB,
-  and put on white where it is transparent. --sigma adds as much noise, of the seed, to the latent.
+  and put on white where it is transparent; --fit reduces one that is too large. --sigma adds as
+  much noise, of the seed, to the latent.
 """
 
 
@@ -90,6 +91,7 @@ def _parser() -> argparse.ArgumentParser:
         type=_number,
         help="noise level of the latents, 0 to 1 (the files', or 0); of a photo's, noise to add",
     )
+    add("--fit", action="store_true", help="reduce photos that are too large for the bundle")
     add("--seed", type=_seed, default=0, help="of the first image of every file (0)")
     schedule = parser.add_mutually_exclusive_group()
     schedule.add_argument("--steps", type=int, help="1, 2 or 4 (what the bundle says)")
@@ -126,6 +128,7 @@ def _decode(arguments: Namespace) -> None:
         arguments.steps,
         arguments.times,
         arguments.rule,
+        arguments.fit,
     )
     manifest = read_manifest(arguments.bundle, verify=False)
     schedule = check_schedule(
@@ -246,6 +249,8 @@ def _check_kinds(arguments: Namespace, *, many: bool, photos: bool) -> None:
     for name in ("captions", "format"):
         if getattr(arguments, name) is not None and not many:
             raise PidRuntimeError(f"expected --{name} with {all_of}, but got {one}; drop it")
+    if arguments.fit and not photos:
+        raise PidRuntimeError(f"expected --fit with a photo, but got {one}; drop it")
     if photos and arguments.latent_key is not None:
         raise PidRuntimeError("expected --latent-key with a latent, but got a photo; drop it")
     for name in ("latents", "images", "captions"):

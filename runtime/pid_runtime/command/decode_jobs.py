@@ -1,5 +1,6 @@
 """What `pid-decode` is to do: found and checked before the first decode, by sizes and headers."""
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,9 +20,9 @@ from pid_runtime.command.latent_files import (
 from pid_runtime.errors import PidRuntimeError
 from pid_runtime.nano.block_dct import BLOCK
 from pid_runtime.nano.codec import encode, latent_channels
-from pid_runtime.nano.photos import PHOTO_SUFFIXES, padded, photo_size, read_photo
+from pid_runtime.nano.photos import PHOTO_SUFFIXES, padded, photo_size, read_photo, resized
 from pid_runtime.noise import image_seed
-from pid_runtime.request import Request, Rule, check_request
+from pid_runtime.request import Request, Rule, check_fits, check_request, largest_latent
 
 Values = Callable[[StoredTensor], NDArray[np.float32]]
 """What becomes of a tensor in a file: its values, or an outline of them."""
@@ -42,6 +43,8 @@ class Settings:
     steps: int | None = None
     times: tuple[float, ...] | None = None
     rule: Rule = "sde"
+    fit: bool = False
+    """Reduce photos that no bucket holds."""
 
 
 @dataclass(frozen=True)
@@ -90,19 +93,31 @@ class Source:
     def _photo(self, manifest: Manifest, settings: Settings) -> "Inputs":
         """The latent of a photo, with noise of the seed added up to the noise level asked for."""
         photo = read_photo(self.path)
+        photo = resized(photo, *self._fitted(manifest, settings, *photo.shape[1:]))
         sigma = settings.sigma or 0.0
         latent = encode(manifest, padded(photo, BLOCK)[None], sigma, settings.seed)
         size = (photo.shape[1], photo.shape[2])
         return Inputs(latent, None, np.array([sigma], np.float32), size)
 
+    def _fitted(
+        self, manifest: Manifest, settings: Settings, height: int, width: int
+    ) -> tuple[int, int]:
+        """The height and width that a photo is reduced to: its own, unless it is to be fitted."""
+        rows, columns = -(-height // BLOCK), -(-width // BLOCK)
+        most = largest_latent(manifest, rows, columns)
+        if not settings.fit or most == (rows, columns):
+            return height, width
+        scale = min(BLOCK * most[0] / height, BLOCK * most[1] / width)
+        return max(1, math.floor(height * scale)), max(1, math.floor(width * scale))
+
     def _photo_outline(self, manifest: Manifest, settings: Settings) -> "Inputs":
-        width, height = photo_size(self.path)
+        height, width = self._fitted(manifest, settings, *photo_size(self.path)[::-1])
         rows, columns = -(-height // BLOCK), -(-width // BLOCK)
         try:
-            manifest.bucket_for(rows * columns * manifest.tokens_per_latent**2)
+            check_fits(manifest, rows, columns)
         except PidRuntimeError as error:
             raise PidRuntimeError(
-                f"{self.path}: {error}, or reduce this photo of {width}x{height} first"
+                f"{self.path}: {error}, or use --fit, which reduces this photo of {width}x{height}"
             ) from None
         shape = (1, latent_channels(manifest), rows, columns)
         latent = np.broadcast_to(np.float32(0), shape)

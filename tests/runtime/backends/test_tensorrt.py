@@ -660,12 +660,12 @@ def test_too_little_memory_for_a_shape(gpu: Gpu, rtx: Path) -> None:
             decode(decoder, **large)
         message = str(caught.value)
         assert f"expected {needed / 1e9:.2f} GB of free device memory for this shape" in message
-        assert f"but got {(needed - 1) / 1e9:.2f} GB; decode at most 1024 patch tokens" in message
+        assert f"but got {(needed - 1) / 1e9:.2f} GB; decode at most 0.262 megapixels" in message
         assert gpu.count("allocate") == gpu.count("load") == 0
         gpu.free = 1_500_000
-        with pytest.raises(PidRuntimeError, match=r"at most 64 patch tokens .*: bucket tiny"):
+        with pytest.raises(PidRuntimeError, match=r"at most 0.0164 megapixels: bucket tiny"):
             decode(decoder, **large)
-        with pytest.raises(PidRuntimeError, match="decode one image at a time, at most 64 patch"):
+        with pytest.raises(PidRuntimeError, match=r"decode one image at a time, at most 0\.0164"):
             decode(decoder)
         gpu.free = 1_000_000
         with pytest.raises(PidRuntimeError, match="; free memory on the GPU"):
@@ -688,10 +688,10 @@ def test_a_bucket_that_was_not_built(rtx: Path) -> None:
     large = {"latent": normal(1, CHANNELS, 6, 6), "caption": CAPTION[:1], "sigma": 0.0}
     with open_decoder(rtx) as decoder:
         del graphs_of(decoder)._set.buckets["small"]
-        with pytest.raises(PidRuntimeError, match=r"expected at most 64 patch tokens .* got 144"):
+        with pytest.raises(PidRuntimeError, match=r"at most 0.0164 megapixels, .* got 0.0369"):
             decode(decoder, **large)
         del graphs_of(decoder)._set.buckets["tiny"]
-        with pytest.raises(PidRuntimeError, match="expected at most 0 patch tokens"):
+        with pytest.raises(PidRuntimeError, match="at most 0 megapixels"):
             decode(decoder)
 
 

@@ -448,7 +448,7 @@ def test_the_smallest_bucket_that_holds_the_tokens() -> None:
     manifest = MANIFESTS[False]
     assert manifest.bucket_for(1)[0] == manifest.bucket_for(32)[0] == "tiny"
     assert manifest.bucket_for(33)[0] == manifest.bucket_for(64)[0] == "small"
-    refuse(lambda: manifest.bucket_for(65), "at most 64")
+    refuse(lambda: manifest.bucket_for(65), "at most 0.0164 megapixels")
 
 
 @given(count=st.integers(1, 1 << 24), largest=st.integers(1 << 10, 1 << 24))

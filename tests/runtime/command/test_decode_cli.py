@@ -424,7 +424,12 @@ def test_latents_that_do_not_fit(work: Work) -> None:
     nan[3, 1, 1], infinite[0, 0, 0] = torch.nan, torch.inf
     shape = "expected latent shape [B, 16, h, w], but got "
     for name, tensor, message in (
-        ("wide", normal(CHANNELS, 17, 16), "expected at most 1024 patch tokens"),
+        (
+            "wide",
+            normal(CHANNELS, 17, 16),
+            "at most 0.262 megapixels, the largest bucket of this bundle, but got 512x544; the "
+            "largest of this shape is 480x512, of a latent of height 16 and width 15; or export",
+        ),
         ("channels", LATENT[:15], f"{shape}[15, 2, 3]; "),
         ("rank2", LATENT[0], f"{shape}[2, 3]; this bundle takes latents of its own network"),
         ("rank5", LATENT[None, None], f"{shape}[1, 1, 16, 2, 3]; choose one frame"),

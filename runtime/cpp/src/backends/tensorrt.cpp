@@ -168,10 +168,9 @@ public:
 
     const Bucket& bucket_for(std::uint64_t tokens) const override {
         const auto* smallest = smallest_bucket(set_.buckets, tokens);
-        const std::uint64_t patch = manifest_.network.patch_size;
         if (smallest == nullptr)
-            refuse("expected at most ", most_tokens(set_.buckets), " patch tokens (H/", patch,
-                   " x W/", patch, "), as these engines were built for, but got ", tokens,
+            refuse("expected an image of at most ", manifest_.megapixels(most_tokens(set_.buckets)),
+                   ", as these engines were built for, but got ", manifest_.megapixels(tokens),
                    "; build a larger bucket with pid-build --buckets, or decode a smaller latent");
         return smallest->second;
     }
@@ -294,8 +293,9 @@ private:
         std::string advice = "free memory on the GPU";
         if (fitting != nullptr)
             advice = text_of("decode ", batch > 1 ? "one image at a time, " : "", "at most ",
-                             fitting->second.max_tokens, " patch tokens: bucket ", fitting->first,
-                             " takes ", gigabytes(fitting->second.peak_device_bytes), " in all");
+                             manifest_.megapixels(fitting->second.max_tokens), ": bucket ",
+                             fitting->first, " takes ",
+                             gigabytes(fitting->second.peak_device_bytes), " in all");
         throw Failure(PID_ERROR_MEMORY, text_of("expected ", gigabytes(needed),
                                                 " of free device memory for this shape, but got ",
                                                 gigabytes(free), "; ", advice));

@@ -1,6 +1,9 @@
 #include "bundle/manifest.h"
 
 #include <algorithm>
+#include <array>
+#include <cmath>
+#include <cstdio>
 #include <initializer_list>
 #include <set>
 
@@ -367,10 +370,18 @@ Manifest Manifest::parse(std::string_view text_of_file) {
 const std::pair<const std::string, Bucket>& Manifest::bucket_for(std::uint64_t tokens) const {
     const auto* smallest = smallest_bucket(buckets, tokens);
     if (smallest == nullptr)
-        refuse("expected at most ", most_tokens(buckets), " patch tokens (H/", network.patch_size,
-               " x W/", network.patch_size, "), the largest bucket of this bundle, but got ",
-               tokens, "; export with a larger bucket or decode a smaller latent");
+        refuse("expected an image of at most ", megapixels(most_tokens(buckets)),
+               ", the largest bucket of this bundle, but got ", megapixels(tokens),
+               "; export with --buckets large=", tokens, ", or decode a smaller latent");
     return *smallest;
+}
+
+std::string Manifest::megapixels(std::uint64_t tokens) const {
+    const double pixels =
+        static_cast<double>(tokens) * std::pow(static_cast<double>(network.patch_size), 2);
+    std::array<char, 64> text{};
+    std::snprintf(text.data(), text.size(), "%.3g megapixels", pixels / 1e6);
+    return text.data();
 }
 
 } // namespace pid::core

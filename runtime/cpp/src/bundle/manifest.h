@@ -222,6 +222,9 @@ struct Manifest {
 
     // The smallest bucket that holds `tokens` patch tokens. Refuses when none does.
     const std::pair<const std::string, Bucket>& bucket_for(std::uint64_t tokens) const;
+
+    // The size of an image of so many patch tokens, such as "4.19 megapixels".
+    std::string megapixels(std::uint64_t tokens) const;
 };
 
 } // namespace pid::core
