@@ -17,9 +17,8 @@ from torch import Tensor, nn
 
 from pid_bench.cascades import build_cascade
 from pid_bench.cases import BACKENDS, PID, Backend, Case, tokens_of
-from pid_bench.measure import WHOLE, Clock, EventClock, WallClock, device_clock
+from pid_bench.measure import WHOLE, Clock, EventClock, device_clock
 from pid_bench.pid_stages import caption_tokens_of
-from pid_bench.stage import Pipeline
 from pid_ref.checkpoint import read_checkpoint, state_shapes
 from pid_ref.config import PidConfig
 from pid_ref.network import PidNet
@@ -97,9 +96,6 @@ def _reference(case: Case, backend: Backend, materials: Materials) -> Contender:
     state = {name: source[name].to(case.device, dtype) for name in net.state_dict()}
     net.load_state_dict(state, assign=True)
     net.eval().requires_grad_(False)
-    forward: Callable[..., Tensor] = net
-    if backend.compile == "inductor":
-        forward = cast(Callable[..., Tensor], torch.compile(net, dynamic=False))
     latent, caption, sigma = inputs_of(case, config)
     noises = [
         torch.from_numpy(image_noise(SEED, draw, case.height, case.width, config.patch_size))[None]
@@ -107,22 +103,12 @@ def _reference(case: Case, backend: Backend, materials: Materials) -> Contender:
     ]
     first, *later = (noise.to(case.device) for noise in noises)
     clock = device_clock(case.device)
-
-    class Timed:
-        """The network as `sample` calls it."""
-
-        s_embedder = net.s_embedder
-
-        def __call__(self, *args: Tensor) -> Tensor:
-            with clock.span("step"):
-                return forward(*args)
-
-    timed = cast(PidNet, Timed())
+    _time(net, "step", backend, clock)
     autocast = torch.autocast(case.device, torch.bfloat16) if public else nullcontext()
 
     def decode() -> Tensor:
         with clock.span(WHOLE), torch.inference_mode(), autocast:
-            image = sample(timed, latent, caption, sigma, first, later, steps=case.steps)
+            image = sample(net, latent, caption, sigma, first, later, steps=case.steps)
             return image.clamp_(-1, 1)
 
     kind = torch.bfloat16 if public else dtype
@@ -146,7 +132,7 @@ def _program(case: Case, backend: Backend, materials: Materials) -> Contender:
     config = PidConfig(**materials.config)
     attention = "ONNX Runtime"
     on_device = case.device == "cuda"
-    clock: Clock = WallClock(torch.cuda.synchronize) if on_device else WallClock()
+    clock = Clock(torch.cuda.synchronize) if on_device else Clock()
     if backend.runtime == "torch":
         from pid_runtime.backends.torch import LoadedStages
 
@@ -162,8 +148,8 @@ def _program(case: Case, backend: Backend, materials: Materials) -> Contender:
         attention = f"TensorRT, {bucket.attentions_fused} of {bucket.attentions} fused"
     elif backend.provider:
         attention = "ONNX Runtime with TensorRT for RTX"
-    timed = cast(LoadedGraphs, _TimedGraphs(graphs, clock))
-    with Bundle(bundle, manifest, timed, read_constants(bundle, manifest)) as opened:
+    _time_sequences(graphs, clock)
+    with Bundle(bundle, manifest, graphs, read_constants(bundle, manifest)) as opened:
         decoder = opened.decoder()
     if isinstance(clock, EventClock) and backend.runtime == "tensorrt":
         clock.stream = torch.cuda.ExternalStream(cast(CudaDevice, decoder.memory).stream_handle)
@@ -178,31 +164,19 @@ def _program(case: Case, backend: Backend, materials: Materials) -> Contender:
 
 
 def _cascade(case: Case, backend: Backend) -> Contender:
-    pipeline = pipeline_of(case)
+    pipeline = build_cascade(case)
     clock, dtype = device_clock(case.device), _dtype(case.precision)
     modules = pipeline.build(case.device, dtype)
-    if backend.compile == "inductor":
-        modules = {
-            name: cast(nn.Module, torch.compile(module, dynamic=False))
-            for name, module in modules.items()
-        }
-    timed = {name: _TimedModule(name, module, clock) for name, module in modules.items()}
+    for name, module in modules.items():
+        _time(module, name, backend, clock)
     generator = torch.Generator().manual_seed(SEED)
     latent = torch.randn(pipeline.latent_shape, generator=generator).to(case.device)
 
     def decode() -> Tensor:
         with clock.span(WHOLE), torch.inference_mode():
-            return pipeline.run(timed, latent)
+            return pipeline.run(modules, latent)
 
     return Contender(decode, clock, _sdpa(case, 24, 64, dtype))
-
-
-def pipeline_of(case: Case) -> Pipeline:
-    """The cascade of a case."""
-    steps = {"steps": case.steps} if case.steps else {}
-    return build_cascade(
-        case.pipeline, case.space, case.height, case.width, depth=case.depth, **steps
-    )
 
 
 def inputs_of(case: Case, config: PidConfig) -> tuple[Tensor, Tensor, Tensor]:
@@ -221,44 +195,29 @@ def inputs_of(case: Case, config: PidConfig) -> tuple[Tensor, Tensor, Tensor]:
     )
 
 
-class _TimedGraphs:
-    """Loaded graphs whose sequences (prologue, step, image) are timed; all else is theirs."""
-
-    def __init__(self, loaded: LoadedGraphs, clock: Clock) -> None:
-        self._loaded = loaded
-        self._clock = clock
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._loaded, name)
-
-    def graphs(self, memory: Memory) -> Graphs:
-        graphs: Any = self._loaded.graphs(memory)
-        sequence = graphs.sequence
-
-        def timed_sequence(name: str, calls: Sequence[Call]) -> Call:
-            run = sequence(name, calls)
-
-            def timed() -> None:
-                with self._clock.span(name):
-                    run()
-
-            return timed
-
-        graphs.sequence = timed_sequence
-        return graphs
+def _time(module: nn.Module, stage: str, backend: Backend, clock: Clock) -> None:
+    """Time the calls of a module, which is compiled where the backend says so."""
+    forward: Callable[..., Any] = module.forward
+    if backend.compile == "inductor":
+        forward = torch.compile(forward, dynamic=False)
+    module.forward = clock.timed(stage, forward)
 
 
-class _TimedModule(nn.Module):
-    """A module whose calls are timed."""
+def _time_sequences(loaded: LoadedGraphs, clock: Clock) -> None:
+    """Time the sequences of graphs: prologue, step, image."""
+    make_graphs = loaded.graphs
 
-    def __init__(self, name: str, module: nn.Module, clock: Clock) -> None:
-        super().__init__()
-        self.module = module
-        self._stage, self._clock = name, clock
+    def graphs(memory: Memory) -> Graphs:
+        made: Any = make_graphs(memory)
+        sequence = made.sequence
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        with self._clock.span(self._stage):
-            return self.module(*args, **kwargs)
+        def timed(name: str, calls: Sequence[Call]) -> Call:
+            return clock.timed(name, sequence(name, calls))
+
+        made.sequence = timed
+        return made
+
+    cast(Any, loaded).graphs = graphs
 
 
 def _weights(config: PidConfig, materials: Materials) -> Mapping[str, Tensor]:

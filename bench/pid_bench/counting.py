@@ -4,8 +4,8 @@ import functools
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 
+from pid_bench.cascades import build_cascade
 from pid_bench.cases import BACKENDS, PID, Case, Network, tokens_of
-from pid_bench.contenders import pipeline_of
 from pid_bench.pid_stages import caption_tokens_of, program_works, reference_step
 from pid_bench.report import Counted, Row, StageRow
 from pid_bench.work import Work, count, total
@@ -22,7 +22,7 @@ def counted_row(case: Case, network: Network, manifest: Manifest | None = None) 
     Raises `BenchInputError` for a cascade that the case's space or size has not.
     """
     if case.pipeline != PID:
-        pipeline = pipeline_of(case)
+        pipeline = build_cascade(case)
         works = [count(stage, DTYPES[PRECISIONS[case.precision]]) for stage in pipeline.stages]
         stages = [
             _stage(stage.name, work, stage.steps, stage.cfg, stage.tiles)

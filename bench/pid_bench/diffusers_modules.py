@@ -40,89 +40,81 @@ class Vae:
     """Channels of the latent as the space has it."""
     config: Mapping[str, Any] = field(default_factory=dict)
     """What differs from the class's defaults."""
-    factor: float = 1.0
-    """With `shift`: a normalised latent is factor * (z - shift)."""
-    shift: float = 0.0
+    factor: tuple[float, ...] = (1.0,)
+    """With `shift`: a normalised latent is factor * (z - shift); of all channels, or of each."""
+    shift: tuple[float, ...] = (0.0,)
     """See `factor`."""
 
 
-def _kl(space: str, blocks: tuple[int, ...] = (128, 256, 512, 512), **config: Any) -> Vae:
-    """The autoencoder of Stable Diffusion and its descendants."""
+def _vae(kind: str, space: str, **config: Any) -> Vae:
+    """The autoencoder of a latent space, by whose rule latents are normalised."""
     spec = SPACES[space]
-    if spec.factor is None or spec.shift is None:
-        raise ValueError(f"{space} has no scalar convention")
-    (factor,), (shift,) = spec.factor, spec.shift
-    return Vae(
-        "AutoencoderKL",
-        spec.down,
-        spec.channels,
-        {**_blocks(blocks), "latent_channels": spec.channels, **config},
-        factor,
-        shift,
-    )
+    return Vae(kind, spec.down, spec.channels, config, spec.factor or (1.0,), spec.shift or (0.0,))
 
 
-def _blocks(channels: tuple[int, ...]) -> dict[str, Any]:
+def _blocks(latent_channels: int, *channels: int) -> dict[str, Any]:
+    """The layout of Stable Diffusion's autoencoder, and of its descendants'."""
     return {
         "down_block_types": ("DownEncoderBlock2D",) * len(channels),
         "up_block_types": ("UpDecoderBlock2D",) * len(channels),
         "block_out_channels": channels,
         "layers_per_block": 2,
+        "latent_channels": latent_channels,
     }
 
 
+_LATER = {**_blocks(16, 128, 256, 512, 512), "use_quant_conv": False, "use_post_quant_conv": False}
+
 VAES = {
-    "flux": _kl("flux", use_quant_conv=False, use_post_quant_conv=False),
-    "flux2": Vae("AutoencoderKLFlux2", SPACES["flux2"].down, SPACES["flux2"].channels),
-    "sd3": _kl("sd3", use_quant_conv=False, use_post_quant_conv=False),
-    "sdxl": _kl("sdxl"),
-    "qwenimage": Vae("AutoencoderKLQwenImage", SPACES["qwenimage"].down, 16),
+    "flux": _vae("AutoencoderKL", "flux", **_LATER),
+    "flux2": _vae("AutoencoderKLFlux2", "flux2"),
+    "sd3": _vae("AutoencoderKL", "sd3", **_LATER),
+    "sdxl": _vae("AutoencoderKL", "sdxl", **_blocks(4, 128, 256, 512, 512)),
+    "qwenimage": _vae("AutoencoderKLQwenImage", "qwenimage"),
 }
 """By latent space; the autoencoders of other spaces are not in diffusers."""
 
-UPSCALER_VAE = Vae(
-    "AutoencoderKL", 4, 4, {**_blocks((128, 256, 512)), "latent_channels": 4}, factor=0.08333
-)
+UPSCALER_VAE = Vae("AutoencoderKL", 4, 4, _blocks(4, 128, 256, 512), factor=(0.08333,))
 """Of Stable Diffusion x4 upscaler."""
 
 
-class VaeDecode(nn.Module):
-    """Normalised latents `[B, C, h, w]` to images `[B, 3, H, W]`, about [-1, 1]."""
+class _Autoencoder(nn.Module):
+    """What decoder and encoder share: the model, and how its latents are normalised."""
 
-    mean: Tensor
-    std: Tensor
+    factor: Tensor
+    shift: Tensor
 
     def __init__(self, spec: Vae) -> None:
         super().__init__()
-        self.vae = getattr(diffusers(), spec.kind)(**spec.config)
+        self.kind, self.vae = spec.kind, getattr(diffusers(), spec.kind)(**spec.config)
+        for name, values in (("factor", spec.factor), ("shift", spec.shift)):
+            self.register_buffer(name, torch.tensor(values)[:, None, None])
+
+
+class VaeDecode(_Autoencoder):
+    """Normalised latents `[B, C, h, w]` to images `[B, 3, H, W]`, about [-1, 1]."""
+
+    def __init__(self, spec: Vae) -> None:
+        super().__init__(spec)
         self.vae.encoder, self.vae.quant_conv = nn.Identity(), None
-        self.kind, self.factor, self.shift = spec.kind, spec.factor, spec.shift
-        if spec.kind == "AutoencoderKLQwenImage":
-            for name in ("mean", "std"):
-                values = torch.tensor(self.vae.config[f"latents_{name}"])
-                self.register_buffer(name, values[:, None, None, None])
 
     def forward(self, latent: Tensor) -> Tensor:
+        z = latent / self.factor + self.shift
         if self.kind == "AutoencoderKLQwenImage":  # a video's, with a time axis
-            z = latent[:, :, None] * self.std + self.mean
-            return self.vae.decode(z, return_dict=False)[0][:, :, 0]
+            return self.vae.decode(z[:, :, None], return_dict=False)[0][:, :, 0]
         if self.kind == "AutoencoderKLFlux2":
             norm = self.vae.bn
             std = torch.sqrt(norm.running_var + norm.eps)[:, None, None]
-            z = F.pixel_shuffle(latent * std + norm.running_mean[:, None, None], 2)
-        else:
-            z = latent / self.factor + self.shift
+            z = F.pixel_shuffle(z * std + norm.running_mean[:, None, None], 2)
         return self.vae.decode(z, return_dict=False)[0]
 
 
-class VaeEncode(nn.Module):
+class VaeEncode(_Autoencoder):
     """Images `[B, 3, H, W]` in [-1, 1] to normalised latents `[B, C, h, w]`: the means."""
 
     def __init__(self, spec: Vae) -> None:
-        super().__init__()
-        self.vae = getattr(diffusers(), spec.kind)(**spec.config)
+        super().__init__(spec)
         self.vae.decoder, self.vae.post_quant_conv = nn.Identity(), None
-        self.factor, self.shift = spec.factor, spec.shift
 
     def forward(self, image: Tensor) -> Tensor:
         mean = self.vae.encode(image, return_dict=False)[0].mode()
@@ -141,12 +133,7 @@ class Sd3Velocity(nn.Module):
     def __init__(self, layers: int = LAYERS) -> None:
         super().__init__()
         self.transformer = diffusers().SD3Transformer2DModel(
-            sample_size=128,
-            patch_size=2,
-            in_channels=16,
-            out_channels=16,
             num_layers=layers,
-            attention_head_dim=64,
             num_attention_heads=24,
             caption_projection_dim=1536,
             joint_attention_dim=self.CAPTION[1],
@@ -170,15 +157,12 @@ class UpscalerVelocity(nn.Module):
     def __init__(self, layers: int = LAYERS) -> None:
         super().__init__()
         self.unet = diffusers().UNet2DConditionModel(
-            sample_size=128,
             in_channels=7,
-            out_channels=4,
             down_block_types=("DownBlock2D", *("CrossAttnDownBlock2D",) * 3),
             up_block_types=(*("CrossAttnUpBlock2D",) * 3, "UpBlock2D"),
             only_cross_attention=(True, True, True, False),
             block_out_channels=(256, 512, 512, 1024),
             layers_per_block=layers,
-            attention_head_dim=8,
             cross_attention_dim=self.CAPTION[1],
             num_class_embeds=1000,
             use_linear_projection=True,

@@ -11,9 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from pid_bench.measure import device_clock
 from pid_bench.report import Environment
+from pid_export.onnx_ports import OPSET
+from pid_runtime.backends.stages import DTYPES
 from pid_runtime.bundle.manifest import PRECISIONS
 from pid_runtime.noise import core_count
 
@@ -39,8 +42,6 @@ def environment(device: str, threads: int) -> Environment:
     versions = {name: found for name in DISTRIBUTIONS if (found := _version(name))}
     hardware, driver = f"{cpu_name()}, {threads} of {core_count()} cores", ""
     if device == "cuda":
-        import torch
-
         hardware, driver = torch.cuda.get_device_name(), _driver()
         versions["cuda"] = str(torch.version.cuda)
     else:
@@ -79,10 +80,6 @@ def matmul_tflop_per_s(precision: str, device: str, threads: int) -> float:
     On the CPU the better of torch and ONNX Runtime in float32, whose kernels differ; in other
     precisions torch. On CUDA torch, timed by events.
     """
-    import torch
-
-    from pid_runtime.backends.stages import DTYPES
-
     rows, inner, columns = (8192, 8192, 8192) if device == "cuda" else (1024, 1536, 4096)
     if device == "cpu" and precision != "fp32":
         rows = 128  # processors without such instructions take a hundred times as long
@@ -100,8 +97,6 @@ def matmul_tflop_per_s(precision: str, device: str, threads: int) -> float:
 
 def copy_gb_per_s(device: str, threads: int) -> float:
     """The fastest of several copies of a large array, in GB/s read and written."""
-    import torch
-
     torch.set_num_threads(threads)
     count = (1 << 30) if device == "cuda" else (1 << 28)
     source = torch.ones(count, dtype=torch.uint8, device=device)
@@ -124,8 +119,6 @@ def _fastest(call: Callable[[], Any], device: str, repeats: int = 10) -> float:
 def _onnxruntime_matmul(rows: int, inner: int, columns: int, threads: int) -> Callable[[], Any]:
     import onnx
     import onnxruntime as ort
-
-    from pid_export.onnx_ports import OPSET
 
     model = onnx.parser.parse_model(
         f'<ir_version: 10, opset_import: ["": {OPSET}]> '

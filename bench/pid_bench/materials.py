@@ -1,15 +1,17 @@
 """What PiD cases decode with: bundles and engines, given or made for the run."""
 
+import functools
 import logging
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from pid_bench.cases import BACKENDS, PID, Case, tokens_of
+from pid_bench.cases import BACKENDS, PID, Case, Network, tokens_of
 from pid_bench.contenders import SEED, Materials
 from pid_bench.counting import counted_row
 from pid_bench.errors import BenchInputError
+from pid_bench.report import Measured
 from pid_bench.runner import Job
 from pid_bench.selection import Selection, buckets_for
 from pid_engines.build import build_engines
@@ -55,76 +57,60 @@ def make_jobs(cases: Sequence[Case], selection: Selection, folder: Path) -> list
 
     Raises the input errors of pid_export and pid_engines.
     """
-    made = _Made(cases, selection, folder)
+    network, given = selection.network, selection.manifest
+    export, build, seed = functools.cache(_export), functools.cache(_build), SEED
+    if given is not None:
+        seed = int(given.model.get("weights", {}).get("random_seed", SEED))
+    materials = Materials(asdict(network.config), str(selection.checkpoint or ""), seed)
     jobs: list[Job] = []
     for case in cases:
-        materials = Materials(
-            asdict(selection.network.config),
-            checkpoint=str(selection.checkpoint or ""),
-            seed=made.seed,
-        )
-        manifest, seconds = None, None
+        own, manifest, seconds = materials, None, None
         backend = BACKENDS[case.backend]
         if case.pipeline == PID and backend.network == "program":
-            bundle, manifest, seconds = made.bundle(case.precision)
-            materials = replace(materials, bundle=str(bundle))
-            if backend.flavor:
-                engines = _engines_in(manifest, backend.flavor)
-                if not engines:
-                    engines, manifest, seconds = made.engines(case.precision, backend.flavor)
-                materials = replace(materials, engines=engines)
-        jobs.append(Job(case, counted_row(case, selection.network, manifest), materials, seconds))
+            bundle, manifest = selection.bundle, given
+            if bundle is None or manifest is None:
+                sizes = tuple(
+                    c.size for c in cases if (c.pipeline, c.precision) == (PID, case.precision)
+                )
+                bundle, manifest, seconds = export(
+                    folder / case.precision, case.precision, network, selection.checkpoint, sizes
+                )
+            engines = _engines_in(manifest, backend.flavor)
+            if backend.flavor and not engines:
+                engines, manifest, seconds = build(bundle, backend.flavor)
+            own = replace(materials, bundle=str(bundle), engines=engines)
+        row = counted_row(case, network, manifest)
+        jobs.append(Job(replace(row, measured=Measured(build_seconds=seconds)), own))
     return jobs
 
 
-class _Made:
-    """Bundles and engines of a run, each made when it is first needed."""
+def _export(
+    path: Path,
+    precision: str,
+    network: Network,
+    checkpoint: Path | None,
+    sizes: Sequence[tuple[int, int]],
+) -> tuple[Path, Manifest, float]:
+    """A new bundle in a precision for these sizes, and the seconds it took."""
+    _log.info("Exporting a bundle in %s", precision)
+    begin, config = time.monotonic(), network.config
+    if checkpoint is None:
+        source, weights = RandomWeights(state_shapes(config), SEED), {"random_seed": SEED}
+    else:
+        source, weights = read_checkpoint(checkpoint, config), {"file": checkpoint.name}
+    options = ExportOptions(precision, buckets_for(config, sizes))
+    manifest = export_bundle(path, config, source, options, weights=weights)
+    return path, manifest, time.monotonic() - begin
 
-    def __init__(self, cases: Sequence[Case], selection: Selection, folder: Path) -> None:
-        self._cases, self._selection, self._folder = cases, selection, folder
-        self._bundles: dict[str, tuple[Path, Manifest, float]] = {}
-        self._engines: dict[tuple[str, str], tuple[str, Manifest, float]] = {}
-        self.seed = SEED
-        """Of random weights: that of the bundle, if one is given."""
-        if selection.manifest is not None:
-            self.seed = int(selection.manifest.model.get("weights", {}).get("random_seed", SEED))
 
-    def bundle(self, precision: str) -> tuple[Path, Manifest, float | None]:
-        """The bundle in a precision, and the seconds it took to make; None for a given one."""
-        selection = self._selection
-        if selection.bundle is not None and selection.manifest is not None:
-            return selection.bundle, selection.manifest, None
-        if precision not in self._bundles:
-            _log.info("Exporting a bundle in %s", precision)
-            begin, path, config = (
-                time.monotonic(),
-                self._folder / precision,
-                selection.network.config,
-            )
-            if selection.checkpoint is None:
-                source, weights = RandomWeights(state_shapes(config), SEED), {"random_seed": SEED}
-            else:
-                source = read_checkpoint(selection.checkpoint, config)
-                weights = {"file": selection.checkpoint.name}
-            sizes = [c.size for c in self._cases if (c.pipeline, c.precision) == (PID, precision)]
-            options = ExportOptions(precision, buckets_for(config, sizes))
-            manifest = export_bundle(path, config, source, options, weights=weights)
-            self._bundles[precision] = path, manifest, time.monotonic() - begin
-        return self._bundles[precision]
-
-    def engines(self, precision: str, flavor_name: str) -> tuple[str, Manifest, float]:
-        """A new engine set of a flavour for this GPU, and the seconds it took."""
-        key = precision, flavor_name
-        if key not in self._engines:
-            bundle = self.bundle(precision)[0]
-            flavor, version = find_flavor(flavor_name)
-            _log.info("Building engines with %s %s", flavor.title, version)
-            begin = time.monotonic()
-            options = BuildOptions(flavor, version, parse_targets("current", flavor))
-            name = build_engines(bundle, options, lambda part: None).set_name
-            seconds = time.monotonic() - begin
-            self._engines[key] = name, read_manifest(bundle, verify=False), seconds
-        return self._engines[key]
+def _build(bundle: Path, flavor_name: str) -> tuple[str, Manifest, float]:
+    """A new engine set of a flavour for this GPU, and the seconds it took."""
+    flavor, version = find_flavor(flavor_name)
+    _log.info("Building engines with %s %s", flavor.title, version)
+    begin = time.monotonic()
+    options = BuildOptions(flavor, version, parse_targets("current", flavor))
+    name = build_engines(bundle, options, lambda part: None).set_name
+    return name, read_manifest(bundle, verify=False), time.monotonic() - begin
 
 
 def _engines_in(manifest: Manifest, flavor: str) -> str:

@@ -8,10 +8,11 @@ are read when the decode is over.
 import contextlib
 import resource
 import time
-from collections.abc import Callable, Generator, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Generator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
+
+import torch
 
 WARMUPS = {"cpu": 1, "cuda": 3}
 """Decodes that are not timed, by device; the first may compile."""
@@ -24,25 +25,11 @@ WHOLE = "decode"
 """The span of a whole decode."""
 
 
-class Clock(Protocol):
-    """Adds up the time of spans by name."""
-
-    timer: str
-    """wall or events; see `Row.timer`."""
-
-    def span(self, name: str) -> AbstractContextManager[None]:
-        """Time what happens inside."""
-        ...
-
-    def read(self) -> dict[str, float]:
-        """Milliseconds by span since the last reading; waits for the device."""
-        ...
-
-
-class WallClock:
-    """Wall time. wait: called at both ends of a span, to let a device finish."""
+class Clock:
+    """Adds up wall time by span. wait: called at both ends of a span, to let a device finish."""
 
     timer = "wall"
+    """wall or events; see `Measured.timer`."""
 
     def __init__(self, wait: Callable[[], None] = lambda: None) -> None:
         self._wait = wait
@@ -50,31 +37,43 @@ class WallClock:
 
     @contextlib.contextmanager
     def span(self, name: str) -> Generator[None, None, None]:
+        """Time what happens inside."""
         self._wait()
         begin = time.perf_counter()
         yield
         self._wait()
-        elapsed = 1000 * (time.perf_counter() - begin)
-        self._spans[name] = self._spans.get(name, 0.0) + elapsed
+        self._add(name, 1000 * (time.perf_counter() - begin))
+
+    def timed(self, name: str, call: Callable[..., Any]) -> Callable[..., Any]:
+        """A function whose calls are spans."""
+
+        def run(*args: Any) -> Any:
+            with self.span(name):
+                return call(*args)
+
+        return run
 
     def read(self) -> dict[str, float]:
+        """Milliseconds by span since the last reading; waits for the device."""
         spans, self._spans = self._spans, {}
         return spans
 
+    def _add(self, name: str, elapsed_ms: float) -> None:
+        self._spans[name] = self._spans.get(name, 0.0) + elapsed_ms
 
-class EventClock:
-    """Time on a CUDA stream. stream: a torch stream, which may be set later; torch's when None."""
+
+class EventClock(Clock):
+    """Time on a CUDA stream: `stream`, which may be set later, or torch's when None."""
 
     timer = "events"
+    stream: Any = None
 
-    def __init__(self, stream: Any = None) -> None:
-        self.stream = stream
+    def __init__(self) -> None:
+        super().__init__()
         self._events: list[tuple[str, Any, Any]] = []
 
     @contextlib.contextmanager
     def span(self, name: str) -> Generator[None, None, None]:
-        import torch
-
         stream = self.stream or torch.cuda.current_stream()
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         begin.record(stream)
@@ -83,17 +82,16 @@ class EventClock:
         self._events.append((name, begin, end))
 
     def read(self) -> dict[str, float]:
-        spans: dict[str, float] = {}
         for name, begin, end in self._events:
             end.synchronize()
-            spans[name] = spans.get(name, 0.0) + begin.elapsed_time(end)
+            self._add(name, begin.elapsed_time(end))
         self._events.clear()
-        return spans
+        return super().read()
 
 
 def device_clock(device: str) -> Clock:
     """The clock of what torch does on a device: "cpu" or "cuda"."""
-    return EventClock() if device == "cuda" else WallClock()
+    return EventClock() if device == "cuda" else Clock()
 
 
 def process_seconds() -> float:
@@ -102,49 +100,41 @@ def process_seconds() -> float:
     return usage.ru_utime + usage.ru_stime
 
 
-def reset_peak_rss() -> bool:
-    """Begin to watch the peak anew from what is resident now; whether the system can do that."""
-    try:
+def reset_peaks(device: str) -> None:
+    """Begin to watch the peaks of memory anew, as far as the system can do that."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        return
+    with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        return False
-    return True
+
+
+def peaks(device: str, free_before: int) -> dict[str, int]:
+    """Peaks of memory since the last reset, by field of `Measured`.
+
+    On CUDA those of torch's allocator, and what the driver gave out since `free_before` bytes were
+    free: that is what is held, not a peak within a call.
+    """
+    if device == "cpu":
+        return {"peak_rss_bytes": peak_rss_bytes()}
+    torch.cuda.synchronize()
+    return {
+        "peak_allocated_bytes": torch.cuda.max_memory_allocated(),
+        "peak_reserved_bytes": torch.cuda.max_memory_reserved(),
+        "device_used_bytes": max(0, free_before - free_bytes(device)),
+    }
+
+
+def free_bytes(device: str) -> int:
+    """Memory of a GPU that nobody holds; 0 on the CPU, where it is not asked for."""
+    return torch.cuda.mem_get_info()[0] if device == "cuda" else 0
 
 
 def peak_rss_bytes() -> int:
     """The largest resident memory since the last reset, or since the process began."""
-    try:
+    with contextlib.suppress(OSError):
         for line in Path("/proc/self/status").read_text().splitlines():
             if line.startswith("VmHWM:"):
                 return 1024 * int(line.split()[1])
-    except OSError:
-        pass
     return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-
-
-class CudaMemory:
-    """Peaks of a case on CUDA: of torch's allocator, and of all that the driver gave out."""
-
-    def __init__(self) -> None:
-        import torch
-
-        torch.cuda.init()
-        self._free = torch.cuda.mem_get_info()[0]
-
-    def reset(self) -> None:
-        """Begin to watch the allocator's peaks anew."""
-        import torch
-
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-
-    def peaks(self) -> Mapping[str, int]:
-        """By field of a row. The driver's figure is of what is held, not a peak within a call."""
-        import torch
-
-        torch.cuda.synchronize()
-        return {
-            "peak_allocated_bytes": torch.cuda.max_memory_allocated(),
-            "peak_reserved_bytes": torch.cuda.max_memory_reserved(),
-            "device_used_bytes": max(0, self._free - torch.cuda.mem_get_info()[0]),
-        }

@@ -14,11 +14,10 @@ from statistics import median
 from typing import Any
 
 from pid_bench import hardware
-from pid_bench.cases import Case
 from pid_bench.contenders import Materials
 from pid_bench.images import sample_file
 from pid_bench.measure import WHOLE
-from pid_bench.report import Measured, Row, percentiles
+from pid_bench.report import Row, percentiles
 from pid_engines.child import Child, ChildError
 
 MEMORY_SHARE = 0.7
@@ -35,12 +34,9 @@ Status = Callable[[str], None]
 class Job:
     """A case to run."""
 
-    case: Case
     row: Row
     """What is known of it already."""
     materials: Materials
-    build_seconds: float | None = None
-    """What making its bundle or engines took."""
 
 
 def run_jobs(
@@ -72,13 +68,13 @@ def run_jobs(
         with contextlib.ExitStack() as stack:
             running: list[_Running] = []
             for job in group:
-                status(f"loading {job.case.pipeline} {job.case.backend}")
-                started = _Running(job, stack.enter_context(start_worker(job.case.threads)))
+                status(f"loading {job.row.case.pipeline} {job.row.case.backend}")
+                started = _Running(job, stack.enter_context(start_worker(job.row.case.threads)))
                 if succeeds(job, started.prepare):
                     running.append(started)
             for number in range(repeats):
                 for each in list(running):
-                    case = each.job.case
+                    case = each.job.row.case
                     status(f"{case.pipeline} {case.backend}: {number + 1} of {repeats}")
                     if not succeeds(each.job, each.decode):
                         running.remove(each)
@@ -95,8 +91,8 @@ def groups(jobs: Sequence[Job], memory_bytes: int) -> list[list[Job]]:
     room, kind = 0, None
     for job in jobs:
         need = (job.row.counted.weight_bytes or 0) * 5 // 4 + PROCESS_BYTES
-        same = (job.case.size, job.case.precision)
-        if not found or job.case.device == "cuda" or need > room or same != kind:
+        same = (job.row.case.size, job.row.case.precision)
+        if not found or job.row.case.device == "cuda" or need > room or same != kind:
             found.append([])
             room, kind = memory_bytes, same
         found[-1].append(job)
@@ -135,7 +131,7 @@ class _Running:
 
     def prepare(self) -> None:
         """Load everything, and warm up."""
-        asked = {"case": asdict(self.job.case), "materials": asdict(self.job.materials)}
+        asked = {"case": asdict(self.job.row.case), "materials": asdict(self.job.materials)}
         self._ready = self._worker.ask(asked)
 
     def decode(self) -> None:
@@ -146,12 +142,12 @@ class _Running:
 
     def finish(self, samples: Path, environment: str) -> Row:
         """The row of a case whose rounds are over; its image leaves some pixels in `samples`."""
-        case = self.job.case
+        case = self.job.row.case
         memory = self._worker.ask({"finish": str(sample_file(samples, case))})
-        measured = Measured(
+        measured = replace(
+            self.job.row.measured,
             rounds_ms=tuple(spans[WHOLE] for spans in self._spans),
             user_ms=median(self._user_ms) if case.device == "cpu" else None,
-            build_seconds=self.job.build_seconds,
             **self._ready,
             **memory,
         )

@@ -11,14 +11,14 @@ from pathlib import Path
 import onnxruntime as ort
 import torch
 
-from pid_bench.cascades import CASCADES, SCALE, UPSCALER_STEPS, find_vae
+from pid_bench.cascades import CASCADES, OPT_IN, SCALE, UPSCALER_STEPS
 from pid_bench.cases import BACKENDS, PID, Case, Network, tokens_of
-from pid_bench.diffusers_modules import diffusers
+from pid_bench.diffusers_modules import VAES, diffusers
 from pid_bench.errors import BenchInputError
 from pid_engines.flavors import BUILDERS, gpu_target, library_version
 from pid_export.bundle import BUCKETS, config_of
 from pid_ref.config import PidConfig
-from pid_ref.registry import SPACES, find_checkpoint, find_space
+from pid_ref.registry import find_checkpoint, find_space
 from pid_ref.sampler import timesteps
 from pid_runtime.bundle.engines import read_engine_sets
 from pid_runtime.bundle.flavors import FLAVORS
@@ -266,17 +266,18 @@ def _cascades(args: Namespace, network: Network) -> tuple[str, ...]:
     except BenchInputError as error:
         _log.info("no cascades: %s", error)
         return ()
-    return tuple(name for name, each in CASCADES.items() if not each.opt_in)
+    return tuple(name for name in CASCADES if name not in OPT_IN)
 
 
 def _check_cascades(network: Network) -> None:
     """Raise `BenchInputError` unless cascades start from this network's latent."""
-    if network.space not in SPACES:
+    if network.space not in VAES:
         raise BenchInputError(
-            "expected a network of a known latent space for cascades, which begin with its "
-            f"autoencoder, but got a {network.space} network; use --cascades none"
+            "expected a network of a latent space whose autoencoder diffusers has, which cascades "
+            f"begin with ({', '.join(VAES)}), but got a {network.space} network; "
+            "use --cascades none"
         )
-    vae, config = find_vae(network.space), network.config
+    vae, config = VAES[network.space], network.config
     own = config.latent_channels, config.latent_down, config.scale
     if own != (vae.channels, vae.down, SCALE):
         raise BenchInputError(

@@ -52,16 +52,10 @@ class Stage:
 class Pipeline:
     """A way from a latent to an image, stage by stage."""
 
-    name: str
-    """Such as "vae+rrdbnet"."""
-    space: str
-    """The latent space it starts from."""
     latent_shape: tuple[int, int, int, int]
     """`[1, C, h, w]` of the normalised latent."""
     encoded: tuple[int, int]
     """Width and height in pixels of the image the latent stands for."""
-    size: tuple[int, int]
-    """Width and height in pixels of the image that comes out."""
     stages: tuple[Stage, ...]
     """In the order they are first called."""
     run: Callable[[Mapping[str, nn.Module], Tensor], Tensor]

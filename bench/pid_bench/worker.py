@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from pid_bench import hardware, measure
 from pid_bench.cases import PID, Case
-from pid_bench.contenders import Contender, Materials, make_contender
+from pid_bench.contenders import Materials, make_contender
 from pid_bench.images import sampled
 from pid_engines.child import PartDone, serve
 
@@ -40,47 +40,31 @@ class Worker:
 
     def __init__(self) -> None:
         self._begin = time.monotonic()
-        self._contender: Contender | None = None
-        self._cuda: measure.CudaMemory | None = None
-        self._case: Case | None = None
+        self._free = 0
+        self._case: Any = None
+        self._contender: Any = None
         self._image: Any = None
 
     def answer(self, request: dict[str, Any], progress: PartDone) -> dict[str, Any]:
         """Do what is asked; what a library raises is that case's result."""
         try:
-            return self._answer(request)
+            if "ceilings" in request:
+                return _ceilings(request["ceilings"], request["device"], request["threads"])
+            if "case" in request:
+                return self._prepare(Case(**request["case"]), Materials(**request["materials"]))
+            return self._finish(Path(request["finish"])) if "finish" in request else self._round()
         except Exception as error:  # noqa: BLE001
             return failure(error)
 
-    def _answer(self, request: dict[str, Any]) -> dict[str, Any]:
-        if "ceilings" in request:
-            device, threads = request["device"], request["threads"]
-            return {
-                "matmul_tflop_per_s": hardware.matmul_tflop_per_s(
-                    request["ceilings"], device, threads
-                ),
-                "copy_gb_per_s": hardware.copy_gb_per_s(device, threads),
-            }
-        if "case" in request:
-            return self._prepare(Case(**request["case"]), Materials(**request["materials"]))
-        if "finish" in request:
-            return self._finish(Path(request["finish"]))
-        return self._round()
-
     def _prepare(self, case: Case, materials: Materials) -> dict[str, Any]:
-        if case.device == "cuda":
-            self._cuda = measure.CudaMemory()
-        self._case = case
-        self._contender = make_contender(case, materials)
+        self._free = measure.free_bytes(case.device)
+        self._case, self._contender = case, make_contender(case, materials)
         loaded = time.monotonic()
         self._decode()
         first = time.monotonic()
         for _ in range(measure.WARMUPS[case.device] - 1):
             self._decode()
-        if self._cuda:
-            self._cuda.reset()
-        else:
-            measure.reset_peak_rss()
+        measure.reset_peaks(case.device)
         return {
             "load_seconds": loaded - self._begin,
             "first_seconds": first - loaded,
@@ -94,27 +78,28 @@ class Worker:
         return {"spans": spans, "user_ms": 1000 * (measure.process_seconds() - before)}
 
     def _decode(self) -> dict[str, float]:
-        assert self._contender is not None
         self._image = None  # or two images would be held at a time
         self._image = self._contender.decode()
         return self._contender.clock.read()
 
     def _finish(self, sample: Path) -> dict[str, Any]:
-        assert self._contender is not None and self._case is not None
-        memory: dict[str, int] = {}
-        if self._cuda:
-            memory.update(self._cuda.peaks())
-        else:
-            memory["peak_rss_bytes"] = measure.peak_rss_bytes()
+        case, memory = self._case, measure.peaks(self._case.device, self._free)
         image = _on_host(self._image)
         self._contender.close()
-        wanted = (1, 3, self._case.height, self._case.width)
+        wanted = (1, 3, case.height, case.width)
         if image.shape != wanted or not np.isfinite(image).all():
             shape = "x".join(map(str, image.shape))
             raise ValueError(f"expected finite pixels {wanted}, but got {shape} or NaN among them")
-        if self._case.pipeline == PID:
+        if case.pipeline == PID:
             np.save(sample, sampled(image))
         return memory
+
+
+def _ceilings(precision: str, device: str, threads: int) -> dict[str, float]:
+    return {
+        "matmul_tflop_per_s": hardware.matmul_tflop_per_s(precision, device, threads),
+        "copy_gb_per_s": hardware.copy_gb_per_s(device, threads),
+    }
 
 
 def failure(error: BaseException) -> dict[str, str]:
@@ -126,11 +111,6 @@ def failure(error: BaseException) -> dict[str, str]:
     return {"error": text[:300], "status": "oom" if short else "error"}
 
 
-def main() -> int:
-    """Answer until there are no more questions."""
-    return serve(Worker().answer)
-
-
 def _on_host(image: Any) -> NDArray[np.float32]:
     if isinstance(image, np.ndarray):
         return image
@@ -138,4 +118,4 @@ def _on_host(image: Any) -> NDArray[np.float32]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(serve(Worker().answer))
