@@ -216,6 +216,7 @@ def _decodes(report: Report, wanted: Callable[[Row], bool]) -> Table:
         "",
         ("decode", "px", "precision", "median ms", "min ms", "TFLOP", "peak memory", "to PiD"),
         tuple(_decode(report, row) for row in report.measured() if wanted(row)),
+        frozenset((3, 4, 5, 7)),
     )
 
 

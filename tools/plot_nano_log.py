@@ -10,11 +10,14 @@ from typing import Any
 
 import numpy as np
 
-from pid_bench.charts import colours, to_svg
+from pid_bench.charts import to_svg
 from pid_runtime.bundle.files import write_whole
 
 SERIES = {"clean": "clean latents", "noisy": "noisy latents, sigma 0 to 0.8"}
 """What is drawn: the log's name, and what it is."""
+
+COLOURS = ("#4477aa", "#ee6677")
+"""Of the series; told apart by colour-blind readers too."""
 
 WINDOW = 5
 """Entries of the log that are averaged: each is over a few hundred crops only."""
@@ -30,7 +33,7 @@ def main() -> int:
 
 def draw(axes: Any, entries: list[dict[str, Any]]) -> None:
     """PSNR of the crops over the iterations, in a matplotlib `Axes`."""
-    for (name, words), colour in zip(SERIES.items(), colours(), strict=False):
+    for (name, words), colour in zip(SERIES.items(), COLOURS, strict=True):
         points = [(e["iteration"], e["psnr"][name]) for e in entries if name in e["psnr"]]
         values = np.convolve([y for _, y in points], np.ones(WINDOW) / WINDOW, "valid")
         at = [x for x, _ in points][WINDOW // 2 : WINDOW // 2 + len(values)]

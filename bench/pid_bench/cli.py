@@ -3,7 +3,6 @@
 import sys
 from argparse import Namespace
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 
 from pid_bench.errors import BenchInputError
@@ -104,12 +103,8 @@ def _compare(args: Namespace) -> None:
             f"expected a case that was measured in both {args.before} and {args.after}, but there "
             "is none; measure the same sizes, backends and device"
         )
-    table = to_text(changes_table(changes))
-    console.emit(
-        {"changes": [{**asdict(c), "verdict": c.verdict} for c in changes], "notes": notes},
-        "\n".join([table, *notes]),
-        as_json=args.json,
-    )
+    text = "\n".join([to_text(changes_table(changes)), *notes])
+    console.emit({"changes": changes, "notes": notes}, text, as_json=args.json)
 
 
 def _merge(args: Namespace) -> None:

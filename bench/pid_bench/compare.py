@@ -1,39 +1,20 @@
 """Two reports against each other: what became faster or slower, beyond their noise."""
 
 import math
-from dataclasses import dataclass
+from typing import Any
 
 from pid_bench.report import Report, Row
 from pid_bench.tables import Table, milliseconds
 
 
-@dataclass(frozen=True)
-class Change:
-    """One case in both reports."""
+def compare(before: Report, after: Report) -> tuple[list[dict[str, Any]], list[str]]:
+    """Cases measured in both, in the order of `before`, and what can not be compared, in words.
 
-    key: str
-    before_ms: float
-    after_ms: float
-    change: float
-    """after / before - 1."""
-    noise: float
-    """How much of a change says nothing: half of both spreads (p10 to p90), together."""
-    reduced: str
-    """How the network was made smaller; empty when it was not."""
-    hardware: tuple[str, str]
-    """What each ran on; times of different hardware are no change of the code."""
-
-    @property
-    def verdict(self) -> str:
-        """faster, slower, or within noise."""
-        if abs(self.change) <= self.noise:
-            return "within noise"
-        return "slower" if self.change > 0 else "faster"
-
-
-def compare(before: Report, after: Report) -> tuple[list[Change], list[str]]:
-    """Cases measured in both, in the order of `before`, and what can not be compared, in words."""
-    changes: list[Change] = []
+    A change has `key` and `reduced` of its case; `before_ms` and `after_ms`; `change`, which is
+    after / before - 1; `noise`, how much of it says nothing: half of both spreads (p10 to p90)
+    together; the `hardware` of both; and a `verdict`: faster, slower or within noise.
+    """
+    changes: list[dict[str, Any]] = []
     notes: list[str] = []
     ours, theirs = ({row.case.key: row for row in each.measured()} for each in (before, after))
     for key, row in ours.items():
@@ -43,36 +24,40 @@ def compare(before: Report, after: Report) -> tuple[list[Change], list[str]]:
         elif row.status != "ok" or other.status != "ok":
             notes.append(f"{key}: {row.status} then {other.status}")
         else:
-            changes.append(_change(before, row, after, other))
+            changes.append(_change(row, other, (before.hardware(row), after.hardware(other))))
     notes += [f"{key}: only in the second" for key in theirs if key not in ours]
     return changes, notes
 
 
-def changes_table(changes: list[Change]) -> Table:
+def changes_table(changes: list[dict[str, Any]]) -> Table:
     """One line per case."""
     rows = tuple(
         (
-            f"{each.key} ({each.reduced})" if each.reduced else each.key,
-            milliseconds(each.before_ms),
-            milliseconds(each.after_ms),
-            f"{100 * each.change:+.1f} %",
-            f"{100 * each.noise:.1f} %",
-            each.verdict + ("" if len(set(each.hardware)) == 1 else " (other hardware)"),
+            f"{each['key']} ({each['reduced']})" if each["reduced"] else each["key"],
+            milliseconds(each["before_ms"]),
+            milliseconds(each["after_ms"]),
+            f"{each['change']:+.1%}",
+            f"{each['noise']:.1%}",
+            each["verdict"] + ("" if len(set(each["hardware"])) == 1 else " (other hardware)"),
         )
         for each in changes
     )
-    return Table("Changes", ("case", "before ms", "after ms", "change", "noise", ""), rows)
+    header = ("case", "before ms", "after ms", "change", "noise", "")
+    return Table("Changes", header, rows, frozenset((1, 2, 3, 4)))
 
 
-def _change(before: Report, row: Row, after: Report, other: Row) -> Change:
-    then, now = row.whole.median_ms, other.whole.median_ms
+def _change(row: Row, other: Row, hardware: tuple[str, str]) -> dict[str, Any]:
+    then, now = row.measured.median_ms, other.measured.median_ms
     assert then and now
-    return Change(
-        key=row.case.key,
-        before_ms=then,
-        after_ms=now,
-        change=now / then - 1,
-        noise=math.hypot(row.noise, other.noise),
-        reduced=row.reduced,
-        hardware=(before.hardware(row), after.hardware(other)),
-    )
+    change, noise = now / then - 1, math.hypot(row.noise, other.noise)
+    verdict = "within noise" if abs(change) <= noise else "slower" if change > 0 else "faster"
+    return {
+        "key": row.case.key,
+        "reduced": row.reduced,
+        "before_ms": then,
+        "after_ms": now,
+        "change": change,
+        "noise": noise,
+        "hardware": hardware,
+        "verdict": verdict,
+    }

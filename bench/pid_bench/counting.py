@@ -86,7 +86,7 @@ def _pid_works(case: Case, config: PidConfig) -> Mapping[str, Work]:
         return _section_works(*given)
     work = _reference_work(*given)
     if case.backend == "public":
-        work = replace(work, weight_bytes=4 * work.parameters)
+        work = work._replace(weight_bytes=4 * work.parameters)
     return {"step": work}
 
 

@@ -1,9 +1,7 @@
 """What a benchmark runs on: names, versions, and how fast the device can be at best."""
 
 import math
-import os
 import platform
-import shutil
 import subprocess
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
@@ -153,23 +151,19 @@ def _driver() -> str:
 
 
 def _commit() -> str:
-    folder = str(Path(__file__).parent)
-    if Path(_output(["git", "-C", folder, "rev-parse", "--show-toplevel"])) not in (
-        Path(__file__).resolve().parents
-    ):
+    folder = Path(__file__).parent
+    if "site-packages" in folder.parts:  # a checkout around it is another project's
         return ""
-    commit = _output(["git", "-C", folder, "rev-parse", "--short=12", "HEAD"])
-    changed = _output(["git", "-C", folder, "status", "--porcelain", "--untracked-files=no"])
-    return commit + ("+" if commit and changed else "")
+    describe = ["describe", "--always", "--abbrev=12", "--dirty=+", "--exclude=*"]
+    return _output(["git", "-C", str(folder), *describe])
 
 
 def _output(command: list[str]) -> str:
     """What a program prints; nothing if it is not there or fails."""
-    if shutil.which(command[0]) is None:
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
         return ""
-    environment = {**os.environ, "LC_ALL": "C"}
-    result = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
-    return result.stdout.strip() if result.returncode == 0 else ""
 
 
 def _version(name: str) -> str | None:

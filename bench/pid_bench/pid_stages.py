@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from pid_bench.stage import Stage, normal
-from pid_bench.work import NO_WORK, Work, count_calls
+from pid_bench.work import NO_WORK, Work, count_calls, total
 from pid_export.bundle import STEP_COUNTS, dimensions_of, network_of
 from pid_export.program import ProgramSpec, build_program
 from pid_ref.config import PidConfig
@@ -95,9 +95,8 @@ def program_works(
                         for name, port in spec.inputs.items()
                     }
                 # Only attention is run more than once in a step, and it has no parameters.
-                works[run.graph] = works.get(run.graph, NO_WORK) + count_calls(
-                    stage, (), inputs, times
-                )
+                work = count_calls(stage, (), inputs, times)
+                works[run.graph] = total([work, works.get(run.graph, NO_WORK)])
     return sections
 
 

@@ -140,7 +140,7 @@ def _against_resolution(
 
 def _html_table(table: Table) -> str:
     def line(cells: tuple[str, ...], tag: str) -> str:
-        kinds = (' class="number"' if table.is_number(i) else "" for i in range(len(cells)))
+        kinds = (' class="number"' if i in table.numbers else "" for i in range(len(cells)))
         return "".join(
             f"<{tag}{kind}>{escape(cell)}</{tag}>" for cell, kind in zip(cells, kinds, strict=True)
         )

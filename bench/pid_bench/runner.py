@@ -6,11 +6,10 @@ all of them; as many as fit in memory take part at a time. On CUDA every case ha
 
 import contextlib
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 from pid_bench import hardware
@@ -53,33 +52,36 @@ def run_jobs(
     folder in which every PiD image leaves some of its pixels. status: called with what is done now.
     """
 
-    def succeeds(job: Job, step: Callable[[], None]) -> bool:
-        """Do a step of a case; whether it can go on. If not, its row says why."""
+    def answer(job: Job, worker: Child, request: Mapping[str, Any]) -> dict[str, Any] | None:
+        """What the worker says; None when the case failed, and its row says why."""
         try:
-            step()
+            return worker.ask(request)
         except ChildError as error:
             failed = replace(_begun(job, environment), status=status_of(error), message=str(error))
             finished(failed)
-            return False
-        return True
+            return None
 
     samples.mkdir(parents=True, exist_ok=True)
     for group in groups(jobs, int(MEMORY_SHARE * hardware.available_bytes())):
         with contextlib.ExitStack() as stack:
-            running: list[_Running] = []
+            running: list[tuple[Job, Child]] = []
             for job in group:
-                status(f"loading {job.row.case.pipeline} {job.row.case.backend}")
-                started = _Running(job, stack.enter_context(start_worker(job.row.case.threads)))
-                if succeeds(job, started.prepare):
-                    running.append(started)
+                case = job.row.case
+                status(f"loading {case.pipeline} {case.backend}")
+                worker = stack.enter_context(start_worker(case.threads))
+                asked = {"case": asdict(case), "materials": asdict(job.materials)}
+                if answer(job, worker, asked):
+                    running.append((job, worker))
             for number in range(repeats):
-                for each in list(running):
-                    case = each.job.row.case
+                for job, worker in list(running):
+                    case = job.row.case
                     status(f"{case.pipeline} {case.backend}: {number + 1} of {repeats}")
-                    if not succeeds(each.job, each.decode):
-                        running.remove(each)
-            for each in running:
-                succeeds(each.job, lambda e=each: finished(e.finish(samples, environment)))
+                    if not answer(job, worker, {"round": number}):
+                        running.remove((job, worker))
+            for job, worker in running:
+                sample = sample_file(samples, job.row.case)
+                if said := answer(job, worker, {"finish": str(sample)}):
+                    finished(_with_times(_begun(job, environment), said))
 
 
 def groups(jobs: Sequence[Job], memory_bytes: int) -> list[list[Job]]:
@@ -120,42 +122,16 @@ def status_of(error: ChildError) -> str:
     return "oom" if error.killed else error.said.get("status", "error")
 
 
-class _Running:
-    """A case while it runs. What it is asked raises `ChildError` when the case fails."""
-
-    def __init__(self, job: Job, worker: Child) -> None:
-        self.job, self._worker = job, worker
-        self._ready: dict[str, Any] = {}
-        self._spans: list[dict[str, float]] = []
-        self._user_ms: list[float] = []
-
-    def prepare(self) -> None:
-        """Load everything, and warm up."""
-        asked = {"case": asdict(self.job.row.case), "materials": asdict(self.job.materials)}
-        self._ready = self._worker.ask(asked)
-
-    def decode(self) -> None:
-        """Time one decode."""
-        answer = self._worker.ask({"round": True})
-        self._spans.append(answer["spans"])
-        self._user_ms.append(answer["user_ms"])
-
-    def finish(self, samples: Path, environment: str) -> Row:
-        """The row of a case whose rounds are over; its image leaves some pixels in `samples`."""
-        case = self.job.row.case
-        memory = self._worker.ask({"finish": str(sample_file(samples, case))})
-        measured = replace(
-            self.job.row.measured,
-            rounds_ms=tuple(spans[WHOLE] for spans in self._spans),
-            user_ms=median(self._user_ms) if case.device == "cpu" else None,
-            **self._ready,
-            **memory,
-        )
-        stages = tuple(
-            replace(stage, **percentiles([s[stage.name] for s in self._spans if stage.name in s]))
-            for stage in self.job.row.stages
-        )
-        return replace(_begun(self.job, environment), measured=measured, stages=stages)
+def _with_times(row: Row, said: Mapping[str, Any]) -> Row:
+    """A row with what its worker measured."""
+    spans = said["spans"]
+    times = tuple(each[WHOLE] for each in spans)
+    stages = tuple(
+        replace(stage, **percentiles([each[stage.name] for each in spans if stage.name in each]))
+        for stage in row.stages
+    )
+    measured = replace(row.measured, rounds_ms=times, **said["measured"])
+    return replace(row, measured=measured, stages=stages)
 
 
 def _begun(job: Job, environment: str) -> Row:

@@ -52,7 +52,7 @@ class Screen:
             return
         drawn = RichTable(box=box.SIMPLE)
         for index, title in enumerate(table.header):
-            drawn.add_column(title, justify="right" if table.is_number(index) else "left")
+            drawn.add_column(title, justify="right" if index in table.numbers else "left")
         for cells in table.rows:
             drawn.add_row(*cells)
         self._table = [drawn]

@@ -2,6 +2,8 @@
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
+from typing import Any, NamedTuple
 
 from pid_bench.report import Rates, Report, Row, StageRow
 from pid_runtime.command.console import aligned
@@ -14,10 +16,8 @@ class Table:
     title: str
     header: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
-
-    def is_number(self, column: int) -> bool:
-        """Whether a column belongs to the right."""
-        return self.header[column] in _NUMBERS
+    numbers: frozenset[int] = frozenset()
+    """Columns of numbers, which belong to the right."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,31 @@ class Line:
     def is_whole(self) -> bool:
         """Whether it is about all of the row."""
         return self.stage.name == self.row.whole.name
+
+    @property
+    def rates(self) -> Rates:
+        """What the row's time is, set against the rest of the report."""
+        return self.report.rates(self.row)
+
+
+class Column(NamedTuple):
+    """A column of a table."""
+
+    title: str
+    """With the unit."""
+    value: str | Callable[[Line], Any]
+    """Of a line: the path of an attribute, or a function; None is an empty cell."""
+    shown: Callable[[Any], str] = str
+    """Numbers as text; what is text already stays as it is."""
+    of_stages: bool = True
+    """Whether a stage has it too, or only the whole decode."""
+
+    def cell(self, line: Line) -> str:
+        """What stands in a line."""
+        if not (self.of_stages or line.is_whole):
+            return ""
+        found = attrgetter(self.value)(line) if isinstance(self.value, str) else self.value(line)
+        return "" if found is None else self.shown(found)
 
 
 def tables(report: Report) -> list[Table]:
@@ -78,16 +103,18 @@ def decodes_table(report: Report, rows: Iterable[Row]) -> Table:
 
 
 def to_text(table: Table) -> str:
-    """Columns aligned with spaces, under the title."""
-    left = [index for index in range(len(table.header)) if not table.is_number(index)]
+    """Columns aligned with spaces, without the title."""
+    left = [index for index in range(len(table.header)) if index not in table.numbers]
     return aligned([table.header, *table.rows], left)
 
 
 def to_markdown(table: Table) -> str:
     """A table of GitHub's Markdown, without the title."""
-    marks = ["---:" if table.is_number(i) else "---" for i in range(len(table.header))]
+    marks = ["---:" if index in table.numbers else "---" for index in range(len(table.header))]
     lines = [table.header, marks, *table.rows]
-    return "\n".join("| " + " | ".join(map(_escaped, line)) + " |" for line in lines)
+    return "\n".join(
+        "| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines
+    )
 
 
 def milliseconds(value: float | None) -> str:
@@ -97,9 +124,9 @@ def milliseconds(value: float | None) -> str:
     return f"{value:.2f}" if value < 10 else f"{value:.1f}" if value < 100 else f"{value:,.0f}"
 
 
-def gigabytes(value: int | None) -> str:
+def gigabytes(value: int) -> str:
     """Decimal gigabytes."""
-    return "" if value is None else f"{value / 1e9:.2f}"
+    return f"{value / 1e9:.2f}"
 
 
 def pixels(size: Sequence[int]) -> str:
@@ -112,33 +139,22 @@ def network(row: Row) -> str:
     return _of_part(row.case.label, row)
 
 
-_NUMBERS = frozenset(
-    (
-        *("median ms", "p10-p90 ms", "min ms", "user ms", "TFLOP", "TFLOP/s", "of matmul"),
-        *("of copy", "to PiD", "RMS diff (-1..1)", "parameters M", "weights MB"),
-        *(
-            "peak RSS GB",
-            "allocated GB",
-            "reserved GB",
-            "device GB",
-            "build s",
-            "load s",
-            "first decode s",
-            "runs",
-            "ms",
-        ),
-        *("weights GB", "buffers GB", "scratch GB", "arena GB", "peak GB", "TFLOP/step"),
-        *("moved GB", "copy GB/s", "before ms", "after ms", "change", "noise"),
-    )
-)
-"""Headers of columns that hold numbers."""
-
-Column = tuple[str, Callable[[Line], str]]
-
-
 def _of_part(name: str, row: Row) -> str:
     """What a row is called; every table says when it is of a part of the network only."""
     return f"{name} ({row.reduced})" if row.reduced else name
+
+
+def _millions(value: float) -> str:
+    return f"{value / 1e6:.1f}"
+
+
+def _tera(value: float) -> str:
+    return f"{value:.2f}" if value >= 1 else f"{value:.4f}" if value else "0"
+
+
+_tenths, _percent = "{:.1f}".format, "{:.0%}".format
+_AS_IT_IS = "{}".format
+"""Of a number that is text already."""
 
 
 def _spread(line: Line) -> str:
@@ -148,19 +164,8 @@ def _spread(line: Line) -> str:
 
 
 def _calls(line: Line) -> str:
-    """Steps x CFG x tiles."""
     stage = line.stage
     return f"{stage.steps}x{stage.cfg}x{stage.tiles}" if stage.steps else ""
-
-
-def _tera(value: float | None) -> str:
-    if not value:
-        return "" if value is None else "0"
-    return f"{value:.2f}" if value >= 1 else f"{value:.4f}"
-
-
-def _formatted(form: str, value: float | None, unit: float = 1) -> str:
-    return "" if value is None else form.format(value / unit)
 
 
 def _result(line: Line) -> str:
@@ -169,142 +174,115 @@ def _result(line: Line) -> str:
     return words.get(line.row.status) or milliseconds(line.stage.median_ms)
 
 
-def _per_step(line: Line) -> str:
+def _per_step(line: Line) -> float | None:
     """Of what every sampler step does; a whole decode has it from its stages."""
     stages = line.row.stages if line.is_whole else (line.stage,)
-    work = [stage.tflop / stage.steps for stage in stages if stage.steps > 1 and stage.tflop]
-    return _tera(sum(work)) if work else ""
+    return sum(s.tflop / s.steps for s in stages if s.steps > 1 and s.tflop) or None
 
 
-def _agreement(line: Line) -> str:
-    error = _formatted("{:.1e}", line.row.measured.rms_error)
-    return f"{error} DIFFERS" if line.row.agrees is False else error
-
-
-def _sizes(line: Line) -> str:
-    return f"{pixels(line.row.input_size)} to {pixels(line.row.case.size)}"
+def _agreement(line: Line) -> str | None:
+    error = line.row.measured.rms_error
+    if error is None:
+        return None
+    return f"{error:.1e} DIFFERS" if line.row.agrees is False else f"{error:.1e}"
 
 
 def _engine_peak(line: Line) -> str:
-    counted = line.row.counted
-    if not counted.engine_memory:
-        return ""
-    return f"{gigabytes(counted.engine_memory['peak_bytes'])} GB ({counted.bucket})"
+    memory, bucket = line.row.counted.engine_memory, line.row.counted.bucket
+    return f"{gigabytes(memory['peak_bytes'])} GB ({bucket})" if memory else ""
 
 
-def _of_whole(cell: Callable[[Line], str]) -> Callable[[Line], str]:
-    """A cell that stages leave empty."""
-    return lambda line: cell(line) if line.is_whole else ""
-
-
-_PIPELINE: Column = ("pipeline", lambda line: _of_part(line.row.case.pipeline, line.row))
-_BACKEND: Column = ("backend", lambda line: line.row.case.backend)
-_PX: Column = ("px", _sizes)
-_PRECISION: Column = ("precision", lambda line: line.row.case.precision)
-_CALLED: Column = ("steps x CFG x tiles", _calls)
-_SPREAD: Column = ("p10-p90 ms", _spread)
-_TFLOP: Column = ("TFLOP", lambda line: _tera(line.stage.tflop))
-_PARAMETERS: Column = (
-    "parameters M",
-    lambda line: _formatted("{:.1f}", line.stage.parameters, 1e6),
-)
-_WEIGHTS: Column = (
-    "weights MB",
-    lambda line: _formatted("{:.0f}", line.row.counted.weight_bytes, 1e6),
-)
+_PIPELINE = Column("pipeline", lambda line: _of_part(line.row.case.pipeline, line.row))
+_BACKEND = Column("backend", "row.case.backend")
+_PX = Column("px", lambda line: f"{pixels(line.row.input_size)} to {pixels(line.row.case.size)}")
+_PRECISION = Column("precision", "row.case.precision")
+_CALLED = Column("steps x CFG x tiles", _calls)
+_SPREAD = Column("p10-p90 ms", _spread, _AS_IT_IS)
+_TFLOP = Column("TFLOP", "stage.tflop", _tera)
+_PARAMETERS = Column("parameters M", "stage.parameters", _millions)
+_WEIGHTS = Column("weights MB", "row.counted.weight_bytes", lambda size: f"{size / 1e6:.0f}")
 _CASE = (_PIPELINE, _BACKEND, _PX, _PRECISION)
 _PART = (
-    ("pipeline", lambda line: network(line.row)),
+    Column("pipeline", lambda line: network(line.row)),
     _PX,
-    ("stage", lambda line: line.stage.name),
+    Column("stage", "stage.name"),
     _CALLED,
     _PARAMETERS,
     _TFLOP,
 )
 
-_DECODES: tuple[Column, ...] = (
+_DECODES = (
     *_CASE,
-    ("median ms", _result),
+    Column("median ms", _result, _AS_IT_IS),
     _SPREAD,
-    ("min ms", lambda line: milliseconds(line.row.measured.min_ms)),
-    ("user ms", lambda line: milliseconds(line.row.measured.user_ms)),
+    Column("min ms", "row.measured.min_ms", milliseconds),
+    Column("user ms", "row.measured.user_ms", milliseconds),
     _TFLOP,
-    ("TFLOP/s", lambda line: _tera(_rates(line).tflop_per_s)),
-    *(
-        (title, lambda line, n=name: _formatted("{:.0f} %", getattr(_rates(line), n), 0.01))
-        for title, name in (("of matmul", "share_of_matmul"), ("of copy", "share_of_copy"))
-    ),
-    ("to PiD", lambda line: _formatted("{:.2f}x", _rates(line).ratio_to_pid)),
-    ("RMS diff (-1..1)", _agreement),
+    Column("TFLOP/s", "rates.tflop_per_s", _tera),
+    Column("of matmul", "rates.share_of_matmul", _percent),
+    Column("of copy", "rates.share_of_copy", _percent),
+    Column("to PiD", "rates.ratio_to_pid", "{:.2f}x".format),
+    Column("RMS diff (-1..1)", _agreement, _AS_IT_IS),
 )
 
-_MEMORY: tuple[Column, ...] = (
+_MEMORY = (
     *_CASE,
     _PARAMETERS,
     _WEIGHTS,
-    ("peak RSS GB", lambda line: gigabytes(line.row.measured.peak_rss_bytes)),
-    ("allocated GB", lambda line: gigabytes(line.row.measured.peak_allocated_bytes)),
-    ("reserved GB", lambda line: gigabytes(line.row.measured.peak_reserved_bytes)),
-    ("device GB", lambda line: gigabytes(line.row.measured.device_used_bytes)),
+    Column("peak RSS GB", "row.measured.peak_rss_bytes", gigabytes),
+    Column("allocated GB", "row.measured.peak_allocated_bytes", gigabytes),
+    Column("reserved GB", "row.measured.peak_reserved_bytes", gigabytes),
+    Column("device GB", "row.measured.device_used_bytes", gigabytes),
 )
 
-_DETAILS: tuple[Column, ...] = (
+_DETAILS = (
     *_CASE,
-    ("network", lambda line: f"{line.row.case.space} {line.row.case.variant}".strip()),
-    ("weights", lambda line: line.row.case.weights),
-    ("dtype", lambda line: line.row.case.dtype),
-    ("compile", lambda line: line.row.case.compile),
-    ("attention", lambda line: line.row.measured.attention),
-    ("note", lambda line: line.row.message),
+    Column("network", lambda line: f"{line.row.case.space} {line.row.case.variant}".strip()),
+    Column("weights", "row.case.weights"),
+    Column("dtype", "row.case.dtype"),
+    Column("compile", "row.case.compile"),
+    Column("attention", "row.measured.attention"),
+    Column("note", "row.message"),
     _CALLED,
-    ("build s", lambda line: _formatted("{:.1f}", line.row.measured.build_seconds)),
-    ("load s", lambda line: _formatted("{:.1f}", line.row.measured.load_seconds)),
-    ("first decode s", lambda line: _formatted("{:.1f}", line.row.measured.first_seconds)),
-    ("runs", lambda line: str(len(line.row.measured.rounds_ms))),
-    ("timer", lambda line: line.row.measured.timer),
-    ("on", lambda line: line.row.environment),
+    Column("build s", "row.measured.build_seconds", _tenths),
+    Column("load s", "row.measured.load_seconds", _tenths),
+    Column("first decode s", "row.measured.first_seconds", _tenths),
+    Column("runs", lambda line: len(line.row.measured.rounds_ms), "{:d}".format),
+    Column("timer", "row.measured.timer"),
+    Column("on", "row.environment"),
 )
 
-_STAGES: tuple[Column, ...] = (
+_STAGES = (*_PART, Column("median ms", "stage.median_ms", milliseconds), _SPREAD)
+
+_COUNTED = (
     *_PART,
-    ("median ms", lambda line: milliseconds(line.stage.median_ms)),
-    _SPREAD,
+    Column("TFLOP/step", _per_step, _tera),
+    _WEIGHTS._replace(of_stages=False),
+    Column("moved GB", "row.counted.bytes_moved", gigabytes, of_stages=False),
+    _PRECISION._replace(of_stages=False),
+    Column("engine memory", _engine_peak, of_stages=False),
 )
 
-_COUNTED: tuple[Column, ...] = (
-    *_PART,
-    ("TFLOP/step", _per_step),
-    *(
-        (title, _of_whole(cell))
-        for title, cell in (
-            _WEIGHTS,
-            ("moved GB", lambda line: gigabytes(line.row.counted.bytes_moved)),
-            _PRECISION,
-            ("engine memory", _engine_peak),
-        )
-    ),
-)
-
-_ENGINES: tuple[Column, ...] = (
+_ENGINES = (
     _BACKEND,
     _PX,
-    ("bucket", lambda line: line.row.counted.bucket),
+    Column("bucket", "row.counted.bucket"),
     *(
-        (f"{part} GB", lambda line, n=f"{part}_bytes": gigabytes(line.row.counted.engine_memory[n]))
+        Column(
+            f"{part} GB",
+            lambda line, name=f"{part}_bytes": line.row.counted.engine_memory[name],
+            gigabytes,
+        )
         for part in ("weights", "buffers", "scratch", "arena", "peak")
     ),
 )
 
-_REPORTED: tuple[Column, ...] = (
+_REPORTED = (
     _PIPELINE,
     _PX,
-    ("ms", lambda line: f"{line.row.measured.median_ms:.1f}"),
-    ("source", lambda line: line.row.message),
+    Column("ms", "row.measured.median_ms", _tenths),
+    Column("source", "row.message"),
 )
-
-
-def _rates(line: Line) -> Rates:
-    return line.report.rates(line.row)
 
 
 def _whole_lines(report: Report, rows: Iterable[Row]) -> list[Line]:
@@ -332,16 +310,13 @@ def _environments(report: Report) -> Table:
         if name in used
     )
     header = ("on", "hardware", "driver", "system", "versions", "commit", "matmul TFLOP/s")
-    return Table("Measured on", (*header, "copy GB/s"), rows)
+    return Table("Measured on", (*header, "copy GB/s"), rows, frozenset([7]))
 
 
 def _table(title: str, columns: Sequence[Column], lines: Sequence[Line]) -> Table:
     """A cell of every column for every line; columns that are empty in all lines are left out."""
-    cells = [[cell(line) for line in lines] for _, cell in columns]
-    used = [index for index, column in enumerate(cells) if any(column)]
-    header = tuple(columns[index][0] for index in used)
-    return Table(title, header, tuple(zip(*(cells[index] for index in used), strict=True)))
-
-
-def _escaped(text: str) -> str:
-    return text.replace("|", "\\|")
+    cells = {column: [column.cell(line) for line in lines] for column in columns}
+    used = [column for column in columns if any(cells[column])]
+    numbers = frozenset(index for index, column in enumerate(used) if column.shown is not str)
+    rows = tuple(zip(*(cells[column] for column in used), strict=True))
+    return Table(title, tuple(column.title for column in used), rows, numbers)

@@ -5,8 +5,7 @@ multiply-add. What is done to single elements is neither counted nor charged any
 """
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -19,8 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode, flop_registry
 from pid_bench.stage import Stage
 
 
-@dataclass(frozen=True)
-class Work:
+class Work(NamedTuple):
     """What some calls of a module, or of several, have to do."""
 
     flop: int
@@ -35,21 +33,13 @@ class Work:
     Attention reads q, k and v and writes its result: its scores stay where they are made.
     """
 
-    def __add__(self, other: "Work") -> "Work":
-        return Work(
-            self.flop + other.flop,
-            self.parameters + other.parameters,
-            self.weight_bytes + other.weight_bytes,
-            self.bytes_moved + other.bytes_moved,
-        )
-
 
 NO_WORK = Work(0, 0, 0, 0)
 
 
 def total(works: Iterable[Work]) -> Work:
     """The work of several modules together."""
-    return sum(works, NO_WORK)
+    return Work(*map(sum, zip(*works, NO_WORK, strict=True)))
 
 
 def count(stage: Stage, dtype: torch.dtype) -> Work:

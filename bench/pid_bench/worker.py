@@ -2,10 +2,11 @@
 
 A `pid_engines.child`. It is asked, and answers:
 
-    {"case": .., "materials": ..}   {"load_seconds", "first_seconds", "timer", "attention"}
     {"ceilings": precision, ..}     {"matmul_tflop_per_s", "copy_gb_per_s"}
-    {"round": true}                 {"spans": {"decode": ms, stage: ms, ..}, "user_ms"}
-    {"finish": PATH}                {"peak_rss_bytes", ..}; some of the image's pixels go to PATH
+    {"case": .., "materials": ..}   {"ready": true}, after a decode that may compile
+    {"round": number}               {"done": true}, after a decode that is timed
+    {"finish": PATH}                {"spans": [{"decode": ms, stage: ms, ..}, ..] of the rounds,
+                                    "measured": members of `Measured`}; pixels go to PATH
 
 or {"error", "status"}, when it cannot.
 """
@@ -13,6 +14,7 @@ or {"error", "status"}, when it cannot.
 import sys
 import time
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import numpy as np
@@ -44,6 +46,9 @@ class Worker:
         self._case: Any = None
         self._contender: Any = None
         self._image: Any = None
+        self._spans: list[dict[str, float]] = []
+        self._user_ms: list[float] = []
+        self._measured: dict[str, Any] = {}
 
     def answer(self, request: dict[str, Any], progress: PartDone) -> dict[str, Any]:
         """Do what is asked; what a library raises is that case's result."""
@@ -65,17 +70,19 @@ class Worker:
         for _ in range(measure.WARMUPS[case.device] - 1):
             self._decode()
         measure.reset_peaks(case.device)
-        return {
+        self._measured = {
             "load_seconds": loaded - self._begin,
             "first_seconds": first - loaded,
             "timer": self._contender.clock.timer,
             "attention": self._contender.attention,
         }
+        return {"ready": True}
 
     def _round(self) -> dict[str, Any]:
         before = measure.process_seconds()
-        spans = self._decode()
-        return {"spans": spans, "user_ms": 1000 * (measure.process_seconds() - before)}
+        self._spans.append(self._decode())
+        self._user_ms.append(1000 * (measure.process_seconds() - before))
+        return {"done": True}
 
     def _decode(self) -> dict[str, float]:
         self._image = None  # or two images would be held at a time
@@ -83,7 +90,10 @@ class Worker:
         return self._contender.clock.read()
 
     def _finish(self, sample: Path) -> dict[str, Any]:
-        case, memory = self._case, measure.peaks(self._case.device, self._free)
+        case = self._case
+        self._measured |= measure.peaks(case.device, self._free)
+        if case.device == "cpu":
+            self._measured["user_ms"] = median(self._user_ms)
         image = _on_host(self._image)
         self._contender.close()
         wanted = (1, 3, case.height, case.width)
@@ -92,7 +102,7 @@ class Worker:
             raise ValueError(f"expected finite pixels {wanted}, but got {shape} or NaN among them")
         if case.pipeline == PID:
             np.save(sample, sampled(image))
-        return memory
+        return {"spans": self._spans, "measured": self._measured}
 
 
 def _ceilings(precision: str, device: str, threads: int) -> dict[str, float]:
