@@ -156,9 +156,10 @@ class PidConfig:
         return "v1.5" if self.pixel_gate else "v1"
 
     @classmethod
-    def from_json(cls, text: str) -> "PidConfig":
-        """Read a configuration written with this class's field names; absent fields keep defaults.
+    def from_json(cls, text: str, base: "PidConfig | None" = None) -> "PidConfig":
+        """Read a configuration written with this class's field names.
 
+        base: has the fields that are absent; the defaults of the class when None.
         Raises `PidInputError` for text that is no JSON object, or a field that does not exist.
         """
         try:
@@ -177,7 +178,7 @@ class PidConfig:
                 raise PidInputError(
                     f"expected network dimensions ({', '.join(known)}), but got {name[:80]!r}"
                 )
-        return cls(**fields)
+        return dataclasses.replace(base or cls(), **fields)
 
     @classmethod
     def from_upstream(cls, arguments: dict[str, Any]) -> "PidConfig":

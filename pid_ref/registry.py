@@ -228,7 +228,7 @@ class Checkpoint:
     """One set of weights: NVIDIA's, on the hub, or our own, in this package."""
 
     name: str
-    """Its folder on the hub, if it is there."""
+    """Its folder on the hub, if it is there; "" for a network of other dimensions."""
     space: LatentSpace
     variant: Variant
     """"2kto4k" is the newest distilled one of its space, "2kto4k-v1" one that v1.5 superseded,
@@ -256,7 +256,8 @@ class Checkpoint:
     @property
     def label(self) -> str:
         """Space, variant and version, for messages."""
-        return f"{self.space.name} {self.variant} ({self.version})"
+        label = f"{self.space.name} {self.variant} ({self.version})"
+        return label if self.name else f"custom {label}"
 
 
 def _config(space: LatentSpace, version: Version) -> PidConfig:

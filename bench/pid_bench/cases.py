@@ -45,8 +45,8 @@ BACKENDS = {
             "onnxruntime",
             provider="nvtensorrtrtx",
         ),
-        Backend("tensorrt", "program", "engines", ("cuda",), "tensorrt", flavor="enterprise"),
-        Backend("tensorrt-rtx", "program", "engines", ("cuda",), "tensorrt", flavor="rtx"),
+        Backend("tensorrt", "program", "engines", ("cuda",), "tensorrt", flavor="tensorrt"),
+        Backend("tensorrt-rtx", "program", "engines", ("cuda",), "tensorrt", flavor="tensorrt-rtx"),
     )
 }
 """By name. Cascades, which have no bundle, run on those of torch alone."""

@@ -40,8 +40,8 @@ def _parser() -> console.ArgumentParser:
         _EXAMPLES,
     )
     what = parser.add_argument_group("what to decode with")
-    what.add_argument("--space", default="flux", help="latent space (default: flux)")
-    what.add_argument("--variant", default="2kto4k-v1", help="checkpoint (default: 2kto4k-v1)")
+    what.add_argument("--space", default="flux", help="latent space")
+    what.add_argument("--variant", default="2kto4k-v1", help="checkpoint")
     what.add_argument(
         "--config", type=Path, metavar="FILE.json", help="a network of other dimensions"
     )

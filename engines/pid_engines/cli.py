@@ -22,7 +22,7 @@ examples:
   pid-build flux-4k
       engines of every bucket for GeForce RTX 30, 40 and 50, on a machine with or without a GPU
   pid-build flux-4k --buckets 2k --target sm89
-  pid-build flux-4k --flavor enterprise
+  pid-build flux-4k --flavor tensorrt
       with TensorRT, on the GPU that is to run them
 """
 
@@ -43,7 +43,7 @@ def _parser() -> console.ArgumentParser:
     parser.add_argument(
         "--flavor",
         default="auto",
-        help="rtx (TensorRT for RTX), enterprise (TensorRT) or auto (default: what is installed)",
+        help="tensorrt-rtx, tensorrt or auto: what is installed",
     )
     parser.add_argument(
         "--buckets", metavar="LIST", help="buckets to build for, as 2k,4k (default: all)"
@@ -52,12 +52,12 @@ def _parser() -> console.ArgumentParser:
         "--target",
         metavar="LIST",
         help="GPU architectures, as sm86,sm89, or current for this machine's GPU "
-        "(default: rtx sm86,sm89,sm120; enterprise current)",
+        "(default: tensorrt-rtx sm86,sm89,sm120; tensorrt current)",
     )
     parser.add_argument(
         "--plan",
         default="fast",
-        help="fast (default), or lean: less memory, by stages in smaller parts",
+        help="fast, or lean: less memory, by stages in smaller parts",
     )
     parser.add_argument(
         "--opt-level", type=int, default=3, metavar="N", help="how long to search: 0 to 5"
@@ -65,7 +65,12 @@ def _parser() -> console.ArgumentParser:
     parser.add_argument(
         "--workspace", metavar="SIZE", help="most scratch of a kernel, as 2G or 512M"
     )
-    parser.add_argument("--jobs", type=int, metavar="N", help="engines to build at the same time")
+    parser.add_argument(
+        "--jobs",
+        type=int,
+        metavar="N",
+        help=f"engines to build at the same time (default: a core each, at most {MOST_JOBS})",
+    )
     parser.add_argument("--force", action="store_true", help="build again what is there already")
     parser.add_argument(
         "--allow-unfused",

@@ -24,14 +24,14 @@ class Builder:
 
 
 BUILDERS = {
-    "rtx": Builder(
+    "tensorrt-rtx": Builder(
         ("sm75", "sm80", "sm86", "sm89", "sm120", "sm121"),
         ("sm86", "sm89", "sm120"),
         # CUDA graphs can only be captured of engines that allocate nothing themselves.
         (("user_allocation", "REQUIRE_USER_ALLOCATION"),),
         timing_cache=False,
     ),
-    "enterprise": Builder((), (), (), timing_cache=True),
+    "tensorrt": Builder((), (), (), timing_cache=True),
 }
 """By the name of the flavour; `--flavor auto` takes the first that is installed."""
 
@@ -86,7 +86,7 @@ def gpu_target() -> str:
         reason = str(error).partition(";")[0]
         raise BuildInputError(
             f"{reason}; run pid-build where the GPU is, or name GPU architectures, which "
-            "TensorRT for RTX needs none for: --flavor rtx --target sm89"
+            "TensorRT for RTX needs none for: --flavor tensorrt-rtx --target sm89"
         ) from None
 
 
@@ -106,7 +106,8 @@ def parse_targets(text: str | None, flavor: Flavor) -> tuple[str, ...]:
         if names != {here}:
             raise BuildInputError(
                 f"expected --target current, as {flavor.title} builds for the GPU that is there "
-                f"({here}), but got {text!r}; run pid-build on the other GPU, or take --flavor rtx"
+                f"({here}), but got {text!r}; run pid-build on the other GPU, or take --flavor "
+                "tensorrt-rtx"
             )
     for name in sorted(names):
         if builder.targets and name not in builder.targets:
@@ -119,5 +120,5 @@ def parse_targets(text: str | None, flavor: Flavor) -> tuple[str, ...]:
 
 def _hint(name: str) -> str:
     if name in ("sm90", "sm100", "sm103"):
-        return "; data-centre GPUs newer than Ampere need --flavor enterprise"
+        return "; data-centre GPUs newer than Ampere need --flavor tensorrt"
     return "; as in --target sm86,sm89"

@@ -294,17 +294,19 @@ def _model(
     model: dict[str, Any] = {"version": config.version, "weights": dict(weights)}
     if checkpoint is None:
         return {"name": "custom", **model, "latent_convention": "as the network was trained"}
+    if checkpoint.name:
+        model["checkpoint"] = checkpoint.name
+    if "random_seed" not in weights:  # random values are nobody's
+        model["weights_license"] = checkpoint.license
     return {
         "name": checkpoint.label,
         **model,
         "space": checkpoint.space.name,
         "variant": checkpoint.variant,
-        "checkpoint": checkpoint.name,
         "distilled": checkpoint.distilled,
         "captioned": checkpoint.captioned,
         **_latents(checkpoint.space),
         "trained_sizes": [list(size) for size in trained_sizes(checkpoint)],
-        "weights_license": checkpoint.license,
     }
 
 

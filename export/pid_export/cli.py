@@ -5,6 +5,7 @@ import resource
 import time
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,7 +31,10 @@ examples:
   pid-export --space flux --variant 2kto4k -o flux-4k
       download the released checkpoint (the weights' licence is non-commercial) and export it
   pid-export --space sd3 --variant 2k --checkpoint model_ema_bf16.pth --precision bf16 -o sd3-2k
-  pid-export --config small.json --random-weights 0 --buckets preview=1024 -o small
+  pid-export --space flux --variant 2k --config small.json --random-weights 0 -o small
+      the network of a space with other dimensions, such as {"hidden_size": 256, "num_heads": 4}
+
+members of --config, which pid_ref/config.py describes, and their defaults:
 """
 
 
@@ -41,7 +45,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parser() -> console.ArgumentParser:
     parser = console.ArgumentParser(
-        "pid-export", "Export a PiD checkpoint as a bundle: ONNX stages and a manifest.", _EXAMPLES
+        "pid-export",
+        "Export a PiD checkpoint as a bundle: ONNX stages and a manifest.",
+        _EXAMPLES + _dimensions(),
     )
     what = parser.add_argument_group("what to export")
     what.add_argument("--space", help="latent space or generator: nano, flux, flux2, sd3, ...")
@@ -50,7 +56,11 @@ def _parser() -> console.ArgumentParser:
         help="2k, 2kto4k (the newest checkpoint) or 2kto4k-v1; not needed where there is one",
     )
     what.add_argument(
-        "--config", type=Path, metavar="FILE.json", help="a network of other dimensions"
+        "--config",
+        type=Path,
+        metavar="FILE.json",
+        help="other dimensions than the space's own, or than those of flux 2k (v1); the members "
+        "of this JSON object are described below",
     )
     weights = parser.add_argument_group("weights (default: nano's own, others from the hub)")
     weights.add_argument(
@@ -65,12 +75,12 @@ def _parser() -> console.ArgumentParser:
         "--random-weights", type=int, metavar="SEED", help="random values: speed and memory only"
     )
     how = parser.add_argument_group("how")
-    how.add_argument("--precision", default="fp32", help="fp32 (default), fp16 or bf16")
+    how.add_argument("--precision", default="fp32", help="fp32, fp16 or bf16")
     how.add_argument(
         "--buckets",
         default="2k,3k,4k",
         metavar="LIST",
-        help="token budgets: 2k, 3k, 4k or NAME=TOKENS (default: 2k,3k,4k)",
+        help="token budgets: 2k, 3k, 4k or NAME=TOKENS",
     )
     how.add_argument("--steps", type=int, default=4, help="default steps of a decode: 1, 2 or 4")
     how.add_argument(
@@ -83,6 +93,12 @@ def _parser() -> console.ArgumentParser:
     )
     parser.add_argument("-o", "--output", type=Path, help="the new bundle's folder")
     return parser
+
+
+def _dimensions() -> str:
+    """Every field of a network's configuration with its default, for the help text."""
+    rows = [[f"  {field.name}", str(field.default)] for field in fields(PidConfig)]
+    return console.aligned(rows, left=(0, 1))
 
 
 def _export(args: Namespace) -> None:
@@ -177,24 +193,23 @@ def _list(*, as_json: bool) -> None:
 
 def _network(args: Namespace) -> tuple[PidConfig, Checkpoint | None]:
     """The network's dimensions, and the released checkpoint they are of, if one was named."""
-    if args.config is not None:
-        if args.space or args.variant:
-            raise ExportInputError(
-                "expected --config or --space and --variant, but got both; leave one out"
-            )
-        try:
-            return PidConfig.from_json(args.config.read_text("utf-8")), None
-        except (OSError, UnicodeDecodeError) as error:
-            raise ExportInputError(
-                f"expected a file of network dimensions, but got {error}; check --config"
-            ) from None
-    if not args.space:
+    if args.space is None and (args.config is None or args.variant):
         got = "only --variant" if args.variant else "neither"
         raise ExportInputError(
             f"expected --space and --variant, but got {got}; or give --config FILE.json"
         )
-    checkpoint = find_checkpoint(args.space, args.variant)
-    return checkpoint.config, checkpoint
+    checkpoint = find_checkpoint(args.space, args.variant) if args.space else None
+    if args.config is None:
+        assert checkpoint is not None
+        return checkpoint.config, checkpoint
+    try:
+        text = args.config.read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ExportInputError(
+            f"expected a file of network dimensions, but got {error}; check --config"
+        ) from None
+    config = PidConfig.from_json(text, checkpoint and checkpoint.config)
+    return config, checkpoint and replace(checkpoint, name="", config=config, file=None)
 
 
 def _weights(
@@ -220,11 +235,12 @@ def _weights(
         }
     path = args.checkpoint
     if path is None:
-        if checkpoint is None:
+        if args.config is not None:
             raise ExportInputError(
                 "expected weights with --config, but got none; add --checkpoint PATH or "
                 "--random-weights SEED"
             )
+        assert checkpoint is not None
         path = checkpoint.file or download(checkpoint)
     source = read_checkpoint(path, checkpoint or config, force_space=args.force_space)
     file = checkpoint_file(path)

@@ -39,9 +39,10 @@ def _parser() -> console.ArgumentParser:
     parser.add_argument(
         "--golden", type=Path, nargs="+", metavar="FILE", help="golden files instead of a bundle"
     )
-    parser.add_argument("--backend", default="onnxruntime", help="onnxruntime (default) or torch")
+    parser.add_argument("--backend", default="onnxruntime", help=", ".join(BACKENDS))
     parser.add_argument(
-        "--device", help="provider of onnxruntime or device of torch (default: cpu)"
+        "--device",
+        help="cpu, cuda:0, or an ONNX Runtime provider (default: cpu; of tensorrt cuda:0)",
     )
     parser.add_argument(
         "--checkpoint",
@@ -53,6 +54,7 @@ def _parser() -> console.ArgumentParser:
         "--size", default=None, metavar="WxH", help="of the decode (default: small)"
     )
     parser.add_argument("--seed", type=int, default=0, help="of the random inputs")
+    parser.add_argument("--threads", type=int, metavar="N", help="on the CPU (default: all cores)")
     return parser
 
 
@@ -135,7 +137,12 @@ def _verify_bundle(args: Namespace) -> int:
         gc.collect()
         advance(1)
         with Bundle.open(
-            args.bundle, args.backend, args.device, manifest=manifest, verify=False
+            args.bundle,
+            args.backend,
+            args.device,
+            threads=args.threads,
+            manifest=manifest,
+            verify=False,
         ) as bundle:
             for comparison in verify.verify_stages(bundle, values, sizes):
                 comparisons.append(comparison)

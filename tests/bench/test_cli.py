@@ -228,8 +228,8 @@ def test_dry_run_shows_the_record_of_the_build(edit_bundle: Any, run_command: An
     line = next(line for line in out.splitlines() if line.startswith("pid, tensorrt-rtx"))
     assert "1.23 GB (tiny)" in line
     manifest = read_manifest(bundle, verify=False)
-    assert engine_memory(manifest, "enterprise", 16) == ("", {})
-    assert engine_memory(manifest, "rtx", 10**6) == ("", {})
+    assert engine_memory(manifest, "tensorrt", 16) == ("", {})
+    assert engine_memory(manifest, "tensorrt-rtx", 10**6) == ("", {})
 
 
 def test_a_dry_run_is_written_where_it_was_asked(
@@ -314,7 +314,7 @@ def test_refuses_what_a_bundle_is_not(golden_bundle: Path, tmp_path: Path, refus
     assert "--bundle alone" in refusal(main, *given, "--depth", "1")
     dry = ("--dry-run", "--bundle", golden_bundle, "--size", "64x64", "--cascades", "none")
     says = refusal(main, *dry, "--backends", "tensorrt-rtx")
-    assert "pid-build" in says and "--flavor rtx" in says
+    assert "pid-build" in says and "--flavor tensorrt-rtx" in says
     assert not (tmp_path / "report").exists()
 
 

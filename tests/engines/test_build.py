@@ -97,7 +97,7 @@ def copy(bf16_bundle: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def options() -> BuildOptions:
-    flavor, version = find_flavor("rtx")
+    flavor, version = find_flavor("tensorrt-rtx")
     return BuildOptions(flavor, version, ("sm89",), ("tiny",))
 
 
@@ -134,11 +134,11 @@ def test_result_and_manifest_say_the_same(built_once: Built) -> None:
     bundle, result = built_once
     manifest = read_manifest(bundle)
     name = result["engines"]
-    assert name == f"rtx-{result['version']}-sm89"
+    assert name == f"tensorrt-rtx-{result['version']}-sm89"
     engines = read_engine_sets(manifest)[name]
     check_engine_set(bundle, manifest, name, engines)
     assert set(engines.graphs) == set(manifest.graphs)
-    assert (engines.flavor, engines.targets) == ("rtx", ("sm89",))
+    assert (engines.flavor, engines.targets) == ("tensorrt-rtx", ("sm89",))
     tiny = engines.buckets["tiny"]
     scratch = [size for each in engines.graphs.values() for e in each for size in e.scratch_bytes]
     weights = [e.weights_bytes for each in engines.graphs.values() for e in each]
@@ -217,7 +217,7 @@ def test_several_targets_and_a_graph_without_sizes(free_bundle: Path, tmp_path: 
     graph = manifest.graphs["timestep"]
     plan = EnginePlan("timestep", "timestep", ({},), (frozenset({"tiny"}),))
     task = Task(plan, "", (), False, None)
-    flavor, version = find_flavor("rtx")
+    flavor, version = find_flavor("tensorrt-rtx")
     several = BuildOptions(flavor, version, ("sm86", "sm89", "sm120"))
     report, result = build_alone(free_bundle, manifest, several, task, tmp_path)
     assert report.weights_bytes >= graph.weights_bytes and len(report.scratch_bytes) == 1
@@ -405,7 +405,7 @@ def test_force(built: Built, options: BuildOptions, monkeypatch: pytest.MonkeyPa
 
 def test_unreadable_engines_are_an_error_unless_forced(built: Built, options: BuildOptions) -> None:
     manifest = read_manifest(built.bundle)
-    broken = replace(manifest, engines={"old": {"flavor": "rtx", "targets": "all"}})
+    broken = replace(manifest, engines={"old": {"flavor": "tensorrt-rtx", "targets": "all"}})
     with pytest.raises(PidRuntimeError, match="old"):
         build._without_unreadable_sets(broken, force=False)
     assert build._without_unreadable_sets(broken, force=True).engines == {}
@@ -474,7 +474,7 @@ def other_chunk(manifest: Manifest) -> Manifest:
         (None, {"buckets": ("small",)}, 99),
         (None, {"opt_level": 4}, 99),
         (None, {"workspace_bytes": 1 << 30}, 99),
-        (None, {"flavor": FLAVORS["enterprise"]}, 99),
+        (None, {"flavor": FLAVORS["tensorrt"]}, 99),
     ],
 )
 def test_keys_cover_all_an_engine_is_built_from(
@@ -652,10 +652,10 @@ def test_what_a_killed_builder_left_is_removed(built: Built, options: BuildOptio
 @pytest.mark.parametrize(
     ("arguments", "part"),
     [
-        (["--flavor", "tensorrt"], "expected --flavor to be one of rtx, enterprise, auto"),
+        (["--flavor", "rtx"], "expected --flavor to be one of tensorrt-rtx, tensorrt, auto"),
         (["--buckets", "tiny,5k"], "expected buckets of this bundle (tiny, small), but got '5k'"),
         (["--buckets", ""], "but got ''"),
-        (["--target", "sm90"], "data-centre GPUs newer than Ampere need --flavor enterprise"),
+        (["--target", "sm90"], "data-centre GPUs newer than Ampere need --flavor tensorrt"),
         (["--target", "rtx4090"], "sm75, sm80, sm86, sm89, sm120, sm121 or current"),
         (["--target", "sm89,"], "but got ''"),
         (["--target", "sm89,current"], "but got 'current'"),
@@ -697,8 +697,10 @@ def test_no_library(monkeypatch: pytest.MonkeyPatch, copy: Path, refusal: Refusa
         raise ImportError(flavor.name)
 
     monkeypatch.setattr(flavors, "load_library", missing)
-    assert "pip install 'pid-trt[tensorrt-rtx]'\n" in refusal(main, copy, "--flavor", "rtx")
-    assert "pip install 'pid-trt[tensorrt]'\n" in refusal(main, copy, "--flavor", "enterprise")
+    assert "pip install 'pid-trt[tensorrt-rtx]'\n" in refusal(
+        main, copy, "--flavor", "tensorrt-rtx"
+    )
+    assert "pip install 'pid-trt[tensorrt]'\n" in refusal(main, copy, "--flavor", "tensorrt")
     both = refusal(main, copy)
     assert "TensorRT for RTX or TensorRT" in both and "[tensorrt-rtx]' or pip install" in both
 
@@ -717,7 +719,7 @@ def test_no_gpu(copy: Path, refusal: Refusal, monkeypatch: pytest.MonkeyPatch) -
     assert "expected an NVIDIA GPU, but found none; run pid-build where the GPU is" in text
     monkeypatch.setattr(flavors, "library_version", lambda flavor: "11.4.0")
     for arguments in ([], ["--target", "current"], ["--target", "sm90"]):
-        assert "found none" in refusal(main, copy, "--flavor", "enterprise", *arguments)
+        assert "found none" in refusal(main, copy, "--flavor", "tensorrt", *arguments)
 
 
 def test_a_file_in_the_way(copy: Path, refusal: Refusal) -> None:

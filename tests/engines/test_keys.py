@@ -19,7 +19,7 @@ def manifest(golden_bundle: Path) -> Manifest:
 def test_a_key_depends_on_all_it_is_built_from(manifest: Manifest) -> None:
     def key(manifest: Manifest = manifest, graph: str = "image.0", **changes: Any) -> str:
         arguments: dict[str, Any] = {
-            "flavor": "rtx",
+            "flavor": "tensorrt-rtx",
             "version": "1.7.1.116",
             "targets": ("sm86", "sm89"),
             "flags": {"opt_level": 3},
@@ -37,7 +37,7 @@ def test_a_key_depends_on_all_it_is_built_from(manifest: Manifest) -> None:
         key(graph),
         key(replace(manifest, graphs=reweighed)),
         key(replace(manifest, precision="bf16")),
-        key(flavor="enterprise"),
+        key(flavor="tensorrt"),
         key(version="1.7.1.117"),
         key(targets=("sm86",)),
         key(flags={"opt_level": 2}),
@@ -62,11 +62,11 @@ def test_a_key_never_changes(manifest: Manifest) -> None:
     key = engine_key(
         manifest,
         "image.0",
-        flavor="rtx",
+        flavor="tensorrt-rtx",
         version="1.7.1.116",
         targets=("sm89", "sm86"),
         flags={"opt_level": 3, "workspace_bytes": 0, "user_allocation": True},
         profiles=({"L": (1, 2, 3)}, {"L": (4, 5, 6)}),
         bf16_island=True,
     )
-    assert key == "f1996b32f7c10d43501d30997c0c142e80f608abef5be72cc6cd2d97de584750"
+    assert key == "07922e4c757298c4cc122e21117ff2f57335c075310c1b04dc57971f829c1f2e"

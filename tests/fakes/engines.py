@@ -24,7 +24,7 @@ def add_engines(
     bundle: Path,
     name: str,
     *,
-    flavor: str = "rtx",
+    flavor: str = "tensorrt-rtx",
     version: str = VERSION,
     targets: tuple[str, ...] = ("sm86", "sm89"),
     scratch_bytes: int = 4096,

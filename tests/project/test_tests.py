@@ -28,7 +28,7 @@ ELSEWHERE = {
         "runtime/pid_runtime: bundle/folder bundle/json_reader bundle/manifest_check"
     ),
     "runtime/command/test_decode_cli.py": (
-        "runtime/pid_runtime: latents command/decode_jobs command/latent_files"
+        "runtime/pid_runtime: __main__ latents command/decode_jobs command/latent_files"
     ),
     "export/test_cli.py": "export/pid_export: bundle graphs",
     "export/test_fold.py": "export/pid_export: program",

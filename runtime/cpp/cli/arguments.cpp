@@ -117,37 +117,38 @@ public:
               word(to_.latent_key));
         value("--caption-key", "NAME", "the caption's tensor, if it has another name",
               word(to_.caption_key));
-        value("--sigma", "SIGMA", "noise level of the latents, 0 to 1 (the files', or 0)",
+        value("--sigma", "SIGMA", "noise level of the latents, 0 to 1 (default: the files', or 0)",
               [this](const std::string& text) { to_.sigma = static_cast<float>(number(text)); });
-        value("--seed", "SEED", "of the first image of every file (0)",
+        value("--seed", "SEED", "of the first image of every file (default: 0)",
               [this](const std::string& text) {
                   to_.seed =
                       integer(text, 0, std::numeric_limits<std::uint64_t>::max(), "2^64 - 1");
               });
-        value("--steps", "STEPS", "1, 2 or 4 (what the bundle says)",
+        value("--steps", "STEPS", "1, 2 or 4 (default: what the bundle says)",
               [this](const std::string& text) {
                   to_.steps = static_cast<int>(integer(text, 1, most_steps, "1000"));
               });
         value("--times", "TIMES", "for bundles of any times: 1.0,0.75,0.5,0.25,0",
               [this](const std::string& text) { to_.times = times(text); });
-        value("--rule", "{sde,ode}", "sde adds noise between steps (sde)",
+        value("--rule", "{sde,ode}", "sde, which adds noise between steps, or ode (default: sde)",
               [this](const std::string& text) { to_.rule = rule(text); });
-        value("--format", "{png}", "of the images in a folder (png)", check_format);
+        value("--format", "{png}", "of the images in a folder: png (default: png)", check_format);
         value("--sheet", "FILE", "not here: pid-decode makes sheets", [](const std::string&) {
             refuse("expected no --sheet, whose labels need a font that this command does not have; "
                    "use pid-decode");
         });
         app_.add_flag("--overwrite", to_.overwrite, "replace images that exist")
             ->disable_flag_override();
-        value("--backend", "BACKEND", "onnxruntime, tensorrt (onnxruntime)", word(to_.backend));
+        value("--backend", "BACKEND", "onnxruntime, tensorrt (default: onnxruntime)",
+              word(to_.backend));
         value("--device,--provider", "NAME",
-              "cpu, cuda:0, or an ONNX Runtime provider (cpu; with tensorrt cuda:0)",
+              "cpu, cuda:0, or an ONNX Runtime provider (default: cpu; of tensorrt cuda:0)",
               word(to_.device));
         value("--provider-library", "FILE", "onnxruntime: the library of a plug-in provider",
               word(to_.provider_library));
-        value("--engines", "NAME", "tensorrt: the engine set (the first that fits)",
+        value("--engines", "NAME", "tensorrt: the engine set (default: the first that fits)",
               word(to_.engine_set));
-        value("--threads", "N", "CPU threads (all)", [this](const std::string& text) {
+        value("--threads", "N", "on the CPU (default: all cores)", [this](const std::string& text) {
             to_.threads = integer(text, 1, most_threads, "4096");
         });
         off("--no-cuda-graphs", to_.cuda_graphs, "tensorrt: do not record and replay steps");

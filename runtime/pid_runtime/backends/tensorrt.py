@@ -31,7 +31,6 @@ from pid_runtime.backends.graphs import Call, PlannedCall
 from pid_runtime.backends.memory import Memory
 from pid_runtime.bundle.engines import (
     Engine,
-    build_command,
     check_engine_set,
     choose_engine_set,
     engine_folder,
@@ -77,9 +76,14 @@ class LoadedEngines:
         self.cuda_graphs = cuda_graphs
         self._sets = read_engine_sets(manifest)
         if not self._sets:
+            precision = (
+                "export it again with --precision bf16, and "
+                if manifest.precision == "fp32"
+                else ""
+            )
             raise PidRuntimeError(
-                f"expected engines in {bundle}, but it has none; build them: "
-                f"{build_command(bundle, 'auto', ('current',))}"
+                f"expected engines in {bundle}, but it has none; {precision}build them: "
+                f"pid-build {bundle} --target current"
             )
         self._bundle, self._wanted, self._verify = bundle, engines, verify
         self._ordinal = _ordinal(device)

@@ -200,7 +200,7 @@ def choose_engine_set(
     for each, reason in reasons.items():
         if reason is None:
             return each
-    flavor = next((each for each in FLAVORS if each in versions), "rtx")
+    flavor = next((each for each in FLAVORS if each in versions), "tensorrt-rtx")
     if name is not None:
         flavor = sets[name].flavor
     has = "; ".join(f"{each} {reason}" for each, reason in reasons.items()) or "it has none"

@@ -24,14 +24,14 @@ FLAVORS = {
     flavor.name: flavor
     for flavor in (
         Flavor(
-            "enterprise",
+            "tensorrt",
             "TensorRT",
             ("tensorrt", "tensorrt_lean"),
             "pip install 'pid-trt[tensorrt]'",
             compiles=False,
         ),
         Flavor(
-            "rtx",
+            "tensorrt-rtx",
             "TensorRT for RTX",
             ("tensorrt_rtx",),
             "pip install 'pid-trt[tensorrt-rtx]'",

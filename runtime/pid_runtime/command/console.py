@@ -24,6 +24,8 @@ from argparse import Namespace
 from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import Any, NoReturn
 
+import argcomplete
+
 from pid_runtime import __version__
 from pid_runtime.backends.choice import INSTALL_ONNXRUNTIME
 from pid_runtime.errors import InputError, PidRuntimeError
@@ -33,6 +35,17 @@ _NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 
 _interrupted = threading.Event()
 """Set by Ctrl-C and SIGTERM, as the exception they raise may be lost or changed in a library."""
+
+
+class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Adds an option's default to its help, where there is one and the help has none."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        text = action.help or ""
+        is_plain = isinstance(action.default, str | int | float) and action.default is not False
+        if action.default == argparse.SUPPRESS or not is_plain or "(default: " in text:
+            return text
+        return f"{text} (default: %(default)s)"
 
 
 class ArgumentParser(argparse.ArgumentParser):
@@ -47,7 +60,7 @@ class ArgumentParser(argparse.ArgumentParser):
             prog,
             description=description,
             epilog=examples,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
+            formatter_class=_HelpFormatter,
             allow_abbrev=False,
         )
         self.add_argument("--version", action="version", version=f"{prog} {__version__}")
@@ -75,6 +88,7 @@ def run(
     Raises `SystemExit` as argparse does for wrong arguments and for `--help`.
     """
     _interrupted.clear()
+    argcomplete.autocomplete(parser)  # ends the process if a shell asks
     try:
         arguments = parser.parse_args(argv)
         _set_up_logging(quiet=getattr(arguments, "quiet", False))

@@ -89,28 +89,38 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--sigma",
         type=_number,
-        help="noise level of the latents, 0 to 1 (the files', or 0); of a photo's, noise to add",
+        help="noise level of the latents, 0 to 1; of a photo's, noise to add "
+        "(default: the files', or 0)",
     )
     add("--fit", action="store_true", help="reduce photos that are too large for the bundle")
-    add("--seed", type=_seed, default=0, help="of the first image of every file (0)")
+    add("--seed", type=_seed, default=0, help="of the first image of every file")
     schedule = parser.add_mutually_exclusive_group()
-    schedule.add_argument("--steps", type=int, help="1, 2 or 4 (what the bundle says)")
+    schedule.add_argument("--steps", type=int, help="1, 2 or 4 (default: what the bundle says)")
     schedule.add_argument(
         "--times", type=_times, help="for bundles of any times: 1.0,0.75,0.5,0.25,0"
     )
-    add("--rule", choices=RULES, default=RULES[0], help="sde adds noise between steps (sde)")
-    add("--format", choices=FORMATS, help="of the images in a folder (png)")
+    add(
+        "--rule",
+        choices=RULES,
+        default=RULES[0],
+        help="sde, which adds noise between steps, or ode",
+    )
+    add(
+        "--format",
+        choices=FORMATS,
+        help=f"of the images in a folder: {', '.join(FORMATS)} (default: png)",
+    )
     add("--sheet", type=Path, metavar="FILE", help="also write all images side by side")
     add("--overwrite", action="store_true", help="replace images that exist")
-    add("--backend", default=BACKENDS[0], help=f"{', '.join(BACKENDS)} ({BACKENDS[0]})")
+    add("--backend", default=BACKENDS[0], help=", ".join(BACKENDS))
     add(
         "--device",
         "--provider",
         metavar="NAME",
-        help="cpu, cuda:0, or an ONNX Runtime provider (cpu; with tensorrt cuda:0)",
+        help="cpu, cuda:0, or an ONNX Runtime provider (default: cpu; of tensorrt cuda:0)",
     )
-    add("--engines", metavar="NAME", help="tensorrt: the engine set (the first that fits)")
-    add("--threads", type=_threads, metavar="N", help="CPU threads (all)")
+    add("--engines", metavar="NAME", help="tensorrt: the engine set (default: the first that fits)")
+    add("--threads", type=_threads, metavar="N", help="on the CPU (default: all cores)")
     add("--no-cuda-graphs", action="store_true", help="tensorrt: do not record and replay steps")
     add("--no-verify", action="store_true", help="do not hash the bundle's files first")
     return parser

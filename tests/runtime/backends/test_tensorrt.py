@@ -547,9 +547,9 @@ def test_enterprise_engines_compile_nothing(
     monkeypatch: pytest.MonkeyPatch,
     module: str,
 ) -> None:
-    """The enterprise fakes have none of the names that only TensorRT for RTX has."""
+    """The fakes of TensorRT have none of the names that only TensorRT for RTX has."""
     bundle = edit_bundle()
-    add_engines(bundle, "trt", flavor="enterprise", version=VERSION)
+    add_engines(bundle, "trt", flavor="tensorrt", version=VERSION)
     library = fake_tensorrt(gpu, bundle, FakeEngine)
     absent = {"tensorrt": None, "tensorrt_lean": None}
     install(monkeypatch, {**fake_cuda(gpu), **absent, module: library})
@@ -573,9 +573,11 @@ def refused(bundle: Path, **options: Any) -> str:
 def test_a_bundle_without_engines(edit_bundle: EditBundle) -> None:
     bundle = edit_bundle()
     assert refused(bundle) == (
-        f"expected engines in {bundle}, but it has none; build them: pid-build {bundle} "
-        "--flavor auto --target current"
+        f"expected engines in {bundle}, but it has none; export it again with --precision bf16, "
+        f"and build them: pid-build {bundle} --target current"
     )
+    bundle = edit_bundle(lambda manifest: manifest.update(precision="bf16"))
+    assert f"it has none; build them: pid-build {bundle} --target current" in refused(bundle)
 
 
 def test_no_tensorrt(rtx: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -610,14 +612,14 @@ def test_other_devices(gpu: Gpu, rtx: Path) -> None:
 def test_engines_of_another_gpu(gpu: Gpu, rtx: Path) -> None:
     gpu.capability = (12, 0)
     message = refused(rtx)
-    assert "rtx 1.7.1.116 on sm120, but rtx-set was built for sm86, sm89" in message
-    assert message.endswith("--flavor rtx --target sm120")
+    assert "tensorrt-rtx 1.7.1.116 on sm120, but rtx-set was built for sm86, sm89" in message
+    assert message.endswith("--flavor tensorrt-rtx --target sm120")
     assert not gpu.events, "the GPU was used"
 
 
 def test_engines_of_another_version(rtx: Path) -> None:
     sys.modules["tensorrt_rtx"].__version__ = "1.8.0.7"  # type: ignore[attr-defined]
-    assert "was built by rtx 1.7.1.116, not 1.8.0.7" in refused(rtx)
+    assert "was built by tensorrt-rtx 1.7.1.116, not 1.8.0.7" in refused(rtx)
 
 
 def test_altered_engines(gpu: Gpu, rtx: Path) -> None:

@@ -23,7 +23,7 @@ from pid_runtime.errors import PidRuntimeError
 from pid_runtime.interpreter import graph_calls
 
 EditBundle = Callable[..., Path]
-NAME = "rtx-1.7.1.116-sm86-sm89"
+NAME = "tensorrt-rtx-1.7.1.116-sm86-sm89"
 
 
 @pytest.fixture
@@ -61,7 +61,7 @@ def test_sets_are_read_as_they_were_written(edit_bundle: EditBundle) -> None:
 
 
 def test_a_set_joins_those_that_are_there(bundle: Path) -> None:
-    add_engines(bundle, "other", flavor="enterprise", version="11.4.0.106")
+    add_engines(bundle, "other", flavor="tensorrt", version="11.4.0.106")
     sets = read_engine_sets(read_manifest(bundle, verify=False))
     assert list(sets) == [NAME, "other"]
     manifest = read_manifest(bundle, verify=False)
@@ -162,10 +162,10 @@ def test_every_call_of_a_bucket_has_an_engine(manifest: Manifest) -> None:
 @pytest.mark.parametrize(
     ("versions", "target", "chosen"),
     [
-        ({"rtx": "1.7.1.116"}, "sm86", "rtx"),
-        ({"rtx": "1.7.1.116"}, "sm120", "rtx-new"),
-        ({"enterprise": "11.4.0.106"}, "sm86", "trt"),
-        ({"enterprise": "11.4.0.106", "rtx": "1.7.1.116"}, "sm86", "rtx"),
+        ({"tensorrt-rtx": "1.7.1.116"}, "sm86", "tensorrt-rtx"),
+        ({"tensorrt-rtx": "1.7.1.116"}, "sm120", "rtx-new"),
+        ({"tensorrt": "11.4.0.106"}, "sm86", "trt"),
+        ({"tensorrt": "11.4.0.106", "tensorrt-rtx": "1.7.1.116"}, "sm86", "tensorrt-rtx"),
     ],
 )
 def test_the_set_for_library_and_gpu_is_chosen(
@@ -173,9 +173,9 @@ def test_the_set_for_library_and_gpu_is_chosen(
 ) -> None:
     rtx = read_engine_sets(manifest)[NAME]
     sets = {
-        "rtx": rtx,
+        "tensorrt-rtx": rtx,
         "rtx-new": replace(rtx, targets=("sm120",)),
-        "trt": replace(rtx, flavor="enterprise", version="11.4.0.106"),
+        "trt": replace(rtx, flavor="tensorrt", version="11.4.0.106"),
     }
     assert choose_engine_set(Path("b"), sets, versions, target) == chosen
     assert choose_engine_set(Path("b"), sets, versions, target, chosen) == chosen
@@ -189,15 +189,17 @@ def test_what_does_not_run_here_says_why(manifest: Manifest) -> None:
             choose_engine_set(Path("b"), sets, versions, target, name)
         return str(caught.value)
 
-    assert refused({"rtx": "1.7.1.116"}, "sm120") == (
-        f"expected b to have engines for rtx 1.7.1.116 on sm120, but {NAME} was built for sm86, "
-        "sm89; build them: pid-build b --flavor rtx --target sm120"
+    assert refused({"tensorrt-rtx": "1.7.1.116"}, "sm120") == (
+        f"expected b to have engines for tensorrt-rtx 1.7.1.116 on sm120, but {NAME} was built "
+        "for sm86, sm89; build them: pid-build b --flavor tensorrt-rtx --target sm120"
     )
-    assert f"{NAME} was built by rtx 1.7.1.116, not 1.8.0.1" in refused({"rtx": "1.8.0.1"}, "sm86")
-    missing = refused({"enterprise": "11.4.0.106"}, "sm86", NAME)
+    assert f"{NAME} was built by tensorrt-rtx 1.7.1.116, not 1.8.0.1" in refused(
+        {"tensorrt-rtx": "1.8.0.1"}, "sm86"
+    )
+    missing = refused({"tensorrt": "11.4.0.106"}, "sm86", NAME)
     assert "needs the rtx library, which is not installed" in missing
-    assert "--flavor rtx --target sm86" in missing
-    assert "engines of b (" in refused({"rtx": "1.7.1.116"}, "sm86", "nothing")
+    assert "--flavor tensorrt-rtx --target sm86" in missing
+    assert "engines of b (" in refused({"tensorrt-rtx": "1.7.1.116"}, "sm86", "nothing")
 
 
 def test_later_versions_run_compatible_engines(manifest: Manifest) -> None:
@@ -221,7 +223,7 @@ def stale(bundle: Path, manifest: Manifest, *, verify: bool = True) -> str:
         check_engine_set(bundle, manifest, NAME, read_engine_sets(manifest)[NAME], verify)
     message = str(caught.value)
     assert "\n" not in message
-    assert message.endswith(f"pid-build {bundle} --flavor rtx --target sm86,sm89")
+    assert message.endswith(f"pid-build {bundle} --flavor tensorrt-rtx --target sm86,sm89")
     return message
 
 

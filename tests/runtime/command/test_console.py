@@ -44,6 +44,32 @@ def test_exit_code_is_what_the_command_returns() -> None:
     assert run(lambda _: None) == 0
 
 
+def test_help_says_defaults_in_one_way() -> None:
+    built = parser()
+    built.add_argument("--seed", type=int, default=7, help="of the noise")
+    built.add_argument("--threads", type=int, help="on the CPU (default: all cores)")
+    built.add_argument("--overwrite", action="store_true", help="replace")
+    text = " ".join(built.format_help().split())
+    assert "of the noise (default: 7)" in text
+    assert "on the CPU (default: all cores) --overwrite replace" in text
+
+
+def test_a_package_that_is_missing_is_one_line_and_exit_2(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    missing = raising(ModuleNotFoundError("No module named 'onnx.checker'", name="onnx.checker"))
+    assert console.run(parser(), missing, [], extra="export") == 2
+    assert capsys.readouterr().err == (
+        "pid-try: expected the package 'onnx', but it is not installed; "
+        "pip install 'pid-trt[export]'\n"
+    )
+    missing = raising(ModuleNotFoundError("No module named 'onnxruntime'", name="onnxruntime"))
+    assert console.run(parser(), missing, []) == 2
+    assert "'pid-trt[cpu]', or on a machine with an NVIDIA GPU" in capsys.readouterr().err
+    with pytest.raises(ModuleNotFoundError):  # a bug of ours
+        console.run(parser(), raising(ModuleNotFoundError(name="pid_runtime.no")), [], extra="x")
+
+
 def test_bad_input_is_one_line_and_exit_2(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(raising(PidRuntimeError("expected A, but got B"))) == 2
     assert capsys.readouterr() == ("", "pid-try: expected A, but got B\n")

@@ -683,8 +683,7 @@ def test_a_file_that_cannot_be_written(work: Work, monkeypatch: pytest.MonkeyPat
 
 
 def process(*arguments: object) -> subprocess.CompletedProcess[str]:
-    code = "import sys; from pid_runtime.command.decode_cli import main; sys.exit(main())"
-    command = [sys.executable, "-W", "error", "-c", code, *map(str, arguments)]
+    command = [sys.executable, "-W", "error", "-m", "pid_runtime", *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
@@ -699,6 +698,16 @@ def test_as_a_process(work: Work) -> None:
         f"pid-decode: expected a new file, but {work.image} exists; choose another name or add "
         "--overwrite\n"
     )
+
+
+def test_shells_can_complete_options(tmp_path: Path) -> None:
+    out = tmp_path / "completions"
+    line = "pid-decode flux --ru"
+    asked = {"_ARGCOMPLETE": "1", "COMP_LINE": line, "COMP_POINT": str(len(line))}
+    command = [sys.executable, "-m", "pid_runtime"]
+    environment = {**os.environ, **asked, "_ARGCOMPLETE_STDOUT_FILENAME": str(out)}
+    subprocess.run(command, env=environment, check=True)
+    assert out.read_text().strip() == "--rule"
 
 
 def test_help_shows_examples() -> None:

@@ -375,8 +375,9 @@ std::unique_ptr<LoadedGraphs> load_tensorrt(const std::filesystem::path& bundle,
         refuse("expected a device cuda or cuda:N for the tensorrt backend, but got ",
                shown(options.device));
     if (manifest.engines.empty())
-        refuse("expected engines in ", bundle.string(), ", but it has none; build them: pid-build ",
-               bundle.string());
+        refuse("expected engines in ", bundle.string(), ", but it has none; ",
+               manifest.precision == "fp32" ? "export it again with --precision bf16, and " : "",
+               "build them: pid-build ", bundle.string(), " --target current");
     std::shared_ptr<CudaDevice> device = CudaDevice::open(ordinal, nullptr);
     EngineSet set = choose_engines(bundle, manifest, options.engine_set, PID_TENSORRT_FLAVOR,
                                    library_version(), device->architecture(), options.verify);

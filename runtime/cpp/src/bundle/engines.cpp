@@ -282,8 +282,8 @@ std::vector<EngineSet> read_engine_sets(const Manifest& manifest) {
         const Json value = parse_json(text, where);
         object(value, where);
         const auto flavor = value.find("flavor");
-        if (flavor == value.end() || !flavor->is_string() || *flavor == "enterprise" ||
-            *flavor == "rtx")
+        if (flavor == value.end() || !flavor->is_string() || *flavor == "tensorrt" ||
+            *flavor == "tensorrt-rtx")
             sets.push_back(read_engine_set(manifest, name, value, where));
     }
     return sets;

@@ -45,7 +45,7 @@ struct EngineBucket : Bucket {
 // Engines of every graph, built together.
 struct EngineSet {
     std::string name;
-    // "enterprise" or "rtx"
+    // "tensorrt" or "tensorrt-rtx"
     std::string flavor;
     // Of the library that built it: 1.7.1.116.
     std::string version;
