@@ -46,8 +46,8 @@ def test_engine_memory() -> None:
     assert table == engine_rows()
 
 
-def test_engine_memory_in_the_readme() -> None:
-    text = (ROOT / "README.md").read_text("utf-8")
+def test_engine_memory_in_the_page_of_tensorrt() -> None:
+    text = (ROOT / "docs/tensorrt.md").read_text("utf-8")
     for network, plan, bucket, *_, peak in engine_rows():
         if bucket in ("`2k`", "`4k`") and network == "v1":
             assert f"| {plan} | {bucket} | {peak.strip('*')} |" in text
@@ -72,7 +72,7 @@ def test_marked_tables_are_those_of_the_measurements() -> None:
 
 def test_an_altered_figure_is_found_and_mended(tmp_path: Path, run_command: Any) -> None:
     shutil.copytree(ROOT / "bench/results", tmp_path / "bench/results")
-    text = (ROOT / "README.md").read_text("utf-8")
+    text = (ROOT / "docs/tensorrt.md").read_text("utf-8")
     page = tmp_path / "README.md"
     page.write_text(text.replace("| fast | `2k` | 2.90 GB |", "| fast | `2k` | 1.90 GB |"))
     arguments = ("--root", tmp_path)
