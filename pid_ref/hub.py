@@ -4,7 +4,7 @@ import logging
 from pathlib import Path
 
 from pid_ref.errors import PidInputError
-from pid_ref.registry import HUB_REPO, WEIGHTS_LICENSE, Checkpoint
+from pid_ref.registry import CODE_LICENSE, HUB_REPO, WEIGHTS_LICENSE, Checkpoint
 
 _log = logging.getLogger("pid_ref")
 
@@ -51,6 +51,7 @@ def download(checkpoint: Checkpoint, cache_dir: str | Path | None = None) -> Pat
         (RepositoryNotFoundError, "the hub has no such repository, or it needs a login"),
     )
     _log.warning(WEIGHTS_LICENSE)
+    _log.info(CODE_LICENSE)
     try:
         return Path(hf_hub_download(HUB_REPO, checkpoint.hub_path, cache_dir=cache_dir))
     except Exception as error:  # Each transport the hub may pick raises classes of its own.

@@ -20,9 +20,11 @@ CHECKPOINT_FILE = "model_ema_bf16.pth"
 
 WEIGHTS_LICENSE = (
     "The PiD weights are NVIDIA's, under its NSCLv1 license: non-commercial use only (research or "
-    f"evaluation); see https://huggingface.co/{HUB_REPO}. The code of pid-trt is Apache-2.0."
+    f"evaluation); see https://huggingface.co/{HUB_REPO}."
 )
-"""What a user is told before weights are downloaded."""
+"""What a user is told before a download, and what bundles and images made of the weights say."""
+
+CODE_LICENSE = "The code of pid-trt is under the Apache-2.0 license."
 
 NANO_LICENSE = "The nano weights are part of pid-trt, under its Apache-2.0 license."
 """What a bundle made of them says."""

@@ -6,6 +6,7 @@ skipped where what it is built with cannot be had.
 
 import copy
 import functools
+import hashlib
 import importlib.util
 import json
 import os
@@ -723,13 +724,57 @@ def test_command_decodes_a_folder_in_order(work: Work) -> None:
         "sigma": 0.5,
     }
     del result["images"]
-    assert result == {"bundle": str(work.bundle), "backend": "onnxruntime", "device": "cpu"}
+    manifest = (work.bundle / MANIFEST_FILE).read_bytes()
+    assert result == {
+        "bundle": str(work.bundle),
+        "bundle_sha256": hashlib.sha256(manifest).hexdigest(),
+        "backend": "onnxruntime",
+        "device": "cpu",
+        "steps": 4,
+        "times": None,
+        "rule": "sde",
+        "skipped": 0,
+    }
+    (work.folder / "images" / "b.png").unlink()
+    again = ("--latents", "latents", "-o", "images", "--skip-existing")
+    code, out, _ = work.run(*again)
+    assert code == 0 and out.startswith("images/b.png: 96x64")
+    assert out.endswith("\n2 of 3 images were there already\n")
+    assert work.run(*again)[:2] == (0, "3 of 3 images were there already\n")
+    assert "not allowed with" in work.refusal(*again, "--overwrite")
     with Decoder.open(work.bundle, threads=1, verify=False) as python:
         want = python.decode(
             both[1:].astype(np.float32), work.caption[None], sigma=0.5, output="uint8"
         )
     assert_equal(work.pixels("images/a-1.png"), want[0], 1)
     assert sorted(os.listdir(work.folder / "images")) == ["a-0.png", "a-1.png", "b.png"]
+
+
+def test_command_says_in_images_how_they_were_made(work: Work, tmp_path: Path) -> None:
+    bundle = edited(
+        work.bundle, tmp_path / "of", lambda tree: tree["model"].update(weights_license="a test's")
+    )
+    (work.folder / f".image.png.{2**22 + 1}.part").touch()  # of a process that was killed
+    options = ("--seed", 7, "--sigma", "0.25", "--steps", 2)
+    assert work.run(*ONE, *options, bundle=bundle)[0] == 0
+    assert not list(work.folder.glob(".image.png.*"))
+    with Image.open(work.folder / "image.png") as image:
+        image.load()
+        info: Any = dict(image.info)
+    assert info.pop("srgb") == 0
+    arguments = ("--latent", work.folder / "latent.safetensors", "--caption")
+    caption, python = work.folder / "caption.safetensors", tmp_path / "python.png"
+    words = map(str, (bundle, *arguments, caption, "-o", python, *options))
+    assert decode_cli.main(list(words)) == 0
+    with Image.open(python) as image:
+        image.load()
+        assert dict(image.info) | {"pid-trt": None} == info | {"pid-trt": None}
+        assert json.loads(image.info["pid-trt"]) == json.loads(info["pid-trt"])
+    assert json.loads(info["pid-trt"])["weights_license"] == "a test's"
+    assert work.run(*ONE, "--overwrite", "--no-metadata", bundle=bundle)[0] == 0
+    with Image.open(work.folder / "image.png") as image:
+        image.load()
+        assert image.info == {"srgb": 0}
 
 
 def test_command_warns(work: Work, tmp_path: Path) -> None:

@@ -139,6 +139,10 @@ public:
         });
         app_.add_flag("--overwrite", to_.overwrite, "replace images that exist")
             ->disable_flag_override();
+        app_.add_flag("--skip-existing", to_.skip_existing,
+                      "keep images that exist, and make the others")
+            ->disable_flag_override();
+        off("--no-metadata", to_.metadata, "do not write into images how they were made");
         value("--backend", "BACKEND", "onnxruntime, tensorrt (default: onnxruntime)",
               word(to_.backend));
         value("--device,--provider", "NAME",
@@ -224,6 +228,7 @@ private:
         exclude("--latent", "--latents");
         exclude("--caption", "--captions");
         exclude("--steps", "--times");
+        exclude("--overwrite", "--skip-existing");
         std::string missing = bundle_->count() > 0 ? "" : "bundle";
         if (output_->count() == 0)
             missing += missing.empty() ? "-o/--output" : ", -o/--output";

@@ -32,6 +32,8 @@ struct Arguments {
     std::vector<double> times;
     pid_rule rule = PID_SDE;
     bool overwrite = false;
+    bool skip_existing = false;
+    bool metadata = true;
     std::string backend = "onnxruntime";
     // "" for the backend's own default.
     std::string device;

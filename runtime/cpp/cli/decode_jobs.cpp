@@ -157,6 +157,15 @@ std::vector<Job> plan_jobs(const core::Manifest& manifest, const std::vector<Sou
     return jobs;
 }
 
+std::vector<Job> without_existing(std::vector<Job> jobs) {
+    const auto exists = [](const Job& job) {
+        return std::filesystem::symlink_status(job.target).type() !=
+               std::filesystem::file_type::not_found;
+    };
+    jobs.erase(std::remove_if(jobs.begin(), jobs.end(), exists), jobs.end());
+    return jobs;
+}
+
 void check_targets(const std::vector<Job>& jobs, bool overwrite) {
     std::map<Path, Path> sources;
     for (const Job& job : jobs) {

@@ -56,6 +56,9 @@ std::string skipped_files(const Arguments& arguments);
 std::vector<Job> plan_jobs(const core::Manifest& manifest, const std::vector<Source>& sources,
                            const Arguments& arguments);
 
+// The jobs whose image is not there yet.
+std::vector<Job> without_existing(std::vector<Job> jobs);
+
 // Refuse unless every image may be written, under a name of its own.
 void check_targets(const std::vector<Job>& jobs, bool overwrite);
 

@@ -12,6 +12,7 @@
 
 #include "advice.h"
 #include "arguments.h"
+#include "bundle/files.h"
 #include "bundle/folder.h"
 #include "console.h"
 #include "decode_jobs.h"
@@ -90,9 +91,53 @@ void warn(const core::Model& model, const std::vector<Job>& jobs) {
                                     "embedding by --caption"));
 }
 
+const char* device_of(const Arguments& arguments) {
+    if (!arguments.device.empty())
+        return arguments.device.c_str();
+    return arguments.backend == "tensorrt" ? "cuda:0" : "cpu";
+}
+
+double rounded_sigma(const Job& job) {
+    return std::round(static_cast<double>(job.sigma) * 1e6) / 1e6;
+}
+
+// How images are made, for the result and for the images themselves.
+nlohmann::ordered_json making_of(const Arguments& arguments, std::size_t steps) {
+    nlohmann::ordered_json times;
+    if (!arguments.times.empty())
+        times = arguments.times;
+    return {{"bundle_sha256", core::file_sha256(arguments.bundle / core::manifest_file)},
+            {"backend", arguments.backend},
+            {"device", device_of(arguments)},
+            {"steps", steps},
+            {"times", times},
+            {"rule", arguments.rule == PID_SDE ? "sde" : "ode"}};
+}
+
+std::string text_of_json(const nlohmann::ordered_json& json) {
+    const auto replace = nlohmann::ordered_json::error_handler_t::replace; // paths may be any bytes
+    return json.dump(-1, ' ', false, replace);
+}
+
+// What an image says of its making.
+PngTexts texts_of(const core::Manifest& manifest, const nlohmann::ordered_json& making,
+                  const Job& job) {
+    nlohmann::ordered_json record{{"model", manifest.model.name},
+                                  {"precision", manifest.precision}};
+    record.update(making);
+    record.update({{"seed", job.seed},
+                   {"sigma", rounded_sigma(job)},
+                   {"width", job.width},
+                   {"height", job.height}});
+    if (!manifest.model.weights_license.empty())
+        record["weights_license"] = manifest.model.weights_license;
+    return {{"Software", "pid-trt " PID_VERSION}, {"pid-trt", text_of_json(record)}};
+}
+
 // Decode and write every image; the seconds of each decode.
 std::vector<double> run(core::Decoder& decoder, const std::vector<Job>& jobs,
-                        const Arguments& arguments, Progress& progress) {
+                        const Arguments& arguments, const nlohmann::ordered_json& making,
+                        Progress& progress) {
     std::vector<double> seconds;
     Inputs inputs;
     for (const Job& job : jobs) {
@@ -119,14 +164,16 @@ std::vector<double> run(core::Decoder& decoder, const std::vector<Job>& jobs,
             throw about(job.source, failure);
         }
         seconds.push_back(std::chrono::duration<double>(Clock::now() - begin).count());
+        const PngTexts texts =
+            arguments.metadata ? texts_of(decoder.manifest(), making, job) : PngTexts();
         save_png(job.target, pixels.data(), static_cast<std::size_t>(job.height),
-                 static_cast<std::size_t>(job.width));
+                 static_cast<std::size_t>(job.width), texts);
     }
     return seconds;
 }
 
-void report(const Arguments& arguments, const std::vector<Job>& jobs,
-            const std::vector<double>& seconds) {
+void report(const Arguments& arguments, const nlohmann::ordered_json& making,
+            const std::vector<Job>& jobs, const std::vector<double>& seconds, std::size_t planned) {
     nlohmann::ordered_json images = nlohmann::ordered_json::array();
     std::string lines;
     for (std::size_t i = 0; i < jobs.size(); ++i) {
@@ -137,29 +184,37 @@ void report(const Arguments& arguments, const std::vector<Job>& jobs,
                           {"width", job.width},
                           {"height", job.height},
                           {"seed", job.seed},
-                          {"sigma", std::round(static_cast<double>(job.sigma) * 1e6) / 1e6},
+                          {"sigma", rounded_sigma(job)},
                           {"seconds", std::round(seconds[i] * 1e4) / 1e4}});
         char taken[32];
         std::snprintf(taken, sizeof taken, "%.2f", seconds[i]);
         lines += core::text_of(lines.empty() ? "" : "\n", job.target.string(), ": ", job.width, "x",
                                job.height, ", seed ", job.seed, ", ", taken, " s");
     }
-    const char* device = arguments.backend == "tensorrt" ? "cuda:0" : "cpu";
-    const nlohmann::ordered_json result{
-        {"bundle", arguments.bundle.string()},
-        {"backend", arguments.backend},
-        {"device", arguments.device.empty() ? device : arguments.device},
-        {"images", images}};
-    const auto replace = nlohmann::ordered_json::error_handler_t::replace; // paths may be any bytes
-    print_line(arguments.json ? result.dump(-1, ' ', false, replace) : lines);
+    if (const std::size_t skipped = planned - jobs.size(); skipped > 0)
+        lines += core::text_of(lines.empty() ? "" : "\n", skipped, " of ", planned,
+                               " images were there already");
+    nlohmann::ordered_json result{{"bundle", arguments.bundle.string()}};
+    result.update(making);
+    result["images"] = images;
+    result["skipped"] = planned - jobs.size();
+    print_line(arguments.json ? text_of_json(result) : lines);
 }
 
 void decode(const Arguments& arguments) {
     check_kinds(arguments);
     const core::Manifest manifest = core::read_manifest(arguments.bundle, false, 1);
-    core::check_schedule(manifest.sampler,
-                         decode_params(arguments, Inputs(), 0, 0, arguments.seed));
-    const std::vector<Job> jobs = plan_jobs(manifest, find_sources(arguments), arguments);
+    const auto params = decode_params(arguments, Inputs(), 0, 0, arguments.seed);
+    const std::size_t steps = core::check_schedule(manifest.sampler, params).rows.size();
+    std::vector<Job> jobs = plan_jobs(manifest, find_sources(arguments), arguments);
+    const std::size_t planned = jobs.size();
+    if (arguments.skip_existing)
+        jobs = without_existing(std::move(jobs));
+    const nlohmann::ordered_json making = making_of(arguments, steps);
+    if (jobs.empty()) {
+        report(arguments, making, jobs, {}, planned);
+        return;
+    }
     std::optional<Folder> folder;
     if (arguments.many)
         folder.emplace(arguments.output);
@@ -180,14 +235,12 @@ void decode(const Arguments& arguments) {
         !skipped.empty())
         print_warning(skipped);
     warn(manifest.model, jobs);
-    const auto params = decode_params(arguments, Inputs(), 0, 0, arguments.seed);
-    const std::size_t steps = core::check_schedule(manifest.sampler, params).rows.size();
     std::vector<double> seconds;
     {
         Progress progress(steps * jobs.size(), arguments.quiet);
-        seconds = run(decoder, jobs, arguments, progress);
+        seconds = run(decoder, jobs, arguments, making, progress);
     }
-    report(arguments, jobs, seconds);
+    report(arguments, making, jobs, seconds, planned);
 }
 
 int run_command(int count, char** words) {

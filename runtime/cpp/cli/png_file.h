@@ -4,6 +4,9 @@
 #include <cstddef>
 #include <cstdint>
 #include <filesystem>
+#include <string>
+#include <utility>
+#include <vector>
 
 namespace pid::cli {
 
@@ -11,9 +14,12 @@ namespace pid::cli {
 // and writable. To be called before minutes of work.
 void check_image_path(const std::filesystem::path& path);
 
-// Write pixels [height, width, 3], 8-bit RGB. An existing file is replaced. The file appears whole
-// or not at all. Refuses when writing fails (no space on the disk).
+// Texts of a PNG file, by keyword; UTF-8.
+using PngTexts = std::vector<std::pair<std::string, std::string>>;
+
+// Write pixels [height, width, 3], 8-bit RGB, and texts. An existing file is replaced. The file
+// appears whole or not at all. Refuses when writing fails (no space on the disk).
 void save_png(const std::filesystem::path& path, const std::uint8_t* pixels, std::size_t height,
-              std::size_t width);
+              std::size_t width, const PngTexts& texts);
 
 } // namespace pid::cli

@@ -14,7 +14,9 @@ from numpy.typing import NDArray
 
 from pid_runtime.advice import advice
 from pid_runtime.backends.choice import BACKENDS, device_name
+from pid_runtime.bundle.files import file_sha256
 from pid_runtime.bundle.folder import read_manifest
+from pid_runtime.bundle.manifest import MANIFEST_FILE, Manifest
 from pid_runtime.command import console
 from pid_runtime.command.decode_jobs import (
     Job,
@@ -26,12 +28,13 @@ from pid_runtime.command.decode_jobs import (
     plan_jobs,
     request_of,
     skipped_files,
+    without_existing,
 )
 from pid_runtime.command.images import save_image, sheet_size, side_by_side
 from pid_runtime.decoder import Decoder
 from pid_runtime.errors import NotFiniteError, PidRuntimeError
 from pid_runtime.latents import spread_warning
-from pid_runtime.request import RULES, check_schedule
+from pid_runtime.request import RULES, Schedule, check_schedule
 
 FORMATS = ("png", "jpg", "webp")
 
@@ -111,7 +114,12 @@ def _parser() -> argparse.ArgumentParser:
         help=f"of the images in a folder: {', '.join(FORMATS)} (default: png)",
     )
     add("--sheet", type=Path, metavar="FILE", help="also write all images side by side")
-    add("--overwrite", action="store_true", help="replace images that exist")
+    existing = parser.add_mutually_exclusive_group()
+    existing.add_argument("--overwrite", action="store_true", help="replace images that exist")
+    existing.add_argument(
+        "--skip-existing", action="store_true", help="keep images that exist, and make the others"
+    )
+    add("--no-metadata", action="store_true", help="do not write into images how they were made")
     add("--backend", default=BACKENDS[0], help=", ".join(BACKENDS))
     add(
         "--device",
@@ -148,6 +156,13 @@ def _decode(arguments: Namespace) -> None:
     sources = find_sources(path, arguments.caption, arguments.captions, photos=photos)
     skipped = skipped_files(path, photos=photos) if many else None
     jobs = plan_jobs(manifest, sources, settings, _namer(arguments, many))
+    planned = len(jobs)
+    if arguments.skip_existing:
+        jobs = without_existing(jobs)
+    making = _Making(arguments, manifest, schedule)
+    if not jobs:
+        _report(arguments, making, jobs, [], planned)
+        return
     folder = _folder(arguments.output) if many else contextlib.nullcontext()
     with folder:
         check_targets(jobs, overwrite=arguments.overwrite)
@@ -167,20 +182,45 @@ def _decode(arguments: Namespace) -> None:
             decoder.warn(_advice(decoder.manifest.model, jobs))
             total = schedule.steps * len(jobs)
             with console.progress("Decoding", total, quiet=arguments.quiet) as advance:
-                seconds, tiles = _run(decoder, jobs, settings, advance, bool(arguments.sheet))
+                seconds, tiles = _run(decoder, jobs, settings, making, advance)
         if arguments.sheet:
             save_image(arguments.sheet, side_by_side(tiles))
-    _report(arguments, jobs, seconds)
+    _report(arguments, making, jobs, seconds, planned)
+
+
+class _Making:
+    """How images are made, for the result and for the images themselves."""
+
+    def __init__(self, arguments: Namespace, manifest: Manifest, schedule: Schedule) -> None:
+        self.keep_tiles, self.in_images = bool(arguments.sheet), not arguments.no_metadata
+        self.common: dict[str, Any] = {
+            "bundle_sha256": file_sha256(arguments.bundle / MANIFEST_FILE),
+            "backend": arguments.backend,
+            "device": device_name(arguments.backend, arguments.device),
+            "steps": schedule.steps,
+            "times": None if arguments.times is None else list(arguments.times),
+            "rule": arguments.rule,
+        }
+        self._model = {"model": manifest.model.get("name"), "precision": manifest.precision}
+        self._license = manifest.model.get("weights_license")
+
+    def record(self, job: Job) -> dict[str, Any] | None:
+        """What an image says of its making; None if it is to say nothing."""
+        if not self.in_images:
+            return None
+        image = {"seed": job.seed, "sigma": job.sigma, "width": job.width, "height": job.height}
+        rights = {} if self._license is None else {"weights_license": self._license}
+        return {**self._model, **self.common, **image, **rights}
 
 
 def _run(
     decoder: Decoder,
     jobs: Sequence[Job],
     settings: Settings,
+    making: _Making,
     advance: Callable[[float], None],
-    keep: bool,
 ) -> tuple[list[float], list[tuple[str, Pixels]]]:
-    """Decode and write every image; seconds of each decode, and with `keep` the images."""
+    """Decode and write every image; seconds of each decode, and the images of a sheet."""
     seconds: list[float] = []
     tiles: list[tuple[str, Pixels]] = []
     for source, group in itertools.groupby(jobs, lambda job: job.source):
@@ -199,13 +239,19 @@ def _run(
                 raise PidRuntimeError(f"{source.path}: {error}") from None
             seconds.append(time.perf_counter() - begin)
             image = images[0, : job.height, : job.width]
-            save_image(job.target, image)
-            if keep:
+            save_image(job.target, image, making.record(job))
+            if making.keep_tiles:
                 tiles.append((job.target.stem, image))
     return seconds, tiles
 
 
-def _report(arguments: Namespace, jobs: Sequence[Job], seconds: Sequence[float]) -> None:
+def _report(
+    arguments: Namespace,
+    making: _Making,
+    jobs: Sequence[Job],
+    seconds: Sequence[float],
+    planned: int,
+) -> None:
     images = [
         {
             "photo" if job.source.is_photo else "latent": str(job.source.path),
@@ -221,17 +267,19 @@ def _report(arguments: Namespace, jobs: Sequence[Job], seconds: Sequence[float])
     ]
     result = {
         "bundle": str(arguments.bundle),
-        "backend": arguments.backend,
-        "device": device_name(arguments.backend, arguments.device),
+        **making.common,
         "images": images,
-        "sheet": str(arguments.sheet) if arguments.sheet else None,
+        "skipped": planned - len(jobs),
+        "sheet": str(arguments.sheet) if arguments.sheet and jobs else None,
     }
     lines = [
         f"{image['image']}: {image['width']}x{image['height']}, seed {image['seed']}, "
         f"{image['seconds']:.2f} s"
         for image in images
     ]
-    if arguments.sheet:
+    if planned > len(jobs):
+        lines.append(f"{planned - len(jobs)} of {planned} images were there already")
+    if arguments.sheet and jobs:
         lines.append(f"{arguments.sheet}: all of them side by side")
     console.emit(result, "\n".join(lines), as_json=arguments.json)
 

@@ -272,6 +272,11 @@ def plan_jobs(
     return jobs
 
 
+def without_existing(jobs: Sequence[Job]) -> list[Job]:
+    """The jobs whose image is not there yet."""
+    return [job for job in jobs if not (job.target.exists() or job.target.is_symlink())]
+
+
 def check_targets(jobs: Sequence[Job], *, overwrite: bool) -> None:
     """Raise `PidRuntimeError` unless every image may be written, under a name of its own."""
     sources: dict[Path, Source] = {}

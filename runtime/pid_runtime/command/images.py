@@ -1,14 +1,16 @@
 """Decoded images as 8-bit pixels, files and contact sheets."""
 
+import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageDraw, ImageFont
+from PIL import ExifTags, Image, ImageDraw, ImageFont, PngImagePlugin
 
+from pid_runtime import __version__
 from pid_runtime.bundle.files import whole_file
 from pid_runtime.errors import PidRuntimeError
 
@@ -83,9 +85,15 @@ def check_image_size(path: str | os.PathLike[str], height: int, width: int) -> N
         )
 
 
-def save_image(path: str | os.PathLike[str], pixels: NDArray[np.uint8]) -> None:
+def save_image(
+    path: str | os.PathLike[str],
+    pixels: NDArray[np.uint8],
+    record: Mapping[str, Any] | None = None,
+) -> None:
     """Write 8-bit pixels `[H, W, 3]` as PNG, JPEG or WebP, by the suffix of `path`.
 
+    record: how the image was made, which goes into it as JSON: as the text "pid-trt" of a PNG, and
+    as the image description of EXIF data otherwise; both name the software.
     An existing file is replaced. The file appears whole or not at all. Raises `PidRuntimeError`
     for what `check_image_path` refuses and for images the format cannot hold, `OSError` when
     writing fails half-way (no space on the disk).
@@ -95,8 +103,23 @@ def save_image(path: str | os.PathLike[str], pixels: NDArray[np.uint8]) -> None:
     _check_pixels(pixels)
     check_image_size(path, *pixels.shape[:2])
     kind = _FORMATS[target.suffix.lower()]
+    options = kind.options if record is None else {**kind.options, **_described(kind, record)}
     with whole_file(target) as aside, aside.open("wb") as file:
-        Image.fromarray(pixels).save(file, kind.name, **kind.options)
+        Image.fromarray(pixels).save(file, kind.name, **options)
+
+
+def _described(kind: _Format, record: Mapping[str, Any]) -> dict[str, Any]:
+    """Options of Pillow that put a record into a file."""
+    software, text = f"pid-trt {__version__}", json.dumps(record)
+    if kind.name == "PNG":
+        info = PngImagePlugin.PngInfo()
+        info.add_itxt("Software", software)
+        info.add_itxt("pid-trt", text)
+        return {"pnginfo": info}
+    exif = Image.Exif()
+    exif[ExifTags.Base.Software] = software
+    exif[ExifTags.Base.ImageDescription] = text
+    return {"exif": exif}
 
 
 def side_by_side(images: Sequence[tuple[str, NDArray[np.uint8]]]) -> NDArray[np.uint8]:

@@ -1,5 +1,6 @@
 """`pid-decode` as a user meets it: files in, files out, one line for every mistake."""
 
+import hashlib
 import json
 import logging
 import os
@@ -16,6 +17,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from safetensors.torch import save_file
 
+from pid_runtime import __version__
 from pid_runtime.backends.memory import HostMemory
 from pid_runtime.command import images
 from pid_runtime.command.decode_cli import main
@@ -176,6 +178,65 @@ def test_json(work: Work) -> None:
     }
     assert result["backend"] == "onnxruntime" and result["device"] == "cpu"
     assert result["bundle"] == str(work.bundle) and result["sheet"] is None
+    manifest = (work.bundle / "manifest.json").read_bytes()
+    assert result["bundle_sha256"] == hashlib.sha256(manifest).hexdigest()
+    assert (result["steps"], result["times"], result["rule"]) == (4, None, "sde")
+
+
+def test_images_say_how_they_were_made(work: Work, edit_bundle: EditBundle) -> None:
+    bundle = edit_bundle(
+        lambda manifest: manifest["model"].update(weights_license="for a test only")
+    )
+    options = ("--caption", work.caption, "--seed", 7, "--sigma", 0.25, "--steps", 2)
+    sha256 = hashlib.sha256((bundle / "manifest.json").read_bytes()).hexdigest()
+    record = {
+        "model": "custom",
+        "precision": "fp32",
+        "bundle_sha256": sha256,
+        "backend": "onnxruntime",
+        "device": "cpu",
+        "steps": 2,
+        "times": None,
+        "rule": "sde",
+        "seed": 7,
+        "sigma": 0.25,
+        "width": 96,
+        "height": 64,
+        "weights_license": "for a test only",
+    }
+    for name in ("a.png", "a.jpg", "a.webp"):
+        path = work.folder / name
+        assert work.run("--latent", work.latent, "-o", path, *options, bundle=bundle)[0] == 0
+        with Image.open(path) as image:
+            exif = image.getexif()
+            text: Any = image.info if name == "a.png" else {"pid-trt": exif.get(0x010E)}
+            software: Any = image.info.get("Software") or exif.get(0x0131)
+        assert json.loads(text["pid-trt"]) == record, name
+        assert software == f"pid-trt {__version__}"
+    bare = ("-o", work.folder / "bare.png", "--no-metadata")
+    assert work.run("--latent", work.latent, *bare, *options, bundle=bundle)[0] == 0
+    with Image.open(work.folder / "bare.png") as image:
+        assert image.info == {} and not image.getexif()
+    np.testing.assert_array_equal(pixels(work.folder / "bare.png"), pixels(work.folder / "a.png"))
+
+
+def test_a_folder_is_gone_on_with(work: Work, many: Path) -> None:
+    target = work.folder / "images"
+    arguments = ("--latents", many, "-o", target, "--json")
+    assert work.run(*arguments)[0] == 0
+    kept = (target / "a-0.png").read_bytes()
+    (target / "b.png").unlink()
+    (target / "a-0.png").write_bytes(b"not looked at")
+    code, out, _ = work.run(*arguments, "--skip-existing")
+    result = json.loads(out)
+    assert code == 0 and result["skipped"] == 3
+    assert [each["image"] for each in result["images"]] == [str(target / "b.png")]
+    assert (target / "a-0.png").read_bytes() == b"not looked at" != kept
+    before = tree(target)
+    code, out, err = work.run(*arguments[:-1], "--skip-existing")
+    assert (code, out, err) == (0, "4 of 4 images were there already\n", "")
+    assert tree(target) == before
+    assert "not allowed with" in work.refusal(*arguments, "--skip-existing", "--overwrite")
 
 
 @pytest.mark.parametrize("kind", [torch.float32, torch.float16, torch.bfloat16])

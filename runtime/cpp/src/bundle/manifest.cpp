@@ -239,6 +239,7 @@ Model read_model(const Json& value, const std::string& where) {
     model.space = text_or_none("space");
     model.variant = text_or_none("variant");
     model.latent_convention = text_or_none("latent_convention");
+    model.weights_license = text_or_none("weights_license");
     model.captioned = value.value("captioned", Json(true)) != false;
     model.distilled = value.value("distilled", Json(true)) != false;
     const Json sizes = value.value("trained_sizes", Json::array());

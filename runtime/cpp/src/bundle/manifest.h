@@ -186,6 +186,7 @@ struct Model {
     std::string space;
     std::string variant;
     std::string latent_convention;
+    std::string weights_license;
     // Least and most of a normalised latent's standard deviation.
     std::optional<std::pair<double, double>> latent_spread;
     // Channels of tokens [B, n, token_width] in which generators pack latents; 0 if none does.
