@@ -82,6 +82,13 @@ class Bundle:
         Raises `PidRuntimeError` for a broken bundle or a backend that is not there.
         """
         path = Path(bundle).expanduser()
+        try:
+            str(path).encode()
+        except UnicodeEncodeError:
+            raise PidRuntimeError(
+                "expected a bundle's path in UTF-8, as the backends need it, but got "
+                f"{str(path)!r}; rename the folder"
+            ) from None
         device = device_name(backend, device)
         if manifest is None:
             manifest = read_manifest(path, verify)

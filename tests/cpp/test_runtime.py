@@ -827,6 +827,7 @@ def test_command_warns(work: Work, tmp_path: Path) -> None:
         ((*ONE[:-1], "image.gif"), "expected an image name ending in .png"),
         ((*ONE[:-1], "no/image.png"), "expected a folder to write image.png in"),
         (("--latent", "absent", "-o", "a.png"), "but absent is none"),
+        (("--latent", ".", "-o", "a.png"), "a file for --latent, but . is a folder; use --latents"),
         (("--latent", "caption.safetensors", "-o", "a.png"), "choose with --latent-key"),
         (("--latents", "absent", "-o", "a"), "expected a folder for --latents"),
         (("--latents", ".", "-o", "caption.safetensors", "--latent-key", "latent"), ""),

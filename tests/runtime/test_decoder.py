@@ -1,6 +1,7 @@
 """`Decoder` on small bundles, on both backends."""
 
 import logging
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -555,6 +556,8 @@ def test_no_state_before_a_decode(golden_bundle: Path) -> None:
         ("device by name, such as cpu or cuda:0, but got 0", {"device": 0}),
         ("device such as cuda:0, but got 'cpu:'", {"device": "cpu:"}),
         ("device torch can use", {"backend": "torch", "device": "abacus"}),
+        ("device torch can use.{,250}$", {"backend": "torch", "device": "mps"}),
+        (r"path in UTF-8.*'b\\udcff'; rename the folder", {"bundle": os.fsdecode(b"b\xff")}),
         ("at least one thread, but got 0", {"threads": 0}),
         ("at least one thread, but got -1", {"backend": "torch", "threads": -1}),
     ],
@@ -563,7 +566,7 @@ def test_unknown_backends_and_devices(
     golden_bundle: Path, message: str, arguments: dict[str, Any]
 ) -> None:
     with pytest.raises(PidRuntimeError, match=message) as caught:
-        Decoder.open(golden_bundle, **arguments)
+        Decoder.open(arguments.pop("bundle", golden_bundle), **arguments)
     assert "\n" not in str(caught.value)
 
 

@@ -66,6 +66,12 @@ public:
 };
 
 void check_kinds(const Arguments& arguments) {
+    if (!arguments.many && std::filesystem::is_directory(arguments.latents))
+        refuse("expected a file for --latent, but ", arguments.latents.string(),
+               " is a folder; use --latents");
+    if (std::filesystem::is_directory(arguments.caption))
+        refuse("expected a file for --caption, but ", arguments.caption.string(),
+               " is a folder; use --captions");
     if (arguments.many && !std::filesystem::is_directory(arguments.latents))
         refuse("expected a folder for --latents, but ", arguments.latents.string(), " is none");
     if (!arguments.captions.empty() && !std::filesystem::is_directory(arguments.captions))

@@ -40,7 +40,7 @@ class LoadedStages:
         try:
             self.device = torch.empty(0, device=torch.device(self._device_name)).device
         except (RuntimeError, AssertionError) as error:
-            reason = str(error).splitlines()[0]
+            reason = str(error).splitlines()[0].partition(". ")[0][:200]
             raise PidRuntimeError(
                 f"expected a device torch can use, such as cpu or cuda:0, but got "
                 f"{self._device_name!r}: {reason}"

@@ -311,6 +311,12 @@ def _check_kinds(arguments: Namespace, *, many: bool, photos: bool) -> None:
         raise PidRuntimeError(f"expected --fit with a photo, but got {one}; drop it")
     if photos and arguments.latent_key is not None:
         raise PidRuntimeError("expected --latent-key with a latent, but got a photo; drop it")
+    for name in ("latent", "image", "caption"):
+        file = getattr(arguments, name)
+        if file is not None and file.is_dir():
+            raise PidRuntimeError(
+                f"expected a file for --{name}, but {file} is a folder; use --{name}s"
+            )
     for name in ("latents", "images", "captions"):
         folder = getattr(arguments, name)
         if folder is not None and not folder.is_dir():

@@ -588,8 +588,11 @@ def test_files_that_are_no_latents(work: Work) -> None:
     for path in (cut, text, empty):
         assert f"expected {path} to be a safetensors file, but got: " in work.mistake(latent=path)
         assert f"expected {path} to be a safe" in work.mistake("--caption", path)
-    for path in (work.folder, work.folder / "missing"):
-        assert f"but {path} is none; " in work.mistake("--caption", path)
+    folder, missing = work.folder, work.folder / "missing"
+    assert f"but {missing} is none; " in work.mistake("--caption", missing)
+    for option in ("latent", "caption"):
+        told = f"a file for --{option}, but {folder} is a folder; use --{option}s"
+        assert told in work.mistake(f"--{option}", folder)
     assert f"but {work.folder / 'missing'} is none; " in work.mistake(
         latent=work.folder / "missing"
     )
