@@ -1,7 +1,9 @@
 """The pages: links that lead somewhere, options and messages that exist."""
 
+import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -88,3 +90,27 @@ def test_messages_exist_as_the_page_has_them() -> None:
     text = " ".join(file.read_text("utf-8") for file in files)
     joined = re.sub(r'"\s*\n\s*f?"', "", text)
     assert [message for message in messages if message.strip() not in joined] == []
+
+
+def test_polygraphy_runs_the_commands_of_its_page(golden_bundle: Path, tmp_path: Path) -> None:
+    page = (ROOT / "docs" / "polygraphy.md").read_text("utf-8")
+    lines = re.findall(r"```sh\n(.*?)```", page, re.S)[0].splitlines()
+    assert len(lines) == 4
+    bundle = tmp_path / "bundle"
+    shutil.copytree(golden_bundle, bundle)
+    for line in lines:
+        words = shlex.split(line)
+        environment = dict(word.split("=") for word in words if re.match("[A-Z_]+=", word))
+        given = words[len(environment) + 1 :]
+        done = subprocess.run(
+            [Path(sys.executable).with_name("polygraphy"), *given],
+            cwd=bundle,
+            env=os.environ | environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stdout
+        assert "--load-outputs" not in given or "Pass Rate: 100.00%" in done.stdout
+    assert (bundle / "latent.engine").stat().st_size > 0
