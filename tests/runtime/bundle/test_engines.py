@@ -197,7 +197,7 @@ def test_what_does_not_run_here_says_why(manifest: Manifest) -> None:
         {"tensorrt-rtx": "1.8.0.1"}, "sm86"
     )
     missing = refused({"tensorrt": "11.4.0.106"}, "sm86", NAME)
-    assert "needs the rtx library, which is not installed" in missing
+    assert "needs the tensorrt-rtx library, which is not installed" in missing
     assert "--flavor tensorrt-rtx --target sm86" in missing
     assert "engines of b (" in refused({"tensorrt-rtx": "1.7.1.116"}, "sm86", "nothing")
 
