@@ -3,19 +3,15 @@
 #
 # Looked for, in this order:
 #   PID_ONNXRUNTIME_INCLUDE_DIR, PID_ONNXRUNTIME_LIBRARY   a folder with onnxruntime_c_api.h and a
-#       library, which need not be of one release: a distribution's headers, say, and the
-#       libonnxruntime.so.1.X.Y of the Python package
-#   ONNXRUNTIME_ROOT                                       a release archive, unpacked
-#   CMAKE_PREFIX_PATH and the system                       a distribution's package
+#       library, which need not be of one release
+#   ONNXRuntime_ROOT                                       a release archive, unpacked
+#   CMAKE_PREFIX_PATH and the system                       likewise, or a distribution's package
 
 find_path(PID_ONNXRUNTIME_INCLUDE_DIR onnxruntime_c_api.h
-          HINTS "${ONNXRUNTIME_ROOT}" "$ENV{ONNXRUNTIME_ROOT}"
-          PATH_SUFFIXES include include/onnxruntime include/onnxruntime/core/session onnxruntime
+          PATH_SUFFIXES include/onnxruntime include/onnxruntime/core/session onnxruntime
           DOC "Folder of onnxruntime_c_api.h")
 find_library(PID_ONNXRUNTIME_LIBRARY
              NAMES onnxruntime libonnxruntime.so.1
-             HINTS "${ONNXRUNTIME_ROOT}" "$ENV{ONNXRUNTIME_ROOT}"
-             PATH_SUFFIXES lib lib64
              DOC "ONNX Runtime's library")
 mark_as_advanced(PID_ONNXRUNTIME_INCLUDE_DIR PID_ONNXRUNTIME_LIBRARY)
 
@@ -26,6 +22,13 @@ if(PID_ONNXRUNTIME_INCLUDE_DIR)
   string(REGEX MATCH "[0-9]+" _onnxruntime_version "${_onnxruntime_version}")
   set(ONNXRuntime_VERSION "1.${_onnxruntime_version}")
 endif()
+if(PID_ONNXRUNTIME_LIBRARY MATCHES "^(.*/)libonnxruntime\\.so\\.1\\.[0-9.]+$"
+   AND NOT EXISTS "${CMAKE_MATCH_1}libonnxruntime.so.1")
+  message(FATAL_ERROR
+    "expected ONNX Runtime's library beside libonnxruntime.so.1, a link to it by which programs find "
+    "it, but got ${PID_ONNXRUNTIME_LIBRARY} (PID_ONNXRUNTIME_LIBRARY); run "
+    "runtime/cpp/tools/get_dependencies.sh, which copies that of a Python package")
+endif()
 
 include(FindPackageHandleStandardArgs)
 find_package_handle_standard_args(ONNXRuntime
@@ -33,21 +36,8 @@ find_package_handle_standard_args(ONNXRuntime
   VERSION_VAR ONNXRuntime_VERSION)
 
 if(ONNXRuntime_FOUND AND NOT TARGET ONNXRuntime::ONNXRuntime)
-  set(_onnxruntime_library "${PID_ONNXRUNTIME_LIBRARY}")
-  if(_onnxruntime_library MATCHES "libonnxruntime\\.so\\.1\\.[0-9.]+$")
-    # The Python package has no file of the name that programs look for when they start, the soname.
-    get_filename_component(_onnxruntime_folder "${_onnxruntime_library}" DIRECTORY)
-    if(EXISTS "${_onnxruntime_folder}/libonnxruntime.so.1")
-      set(_onnxruntime_library "${_onnxruntime_folder}/libonnxruntime.so.1")
-    else()
-      set(_onnxruntime_link "${CMAKE_BINARY_DIR}/onnxruntime/libonnxruntime.so.1")
-      file(MAKE_DIRECTORY "${CMAKE_BINARY_DIR}/onnxruntime")
-      file(CREATE_LINK "${_onnxruntime_library}" "${_onnxruntime_link}" SYMBOLIC)
-      set(_onnxruntime_library "${_onnxruntime_link}")
-    endif()
-  endif()
   add_library(ONNXRuntime::ONNXRuntime UNKNOWN IMPORTED)
   set_target_properties(ONNXRuntime::ONNXRuntime PROPERTIES
-    IMPORTED_LOCATION "${_onnxruntime_library}"
+    IMPORTED_LOCATION "${PID_ONNXRUNTIME_LIBRARY}"
     INTERFACE_INCLUDE_DIRECTORIES "${PID_ONNXRUNTIME_INCLUDE_DIR}")
 endif()

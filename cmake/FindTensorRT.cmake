@@ -4,18 +4,14 @@
 # Looked for, in this order:
 #   PID_TENSORRT_INCLUDE_DIR, PID_TENSORRT_LIBRARY   a folder with NvInfer.h, and the library
 #       (libnvinfer.so or libtensorrt_rtx.so)
-#   TENSORRT_ROOT                                    either SDK's archive, unpacked
+#   TensorRT_ROOT                                    either SDK's archive, unpacked
 #   CMAKE_PREFIX_PATH and the system                 a distribution's package
 # Needs CUDA's headers as well (PID_CUDA_INCLUDE_DIR, CUDA_HOME), but not its libraries.
 
 find_path(PID_TENSORRT_INCLUDE_DIR NvInfer.h
-          HINTS "${TENSORRT_ROOT}" "$ENV{TENSORRT_ROOT}"
-          PATH_SUFFIXES include
           DOC "Folder of NvInfer.h")
 find_library(PID_TENSORRT_LIBRARY
              NAMES nvinfer tensorrt_rtx
-             HINTS "${TENSORRT_ROOT}" "$ENV{TENSORRT_ROOT}"
-             PATH_SUFFIXES lib lib64
              DOC "TensorRT's library")
 find_path(PID_CUDA_INCLUDE_DIR cuda_runtime_api.h
           HINTS "$ENV{CUDA_HOME}" "$ENV{CUDA_PATH}" /usr/local/cuda

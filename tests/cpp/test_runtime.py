@@ -77,28 +77,30 @@ def run(*command: object, environment: Mapping[str, str] | None = None) -> str:
     return done.stdout
 
 
+def get_dependencies(folder: Path, onnxruntime: object) -> tuple[int, str]:
+    """Exit code and complaints of get_dependencies.sh."""
+    script = ROOT / "runtime" / "cpp" / "tools" / "get_dependencies.sh"
+    command = (tool("bash"), str(script), str(folder), str(onnxruntime))
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    return done.returncode, done.stderr.strip()
+
+
 @pytest.fixture(scope="session")
 def dependencies() -> Path:
     """A folder for CMAKE_PREFIX_PATH."""
-    for name in ("cmake", "ninja", "c++", "bash"):
+    for name in ("cmake", "ninja", "c++"):
         tool(name)
     folder = BUILD / "dependencies"
-    script = ROOT / "runtime" / "cpp" / "tools" / "get_dependencies.sh"
-    done = subprocess.run(
-        [tool("bash"), str(script), str(folder), sys.executable],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if done.returncode:
-        reason = (done.stderr.strip() or f"exit code {done.returncode}").splitlines()[-1]
+    code, error = get_dependencies(folder, sys.executable)
+    if code:
+        reason = (error or f"exit code {code}").splitlines()[-1]
         pytest.skip(f"what the C++ runtime is built with cannot be had: {reason}")
     return folder
 
 
 def build(
     folder: Path,
-    dependencies: Path,
+    dependencies: object,
     options: Mapping[str, str],
     *targets: str,
     source: Path = ROOT,
@@ -110,7 +112,11 @@ def build(
         **options,
     }
     defines = [f"-D{key}={value}" for key, value in settings.items()]
-    run(tool("cmake"), "-S", source, "-B", folder, "-G", "Ninja", *defines)
+    configure = (tool("cmake"), "-S", source, "-B", folder, "-G", "Ninja", *defines)
+    if subprocess.run(configure, capture_output=True, check=False).returncode:
+        # Its settings may be those of an older checkout, or of one in another place.
+        (folder / "CMakeCache.txt").unlink(missing_ok=True)
+        run(*configure)
     chosen = ("--target", *targets) if targets else ()
     run(tool("cmake"), "--build", folder, *chosen)
     return folder
@@ -427,6 +433,136 @@ def test_fuzz(sanitized: Path, data: Path, tmp_path: Path, target: str) -> None:
     assert re.search(r"Done \d+ (runs|in)", output), output
 
 
+# What it is built with, given in other ways
+
+
+@pytest.fixture(scope="session")
+def archive(dependencies: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A release archive of ONNX Runtime, unpacked: as it is laid out."""
+    folder = tmp_path_factory.mktemp("onnxruntime-linux-x64")
+    shutil.copytree(dependencies / "include" / "onnxruntime", folder / "include")
+    (folder / "lib").mkdir()
+    for library in (dependencies / "lib").glob("libonnxruntime*"):
+        shutil.copy(library, folder / "lib", follow_symlinks=False)
+    return folder
+
+
+def folder_without_headers(dependencies: Path, folder: Path) -> Path:
+    """A copy of the dependencies, as of one who has never had ONNX Runtime's headers by apt."""
+    shutil.copytree(dependencies, folder, symlinks=True)
+    for path in ("include/onnxruntime", "share/doc/libonnxruntime-dev"):
+        shutil.rmtree(folder / path)
+    for library in folder.glob("lib/libonnxruntime*"):
+        library.unlink()
+    return folder
+
+
+def test_dependencies_stand_alone(dependencies: Path, archive: Path, tmp_path: Path) -> None:
+    folder = folder_without_headers(dependencies, tmp_path / "folder")
+    assert get_dependencies(folder, archive) == (0, "")
+    want = (archive / "include" / "onnxruntime_c_api.h").read_bytes()
+    assert (folder / "include" / "onnxruntime" / "onnxruntime_c_api.h").read_bytes() == want
+    for made in (folder, dependencies):
+        links = {path: path.readlink() for path in made.rglob("*") if path.is_symlink()}
+        (crypto,) = (path for path, target in links.items() if target.is_absolute())
+        assert crypto == made / "lib" / "libcrypto.so"
+        assert (made / "lib" / "libonnxruntime.so").resolve().parent == (made / "lib").resolve()
+        assert list(made.glob("lib/libonnxruntime_providers_shared.so"))
+    library = (folder / "lib" / "libonnxruntime.so").resolve()
+    before = library.stat().st_mtime_ns
+    assert get_dependencies(folder, archive) == (0, "")
+    assert library.stat().st_mtime_ns == before  # or all would be linked again
+
+
+def test_another_onnxruntime_takes_the_place_of_the_first(
+    dependencies: Path, archive: Path, tmp_path: Path
+) -> None:
+    folder = folder_without_headers(dependencies, tmp_path / "folder")
+    assert get_dependencies(folder, archive) == (0, "")
+    later = tmp_path / "later"
+    shutil.copytree(archive / "include", later / "include")
+    (later / "lib").mkdir()
+    (later / "lib" / "libonnxruntime.so.1.999.0").write_bytes(b"later")
+    assert get_dependencies(folder, later) == (0, "")
+    found = sorted(path.name for path in folder.glob("lib/libonnxruntime*"))
+    names = ["libonnxruntime.so", "libonnxruntime.so.1", "libonnxruntime.so.1.999.0"]
+    assert found == names
+    assert (folder / "lib" / "libonnxruntime.so").read_bytes() == b"later"
+
+
+def test_what_onnxruntime_lacks_is_told(dependencies: Path, archive: Path, tmp_path: Path) -> None:
+    folder = folder_without_headers(dependencies, tmp_path / "folder")
+    old = tmp_path / "old"
+    shutil.copytree(archive / "include", old / "include")
+    (old / "lib").mkdir()
+    (old / "lib" / "libonnxruntime.so.1.20.1").touch()
+    (tmp_path / "empty").mkdir()
+    for given, message in (
+        (tmp_path / "empty", "has no include/onnxruntime_c_api.h"),
+        (tmp_path / "absent", f"libonnxruntime.so.1.X.Y, in {tmp_path / 'absent'}, but found none"),
+        (old, "but got 1.20.1; update it"),
+    ):
+        code, error = get_dependencies(folder, given)
+        assert code == 2 and message in error and "\n" not in error
+    code, error = get_dependencies(folder, "true")
+    assert code == 2 and "in true, but found none; pip install onnxruntime" in error
+
+
+def find_onnxruntime(folder: Path, **options: object) -> subprocess.CompletedProcess[str]:
+    """CMake's output for a project that looks for ONNX Runtime, and for nothing else."""
+    folder.mkdir()
+    (folder / "CMakeLists.txt").write_text(
+        f"""
+        cmake_minimum_required(VERSION 3.22)
+        project(find LANGUAGES NONE)
+        list(APPEND CMAKE_MODULE_PATH "{ROOT / "cmake"}")
+        find_package(ONNXRuntime 1.21)
+        message(STATUS "found ${{PID_ONNXRUNTIME_INCLUDE_DIR}}, ${{PID_ONNXRUNTIME_LIBRARY}}.")
+        """
+    )
+    command = [tool("cmake"), "-S", folder, "-B", folder / "build", "-G", "Ninja"]
+    settings = {"CMAKE_MAKE_PROGRAM": tool("ninja"), **options}
+    defines = [f"-D{key}={value}" for key, value in settings.items()]
+    return subprocess.run([*command, *defines], capture_output=True, text=True, check=False)
+
+
+def test_cmake_finds_a_release_archive(dependencies: Path, archive: Path, tmp_path: Path) -> None:
+    found = f"found {archive / 'include'}, {archive / 'lib' / 'libonnxruntime.so'}."
+    for name, options in {
+        "prefix": {"CMAKE_PREFIX_PATH": archive},
+        "root": {"ONNXRuntime_ROOT": archive, "CMAKE_PREFIX_PATH": dependencies},
+    }.items():
+        done = find_onnxruntime(tmp_path / name, **options)
+        assert done.returncode == 0 and found in done.stdout, done.stderr
+    old = tmp_path / "old"
+    shutil.copytree(archive, old, symlinks=True)
+    header = old / "include" / "onnxruntime_c_api.h"
+    text = header.read_text()
+    header.write_text(re.sub(r"(#define ORT_API_VERSION) \d+", r"\1 20", text))
+    done = find_onnxruntime(tmp_path / "too_old", ONNXRuntime_ROOT=old)
+    assert 'Found unsuitable version "1.20"' in done.stdout + done.stderr
+    header.write_text(text)
+    (old / "lib" / "libonnxruntime.so.1").unlink()
+    (library,) = old.glob("lib/libonnxruntime.so.1.*")
+    options = {"ONNXRuntime_ROOT": old, "PID_ONNXRUNTIME_LIBRARY": library}
+    done = find_onnxruntime(tmp_path / "no_link", **options)
+    assert done.returncode and "beside libonnxruntime.so.1" in " ".join(done.stderr.split())
+
+
+def test_settings_of_another_checkout_are_dropped(tmp_path: Path) -> None:
+    for name in ("older", "newer"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "CMakeLists.txt").write_text(
+            f"""
+            cmake_minimum_required(VERSION 3.22)
+            project({name} LANGUAGES NONE)
+            add_custom_target(all_of_it ALL COMMAND ${{CMAKE_COMMAND}} -E touch {name})
+            """
+        )
+        build(tmp_path / "build", tmp_path, {}, source=tmp_path / name)
+        assert (tmp_path / "build" / name).exists()
+
+
 # In other projects
 
 
@@ -485,6 +621,40 @@ def test_a_project_that_finds_the_installed_package(
     project, _ = write_project(tmp_path / "project")
     folder = build(tmp_path / "build", prefix, {}, source=project)
     check_programs(folder, data, tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["shared", "static"])
+def test_a_program_by_pkg_config(
+    kind: str, request: pytest.FixtureRequest, dependencies: Path, data: Path, tmp_path: Path
+) -> None:
+    if shutil.which("pkg-config") is None:
+        pytest.skip("no pkg-config: install pkgconf")
+    made: Path = request.getfixturevalue({"shared": "release", "static": "sanitized"}[kind])
+    run(tool("cmake"), "--install", made, "--prefix", tmp_path / "prefix")
+    (description,) = tmp_path.rglob("pid_runtime.pc")
+    search = {"PKG_CONFIG_PATH": str(description.parent)}
+    words = ["--static"] if kind == "static" else []
+    shown = run("pkg-config", "--cflags", "--libs", *words, "pid_runtime", environment=search)
+    flags = shown.split()
+    assert ("-lcrypto" in shown or "libcrypto" in shown) == (kind == "static")
+    assert ("-DPID_RUNTIME_STATIC" in flags) == (kind == "static")
+    compiler = "cc"
+    if kind == "static":
+        cache = (made / "CMakeCache.txt").read_text()
+        (compiler,) = re.findall(r"^CMAKE_C_COMPILER:\w+=(.*)", cache, re.M)
+        flags.append("-fsanitize=address,undefined")  # as that library is made
+        (tmp_path / "project").mkdir()
+        project, _ = write_project(tmp_path / "project")
+        prefixes = f"{tmp_path / 'prefix'};{dependencies}"
+        options = {"CMAKE_C_COMPILER": compiler, **SANITIZED}
+        folder = build(tmp_path / "build", prefixes, options, "decode_c", source=project)
+        assert run(executable(folder, "decode_c"), data / "v1").startswith("96 x 64, ")
+    (tmp_path / "decode.c").write_text(page_blocks("c")[0])
+    program = tmp_path / "decode_c"
+    run(compiler, tmp_path / "decode.c", *flags, "-o", program)
+    folders = os.pathsep.join([str(description.parent.parent), str(dependencies / "lib")])
+    output = run(program, data / "v1", environment={"LD_LIBRARY_PATH": folders})
+    assert output.startswith("96 x 64, first pixel ")
 
 
 def test_a_project_with_the_sources_and_two_decoders_in_two_threads(

@@ -31,8 +31,6 @@ constexpr const char* cuda_provider = "CUDAExecutionProvider";
 constexpr const char* tensorrt_provider = "TensorrtExecutionProvider";
 constexpr const char* rtx_provider = "NvTensorRTRTXExecutionProvider";
 
-constexpr int oldest_api = 18;
-
 // The full name of a provider: short names are those of pid_decoder_params, others are full ones.
 std::string full_name(const std::string& name) {
     static const std::map<std::string, std::string> short_names{{"cpu", cpu_provider},
@@ -331,7 +329,6 @@ std::unique_ptr<Graphs> LoadedSessions::graphs(Memory&, const RunOptions&) {
 std::unique_ptr<LoadedGraphs> load_onnxruntime(const std::filesystem::path& bundle,
                                                const Manifest& manifest,
                                                const BackendOptions& options) {
-    static_assert(ORT_API_VERSION >= oldest_api, "ONNX Runtime's headers are too old");
     std::shared_ptr<Ort::Env> environment = shared_environment();
     if (!options.provider_library.empty())
         register_library(*environment, options.provider_library);
