@@ -74,7 +74,8 @@ TEST_F(Manifests, BucketsAreChosenByTokens) {
     EXPECT_EQ(manifest.bucket_for(32).first, "tiny");
     EXPECT_EQ(manifest.bucket_for(33).first, "small");
     EXPECT_EQ(manifest.bucket_for(64).first, "small");
-    EXPECT_NE(refusal([&] { manifest.bucket_for(65); }).find("at most 0.0164 megapixels"), std::string::npos);
+    EXPECT_NE(refusal([&] { manifest.bucket_for(65); }).find("at most 0.0164 megapixels"),
+              std::string::npos);
 }
 
 // Files
