@@ -20,6 +20,7 @@ COMMANDS = {
     "pid-bench": "pid_bench.cli",
     "pid-build": "pid_engines.cli",
     "pid-decode": "pid_runtime.command.decode_cli",
+    "pid-doctor": "pid_runtime.command.doctor_cli",
     "pid-export": "pid_export.cli",
     "pid-verify": "pid_export.verify_cli",
 }

@@ -97,6 +97,20 @@ def test_a_command_without_its_extra_says_what_to_install(
     assert sorted(tmp_path.iterdir()) == before
 
 
+def test_the_doctor_needs_no_extra(site: Path, tmp_path: Path) -> None:
+    code, out, err = run(site, tmp_path, "pid-doctor", "--help")
+    assert (code, err) == (0, "") and "examples:" in out
+    code, out, err = run(site, tmp_path, "pid-doctor")
+    assert (code, err) == (0, ""), out
+    assert out.splitlines()[-1].startswith("next: no backend: pip install 'pid-trt[cpu]'")
+    assert "missing  without onnxruntime\n" in out
+
+
+def test_every_command_is_tried(site: Path) -> None:
+    text = next(site.glob("pid_trt-*.dist-info")).joinpath("entry_points.txt").read_text()
+    assert set(re.findall(r"^(pid-\w+) =", text, re.M)) == {*COMMANDS, "pid-doctor"}
+
+
 def test_a_command_says_the_version_of_the_wheel(site: Path, tmp_path: Path) -> None:
     version = importlib.metadata.version("pid-trt")
     assert run(site, tmp_path, "pid-decode", "--version") == (0, f"pid-decode {version}\n", "")

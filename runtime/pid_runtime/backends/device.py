@@ -117,9 +117,13 @@ class CudaDevice:
 
     def free_bytes(self) -> int:
         """Device memory that is not in use."""
+        return self.memory_bytes()[0]
+
+    def memory_bytes(self) -> tuple[int, int]:
+        """Device memory that is not in use, and all there is; zeros when CUDA does not say."""
         self.use()
-        error, free, _total = self._driver.cuMemGetInfo()
-        return int(free) if error == self._driver.CUresult.CUDA_SUCCESS else 0
+        error, free, total = self._driver.cuMemGetInfo()
+        return (int(free), int(total)) if error == self._driver.CUresult.CUDA_SUCCESS else (0, 0)
 
     def allocate(self, size_bytes: int) -> DeviceMemory:
         """Memory aligned to at least 256 bytes. Raises `MemoryError` when there is too little."""

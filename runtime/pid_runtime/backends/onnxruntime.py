@@ -234,6 +234,18 @@ def find_provider(name: str) -> str:
     return full
 
 
+def is_installed(name: str) -> bool:
+    """Whether a provider's files are there, which does not say that they load."""
+    full = PROVIDERS.get(name.lower(), name)
+    if full in PLUGINS:
+        try:
+            importlib.import_module(PLUGINS[full])
+        except ImportError:
+            return False
+        return True
+    return full in ort.get_available_providers()
+
+
 def _packages() -> int:
     """How many of the packages that bring the module `onnxruntime` are installed."""
     return len(set(importlib.metadata.packages_distributions().get("onnxruntime", ())))

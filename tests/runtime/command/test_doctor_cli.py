@@ -1,0 +1,313 @@
+"""`pid-doctor` on machines that are none: with and without packages, drivers and GPUs."""
+
+import importlib.metadata
+import json
+from collections.abc import Callable
+from email.message import Message
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from fakes.gpu import Gpu, fake_cuda, install
+from pid_runtime import __version__
+from pid_runtime.backends import onnxruntime as backend_onnxruntime
+from pid_runtime.command import doctor_checks
+from pid_runtime.command.doctor_cli import main
+from pid_runtime.errors import PidRuntimeError
+
+RunCommand = Callable[..., tuple[int, str, str]]
+Report = dict[str, Any]
+
+
+@pytest.fixture
+def report(run_command: RunCommand) -> Callable[..., Report]:
+    """A function that runs the command: its JSON, with findings by name and the exit code."""
+
+    def examine(*arguments: object) -> Report:
+        code, out, err = run_command(main, *arguments, "--json")
+        assert err == ""
+        result = json.loads(out)
+        assert result["works"] == (code == 0)
+        result["code"] = code
+        result["by_name"] = {each["name"]: each for each in result["findings"]}
+        return result
+
+    return examine
+
+
+@pytest.fixture(autouse=True)
+def nvidia_smi(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """A machine without nvidia-smi, and a function that puts one there which prints this."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    monkeypatch.setenv("PATH", str(folder))
+
+    def put(text: str) -> None:
+        file = folder / "nvidia-smi"
+        file.write_text(f"#!/bin/sh\necho '{text}'\n")
+        file.chmod(0o755)
+
+    return put
+
+
+@pytest.fixture(autouse=True)
+def _no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    install(monkeypatch, fake_cuda(Gpu(has_driver=False)))
+
+
+def state_of(report: Report, name: str) -> tuple[str, str]:
+    found = report["by_name"][name]
+    return found["state"], found["detail"]
+
+
+def own_packages(monkeypatch: pytest.MonkeyPatch, versions: dict[str, str]) -> None:
+    """A pid-trt with two extras, and these packages installed."""
+    provided = Message()
+    for extra in ("cpu", "export", "dev"):
+        provided["Provides-Extra"] = extra
+    own = SimpleNamespace(
+        requires=[
+            "numpy>=1.26",
+            "onnxruntime>=1.21.1; extra == 'cpu'",
+            "onnx-ir>=0.1.16; extra == 'export'",
+            "onnx>=1.18; extra == 'export'",
+            "ruff; extra == 'dev'",
+        ],
+        metadata=provided,
+    )
+
+    def version(name: str) -> str:
+        if name not in versions:
+            raise importlib.metadata.PackageNotFoundError(name)
+        return versions[name]
+
+    monkeypatch.setattr(doctor_checks.metadata, "distribution", lambda name: own)
+    monkeypatch.setattr(doctor_checks.metadata, "version", version)
+
+
+# what is said
+
+
+def test_a_machine_without_a_gpu_is_no_fault(run_command: RunCommand) -> None:
+    code, out, err = run_command(main)
+    assert (code, err) == (0, "")
+    lines = out.splitlines()
+    assert lines[0].split() == ["machine", "pid-trt", "ok", __version__]
+    assert any(line.split()[:3] == ["gpu", "cuda-python", "missing"] for line in lines)
+    assert any(line.split()[:4] == ["backend", "onnxruntime", "cpu", "ok"] for line in lines)
+    assert lines[-1].startswith("next: ")
+    columns = {line.index(f" {line.split()[1]}") for line in lines[:-1]}
+    assert len(columns) == 1
+
+
+def test_without_a_backend_it_says_what_to_install(
+    report: Callable[..., Report], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    modules = ("onnxruntime", "torch", "tensorrt", "tensorrt_lean", "tensorrt_rtx", "cuda.core")
+    install(monkeypatch, dict.fromkeys(modules))
+    found = report()
+    assert found["code"] == 0
+    assert found["next"].startswith("no backend: pip install 'pid-trt[cpu]'")
+    assert state_of(found, "torch") == ("missing", "pip install 'pid-trt[torch]'")
+    assert state_of(found, "tensorrt-rtx") == ("missing", "pip install 'pid-trt[tensorrt-rtx]'")
+    assert state_of(found, "0") == ("missing", "nvidia-smi finds none")
+
+
+# packages
+
+
+def test_extras_are_those_of_the_metadata(
+    report: Callable[..., Report], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own_packages(monkeypatch, {"numpy": "2.0", "onnxruntime": "1.22.0", "onnx": "1.18.0"})
+    found = report()
+    assert state_of(found, "needed") == ("ok", "numpy 2.0")
+    assert state_of(found, "cpu") == ("ok", "onnxruntime 1.22.0")
+    assert state_of(found, "export") == ("missing", "without onnx-ir")
+    assert "dev" not in found["by_name"] and found["code"] == 0
+    assert found["by_name"]["cpu"]["values"] == {"versions": {"onnxruntime": "1.22.0"}}
+
+
+@pytest.mark.parametrize(
+    ("versions", "name", "detail"),
+    [
+        (
+            {"numpy": "2.0", "onnxruntime": "1.20.0"},
+            "cpu",
+            "expected onnxruntime>=1.21.1, but got 1.20.0; pip install --upgrade 'pid-trt[cpu]'",
+        ),
+        (
+            {"numpy": "1.9"},
+            "needed",
+            "expected numpy>=1.26, but got 1.9; pip install --upgrade 'pid-trt'",
+        ),
+        ({}, "needed", "without numpy"),
+    ],
+)
+def test_packages_that_will_not_do(
+    report: Callable[..., Report],
+    monkeypatch: pytest.MonkeyPatch,
+    versions: dict[str, str],
+    name: str,
+    detail: str,
+) -> None:
+    own_packages(monkeypatch, versions)
+    found = report()
+    assert (found["code"], *state_of(found, name)) == (1, "wrong", detail)
+    assert found["next"].startswith("mend what is wrong, first ") and detail in found["next"]
+
+
+def test_two_packages_of_onnx_runtime_are_wrong(
+    report: Callable[..., Report], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    both = {"onnxruntime": ["onnxruntime", "onnxruntime-gpu", "onnxruntime"]}
+    monkeypatch.setattr(doctor_checks.metadata, "packages_distributions", lambda: both)
+    found = report()
+    state, detail = state_of(found, "onnxruntime")
+    assert (found["code"], state) == (1, "wrong")
+    assert "pip uninstall onnxruntime onnxruntime-gpu, then install one" in detail
+
+
+def test_files_that_are_not_installed(
+    report: Callable[..., Report], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def absent(name: str) -> Any:
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(doctor_checks.metadata, "distribution", absent)
+    found = report()
+    assert state_of(found, "pid-trt") == (
+        "missing",
+        "it runs from its files; pip install . in the clone",
+    )
+
+
+# GPUs
+
+
+def test_a_gpu_is_described(
+    report: Callable[..., Report],
+    monkeypatch: pytest.MonkeyPatch,
+    nvidia_smi: Callable[[str], None],
+) -> None:
+    nvidia_smi("NVIDIA GeForce RTX 4090, 580.95.05, 8.9, 23000, 24564")
+    install(monkeypatch, fake_cuda(Gpu(free=1 << 29)))
+    found = report()
+    assert state_of(found, "0") == (
+        "ok",
+        "NVIDIA GeForce RTX 4090, driver 580.95.05, compute capability 8.9, 24.1 of 25.8 GB free",
+    )
+    assert found["by_name"]["0"]["values"]["total_bytes"] == 24564 << 20
+    device = found["by_name"]["cuda-python"]
+    assert (device["state"], device["values"]["target"]) == ("ok", "sm89")
+    assert device["values"]["free_bytes"] == 1 << 29
+    assert device["values"]["total_bytes"] == 1 << 30
+
+
+def test_a_gpu_that_does_not_say_its_memory(
+    report: Callable[..., Report], nvidia_smi: Callable[[str], None]
+) -> None:
+    nvidia_smi("NVIDIA GB10, 580.95.05, 12.1, [N/A], [N/A]")
+    found = report()
+    assert state_of(found, "0") == ("ok", "NVIDIA GB10, driver 580.95.05, compute capability 12.1")
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_a_driver_that_is_too_old_is_wrong_where_there_is_a_gpu(
+    report: Callable[..., Report],
+    monkeypatch: pytest.MonkeyPatch,
+    nvidia_smi: Callable[[str], None],
+    there: bool,
+) -> None:
+    if there:
+        nvidia_smi("NVIDIA GeForce RTX 4090, 550.1, 8.9, 23000, 24564")
+    install(monkeypatch, fake_cuda(Gpu(driver=12040)))
+    state, detail = state_of(report(), "cuda-python")
+    assert state == ("wrong" if there else "missing")
+    assert "expected a driver for CUDA 13 or newer" in detail
+
+
+# backends
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_a_provider_that_does_not_load(
+    report: Callable[..., Report],
+    monkeypatch: pytest.MonkeyPatch,
+    nvidia_smi: Callable[[str], None],
+    there: bool,
+) -> None:
+    reason = "expected CUDAExecutionProvider to load, but libcudnn.so.9: no; pip install it"
+
+    def find(name: str) -> str:
+        if name == "cuda":
+            raise PidRuntimeError(reason)
+        return name
+
+    if there:
+        nvidia_smi("NVIDIA GeForce RTX 4090, 580.95.05, 8.9, 23000, 24564")
+        install(monkeypatch, fake_cuda(Gpu()))
+    monkeypatch.setattr(backend_onnxruntime, "find_provider", find)
+    monkeypatch.setattr(backend_onnxruntime, "is_installed", lambda name: True)
+    found = report()
+    assert state_of(found, "onnxruntime cuda") == ("wrong" if there else "missing", reason)
+    assert found["code"] == int(there)
+
+
+def test_providers_that_are_not_installed_say_only_what_to_install(
+    report: Callable[..., Report], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    install(monkeypatch, {"onnxruntime_ep_nv_tensorrt_rtx": None})
+    ort = backend_onnxruntime.ort
+    monkeypatch.setattr(ort, "get_available_providers", lambda: ["CPUExecutionProvider"])
+    found = report()
+    assert state_of(found, "onnxruntime nvtensorrtrtx") == (
+        "missing",
+        "pip install 'pid-trt[rtx-provider]'",
+    )
+    state, detail = state_of(found, "onnxruntime cuda")
+    assert state == "missing" and detail.startswith("GPU providers come with pip install")
+
+
+def test_a_package_that_does_not_load_is_wrong(
+    report: Callable[..., Report], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "tensorrt.py").write_text("raise OSError('libnvinfer.so.11: no\\nat all')")
+    monkeypatch.syspath_prepend(tmp_path)
+    found = report()
+    detail = "installed, but does not load: libnvinfer.so.11: no"
+    assert (found["code"], *state_of(found, "tensorrt")) == (1, "wrong", detail)
+
+
+@pytest.mark.parametrize(
+    ("available", "cuda", "there", "state"),
+    [
+        (True, "13.0", True, "ok"),
+        (False, None, True, "missing"),
+        (False, "13.0", True, "wrong"),
+        (False, "13.0", False, "missing"),
+    ],
+)
+def test_what_torch_runs_on(
+    report: Callable[..., Report],
+    monkeypatch: pytest.MonkeyPatch,
+    nvidia_smi: Callable[[str], None],
+    available: bool,
+    cuda: str | None,
+    there: bool,
+    state: str,
+) -> None:
+    if there:
+        nvidia_smi("NVIDIA GeForce RTX 4090, 580.95.05, 8.9, 23000, 24564")
+        install(monkeypatch, fake_cuda(Gpu()))
+    torch = SimpleNamespace(
+        __version__="2.13.0",
+        version=SimpleNamespace(cuda=cuda),
+        cuda=SimpleNamespace(is_available=lambda: available, get_device_name=lambda: "RTX"),
+    )
+    install(monkeypatch, {"torch": torch})
+    found = report()
+    assert state_of(found, "torch cpu") == ("ok", "PyTorch 2.13.0")
+    assert found["by_name"]["torch cuda"]["state"] == state
