@@ -7,6 +7,7 @@ on purpose and must see every break fall through a floor.
 
 import inspect
 import json
+import re
 import textwrap
 from collections.abc import Callable, Iterator
 from itertools import pairwise
@@ -28,12 +29,14 @@ from pid_ref.registry import NANO
 from pid_ref.sampler import sample
 from pid_runtime.backends import stages
 from pid_runtime.bundle.files import file_sha256
+from pid_runtime.command import doctor_bundle, doctor_cli
 from pid_runtime.command.images import to_uint8
 from pid_runtime.decoder import Decoder
 from pid_runtime.noise import image_noise
 from places import ROOT
 
 Pixels = NDArray[np.uint8]
+Floats = NDArray[np.float32]
 
 SIDE = 256
 """Of the pieces most tests decode, in pixels."""
@@ -81,7 +84,8 @@ def _export(folder: Path, precision: str) -> Path:
     bundle = folder / f"nano-{precision}"
     options = ExportOptions(precision, (("test", 1024),))
     weights = read_checkpoint(NANO.file, NANO)
-    export_bundle(bundle, NANO.config, weights, options, checkpoint=NANO, weights={"file": "nano"})
+    source = {"file": NANO.file.name, "sha256": file_sha256(NANO.file)}
+    export_bundle(bundle, NANO.config, weights, options, checkpoint=NANO, weights=source)
     return bundle
 
 
@@ -133,21 +137,44 @@ def test_every_backend_gives_the_same_picture(pid: Decoder, bundle: Path) -> Non
 
 
 def _reference(pid: Decoder, original: Pixels) -> Pixels:
+    return to_uint8(_reference_of(pid, pid.encode(reduced(original))))[0]
+
+
+def _reference_of(pid: Decoder, latent: Floats) -> Floats:
     assert NANO.file is not None
     net = PidNet(NANO.config).eval()
     net.load_state_dict(dict(read_checkpoint(NANO.file, NANO)))
-    height, width = original.shape[:2]
+    height, width = (size * NANO.space.down * NANO.space.scale for size in latent.shape[2:])
     side = NANO.config.patch_size
     noise = [torch.from_numpy(image_noise(0, draw, height, width, side))[None] for draw in range(4)]
     image = sample(
         net,
-        torch.from_numpy(pid.encode(reduced(original))),
+        torch.from_numpy(latent),
         torch.from_numpy(pid.empty_caption()),
         torch.zeros(1),
         noise[0],
         noise[1:],
     )
-    return to_uint8(image.numpy())[0]
+    return image.numpy()
+
+
+def test_the_doctor_knows_the_image(
+    pid: Decoder,
+    bundle: Path,
+    run_command: Callable[..., tuple[int, str, str]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    expected = _reference_of(pid, doctor_bundle.sample_latent(pid.manifest)).clip(-1, 1)
+    assert NANO.file is not None
+    known = doctor_bundle.KNOWN_DECODES[file_sha256(NANO.file)]
+    np.testing.assert_allclose(doctor_bundle.fingerprint(expected), known, rtol=0, atol=1e-3)
+    code, out, _ = run_command(doctor_cli.main, bundle)
+    assert code == 0 and len(re.findall(r"^decode .* ok .* from the known image$", out, re.M)) == 2
+    monkeypatch.setattr(stages.Update, "forward", broken(*BREAKS["wrong sign of the velocity"]))
+    code, out, _ = run_command(doctor_cli.main, bundle)
+    assert code == 1 and re.search(
+        r"^decode +torch cpu +wrong .* from the known image, but got", out, re.M
+    )
 
 
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])

@@ -27,7 +27,9 @@ ELSEWHERE = {
     "runtime/bundle/test_manifest.py": (
         "runtime/pid_runtime: bundle/folder bundle/json_reader bundle/manifest_check"
     ),
-    "runtime/command/test_doctor_cli.py": "runtime/pid_runtime: command/doctor_checks",
+    "runtime/command/test_doctor_cli.py": (
+        "runtime/pid_runtime: command/doctor_bundle command/doctor_checks"
+    ),
     "runtime/command/test_decode_cli.py": (
         "runtime/pid_runtime: __main__ latents command/decode_jobs command/latent_files"
     ),

@@ -196,7 +196,7 @@ def choose_engine_set(
             f"expected engines of {bundle} ({known}), but got {name!r}; build them with pid-build"
         )
     wanted = sets if name is None else {name: sets[name]}
-    reasons = {each: _obstacle(wanted[each], versions, target) for each in wanted}
+    reasons = {each: obstacle(wanted[each], versions, target) for each in wanted}
     for each, reason in reasons.items():
         if reason is None:
             return each
@@ -209,6 +209,18 @@ def choose_engine_set(
         f"expected {bundle} to have engines for {installed} on {target}, but {has}; "
         f"build them: {build_command(bundle, flavor, (target,))}"
     )
+
+
+def obstacle(engine_set: EngineSet, versions: Mapping[str, str], target: str) -> str | None:
+    """Why a set does not run here; None if it does. Arguments as of `choose_engine_set`."""
+    version = versions.get(engine_set.flavor)
+    if version is None:
+        return f"needs the {engine_set.flavor} library, which is not installed"
+    if not engine_set.runs_with(version):
+        return f"was built by {engine_set.flavor} {engine_set.version}, not {version}"
+    if target not in engine_set.targets:
+        return f"was built for {', '.join(engine_set.targets)}"
+    return None
 
 
 def check_engine_set(
@@ -250,18 +262,6 @@ def _damage(path: Path, engine: Engine, verify: bool) -> str | None:
         return f"{path} has {size} bytes instead of {engine.bytes}"
     if verify and file_sha256(path) != engine.sha256:
         return f"{path} was altered, its SHA-256 is not the manifest's"
-    return None
-
-
-def _obstacle(engine_set: EngineSet, versions: Mapping[str, str], target: str) -> str | None:
-    """Why a set does not run here; None if it does."""
-    version = versions.get(engine_set.flavor)
-    if version is None:
-        return f"needs the {engine_set.flavor} library, which is not installed"
-    if not engine_set.runs_with(version):
-        return f"was built by {engine_set.flavor} {engine_set.version}, not {version}"
-    if target not in engine_set.targets:
-        return f"was built for {', '.join(engine_set.targets)}"
     return None
 
 

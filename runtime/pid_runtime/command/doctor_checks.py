@@ -35,7 +35,7 @@ class Finding:
     part: str
     """What it is about: package, extra, gpu, backend, bundle, engines or decode."""
     name: str
-    """Which one. A backend's is what `decode` takes: "onnxruntime cuda"."""
+    """Which one; of a backend with its device: "onnxruntime cuda"."""
     state: State
     """ok; missing, which is no fault; or wrong: it is there and does not work."""
     detail: str
@@ -98,6 +98,11 @@ def backends(*, has_gpu: bool) -> list[Finding]:
     """Every way to decode: whether what runs it loads, which is more than that it is installed."""
     libraries = [_tensorrt(flavor) for flavor in FLAVORS.values()]
     return [*_onnxruntime(has_gpu=has_gpu), *_torch(has_gpu=has_gpu), *libraries]
+
+
+def first_line(error: Exception) -> str:
+    """What an error says, in one line."""
+    return str(error).partition("\n")[0] or type(error).__name__
 
 
 def _applies(requirement: Requirement, extra: str) -> bool:
@@ -163,8 +168,8 @@ def _load(module: str, absent: Finding) -> Any:
     except Exception as error:  # noqa: BLE001 - whatever a broken package raises
         if isinstance(error, ModuleNotFoundError) and f"{module}.".startswith(f"{error.name}."):
             return absent
-        reason = (str(error) or type(error).__name__).partition("\n")[0]
-        return replace(absent, state="wrong", detail=f"installed, but does not load: {reason}")
+        detail = f"installed, but does not load: {first_line(error)}"
+        return replace(absent, state="wrong", detail=detail)
 
 
 def _onnxruntime(*, has_gpu: bool) -> list[Finding]:

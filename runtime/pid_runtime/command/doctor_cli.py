@@ -3,21 +3,31 @@
 from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import asdict
+from pathlib import Path
 
 from pid_runtime import __version__
 from pid_runtime.backends.choice import INSTALL_ONNXRUNTIME
+from pid_runtime.bundle.flavors import FLAVORS
+from pid_runtime.bundle.manifest import MANIFEST_FILE
 from pid_runtime.command import console
+from pid_runtime.command.doctor_bundle import decodes, engines, files
 from pid_runtime.command.doctor_checks import Finding, backends, gpus, machine, packages
+from pid_runtime.errors import PidRuntimeError
 
 _EXAMPLES = """examples:
   pid-doctor           packages, GPUs, and the backends that load
-  pid-doctor --json    the same for programs, and to send with a question
+  pid-doctor nano      also whether the bundle is whole, which of its engines run here, and a small
+                       decode by every backend, compared with the known image or with each other
+  pid-doctor --json    for programs, and to send with a question
 
 states:
   ok       it is there and works
   missing  it is not there, which is no fault: install it if you want it
   wrong    it is there but does not work; the line says why, and the exit code is 1
 """
+
+_ON_GPU = ("onnxruntime cuda", "onnxruntime nvtensorrtrtx", "torch cuda", *FLAVORS)
+"""Backends that decode on a GPU."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -26,16 +36,26 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> console.ArgumentParser:
-    return console.ArgumentParser(
+    parser = console.ArgumentParser(
         "pid-doctor", "Say what of pid-trt works on this machine.", _EXAMPLES
     )
+    parser.add_argument("bundle", type=Path, nargs="?", help="a bundle's folder, to decode with")
+    return parser
 
 
 def _examine(arguments: Namespace) -> int:
+    bundle: Path | None = arguments.bundle
+    if bundle is not None and not (bundle / MANIFEST_FILE).is_file():
+        raise PidRuntimeError(
+            f"expected a bundle (a folder with {MANIFEST_FILE}), but got {bundle}; "
+            "make one with pid-export"
+        )
     found = [*machine(), *packages(), *gpus()]
-    found += backends(has_gpu=_has(found, "gpu"))
+    found += backends(has_gpu=bool(_ok(found, "gpu")))
+    if bundle is not None:
+        found += _of_bundle(bundle, found, quiet=arguments.quiet)
     works = not any(each.state == "wrong" for each in found)
-    advice = next_step(found)
+    advice = _next_step(found, bundle)
     result = {
         "version": __version__,
         "works": works,
@@ -48,15 +68,41 @@ def _examine(arguments: Namespace) -> int:
     return 0 if works else 1
 
 
-def next_step(found: Sequence[Finding]) -> str:
-    """The one thing to do next: mend what is wrong, else install what is wanted most."""
-    wrong = [each for each in found if each.state == "wrong"]
-    if wrong:
-        return f"mend what is wrong, first {wrong[0].part} {wrong[0].name}: {wrong[0].detail}"
-    if not _has(found, "backend"):
+def _of_bundle(bundle: Path, found: Sequence[Finding], *, quiet: bool) -> list[Finding]:
+    manifest, whole = files(bundle)
+    if manifest is None:
+        return [whole]
+    loading = {each.name: each for each in _ok(found, "backend")}
+    versions = {name: loading[name].values["version"] for name in FLAVORS if name in loading}
+    targets = [each.values["target"] for each in _ok(found, "gpu") if "target" in each.values]
+    sets = engines(bundle, manifest, versions, targets[0] if targets else None)
+    ways = [name for name in loading if name not in FLAVORS]
+    if versions and targets and (not sets or _ok(sets, "engines")):
+        ways.append("tensorrt")
+    with console.progress("Decoding", len(ways), quiet=quiet) as advance:
+        return [whole, *sets, *decodes(bundle, manifest, ways, advance)]
+
+
+def _next_step(found: Sequence[Finding], bundle: Path | None) -> str:
+    """The one thing to do next: mend what is wrong, else add what is wanted most."""
+    details = {(each.part, each.name): each.detail for each in found}
+    for each in found:
+        if each.state == "wrong":
+            return f"mend what is wrong, first {each.part} {each.name}: {each.detail}"
+    loading = {each.name for each in _ok(found, "backend")}
+    if not loading - {*FLAVORS}:
         return f"no backend: {INSTALL_ONNXRUNTIME}"
-    return "nothing to install"
+    if _ok(found, "gpu") and not loading & {*_ON_GPU}:
+        cure = details.get(("backend", "onnxruntime cuda"), INSTALL_ONNXRUNTIME)
+        return f"nothing uses the GPU: {cure}"
+    if bundle is None and not any(each.name == "export" for each in _ok(found, "extra")):
+        return "no bundle: pip install 'pid-trt[export]' makes them, or copy one here"
+    if bundle is None:
+        return "try a decode: pid-export --space nano -o nano, and then pid-doctor nano"
+    if not _ok(found, "decode"):
+        return "nothing decodes this bundle: the lines above say what each backend wants"
+    return "nothing is wrong; what is missing may be installed"
 
 
-def _has(found: Sequence[Finding], part: str) -> bool:
-    return any(each.part == part and each.state == "ok" for each in found)
+def _ok(found: Sequence[Finding], part: str) -> list[Finding]:
+    return [each for each in found if each.part == part and each.state == "ok"]

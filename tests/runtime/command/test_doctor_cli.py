@@ -8,15 +8,20 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 
-from fakes.gpu import Gpu, fake_cuda, install
+from fakes.engines import VERSION, add_engines
+from fakes.gpu import FakeRtxEngine, Gpu, fake_cuda, fake_tensorrt, install
 from pid_runtime import __version__
 from pid_runtime.backends import onnxruntime as backend_onnxruntime
-from pid_runtime.command import doctor_checks
+from pid_runtime.command import doctor_bundle, doctor_checks
 from pid_runtime.command.doctor_cli import main
+from pid_runtime.decoder import Decoder
 from pid_runtime.errors import PidRuntimeError
+from pid_runtime.noise import standard_normal
 
+EditBundle = Callable[..., Path]
 RunCommand = Callable[..., tuple[int, str, str]]
 Report = dict[str, Any]
 
@@ -26,7 +31,7 @@ def report(run_command: RunCommand) -> Callable[..., Report]:
     """A function that runs the command: its JSON, with findings by name and the exit code."""
 
     def examine(*arguments: object) -> Report:
-        code, out, err = run_command(main, *arguments, "--json")
+        code, out, err = run_command(main, *arguments, "--json", "--quiet")
         assert err == ""
         result = json.loads(out)
         assert result["works"] == (code == 0)
@@ -60,6 +65,10 @@ def _no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 def state_of(report: Report, name: str) -> tuple[str, str]:
     found = report["by_name"][name]
     return found["state"], found["detail"]
+
+
+def decodes_of(report: Report) -> dict[str, Any]:
+    return {each["name"]: each for each in report["findings"] if each["part"] == "decode"}
 
 
 def own_packages(monkeypatch: pytest.MonkeyPatch, versions: dict[str, str]) -> None:
@@ -311,3 +320,131 @@ def test_what_torch_runs_on(
     found = report()
     assert state_of(found, "torch cpu") == ("ok", "PyTorch 2.13.0")
     assert found["by_name"]["torch cuda"]["state"] == state
+
+
+# a bundle
+
+
+def test_backends_are_compared_with_each_other(
+    report: Callable[..., Report], golden_bundle: Path
+) -> None:
+    found = report(golden_bundle)
+    assert found["code"] == 0 and state_of(found, "files")[0] == "ok"
+    first, second = decodes_of(found).values()
+    assert (first["name"], second["name"]) == ("onnxruntime cpu", "torch cpu")
+    assert first["detail"].startswith("128x128 in ")
+    assert first["detail"].endswith("s with loading, nothing to compare with")
+    assert second["detail"].endswith(" from onnxruntime cpu's")
+    assert second["values"]["rms"] < 1e-5
+    np.testing.assert_allclose(
+        first["values"]["fingerprint"], second["values"]["fingerprint"], rtol=0, atol=1e-4
+    )
+
+
+def test_an_image_that_is_not_the_known_one_is_wrong(
+    report: Callable[..., Report], monkeypatch: pytest.MonkeyPatch, edit_bundle: EditBundle
+) -> None:
+    bundle = edit_bundle(lambda fields: fields["model"]["weights"].update(sha256="0"))
+    with Decoder.open(bundle) as decoder:
+        image = decoder.decode(doctor_bundle.sample_latent(decoder.manifest))
+    for change, code in ((0.0, 0), (0.004, 0), (0.01, 1)):
+        noisy = image + change * standard_normal(9, 0, image.size).reshape(image.shape)
+        known = {"0": tuple(doctor_bundle.fingerprint(noisy))}
+        monkeypatch.setattr(doctor_bundle, "KNOWN_DECODES", known)
+        found = report(bundle)
+        assert found["code"] == code
+        for each in decodes_of(found).values():
+            assert each["values"]["compared_with"] == "the known image"
+            assert each["values"]["rms"] == pytest.approx(change, rel=0.5, abs=1e-5)
+    assert "expected at most 0.005 from the known image, but got 0.0" in found["next"]
+
+
+def test_a_decode_that_fails_is_wrong(report: Callable[..., Report], spoilt_bundle: Path) -> None:
+    found = report(spoilt_bundle)
+    assert found["code"] == 1
+    for each in decodes_of(found).values():
+        assert each["state"] == "wrong" and "step 3 of 4 gave NaN" in each["detail"]
+
+
+def test_a_bundle_that_a_backend_is_not_for(
+    report: Callable[..., Report], bf16_bundle: Path
+) -> None:
+    found = report(bf16_bundle)
+    assert found["code"] == 0
+    each = decodes_of(found)
+    assert each["onnxruntime cpu"]["state"] == "missing"
+    assert "has no bf16 kernels" in each["onnxruntime cpu"]["detail"]
+    assert each["torch cpu"]["state"] == "ok"
+
+
+def test_an_altered_bundle_is_wrong_and_not_decoded(
+    report: Callable[..., Report], edit_bundle: EditBundle
+) -> None:
+    bundle = edit_bundle()
+    weights = bundle / "weights.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    found = report(bundle)
+    state, detail = state_of(found, "files")
+    assert (found["code"], state) == (1, "wrong") and "was altered" in detail
+    assert decodes_of(found) == {}
+
+
+def test_no_bundle_is_bad_input(refusal: Callable[..., str], tmp_path: Path) -> None:
+    assert f"expected a bundle (a folder with manifest.json), but got {tmp_path}" in refusal(
+        main, tmp_path
+    )
+
+
+# engines
+
+
+@pytest.fixture
+def with_engines(edit_bundle: EditBundle, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A bundle with engines for sm86 and sm89, and what runs them on an sm89."""
+    bundle = edit_bundle()
+    add_engines(bundle, "rtx")
+    gpu = Gpu()
+    library = fake_tensorrt(gpu, bundle, FakeRtxEngine)
+    install(monkeypatch, {**fake_cuda(gpu), "tensorrt_rtx": library})
+    return bundle
+
+
+def test_engines_that_run_here_decode(report: Callable[..., Report], with_engines: Path) -> None:
+    found = report(with_engines)
+    detail = f"tensorrt-rtx {VERSION} for sm86, sm89, runs here"
+    assert (found["code"], *state_of(found, "rtx")) == (0, "ok", detail)
+    assert list(decodes_of(found)) == ["onnxruntime cpu", "torch cpu", "tensorrt"]
+    assert decodes_of(found)["tensorrt"]["values"]["rms"] < 1e-5
+
+
+def test_engines_for_other_gpus_are_not_tried(
+    report: Callable[..., Report], with_engines: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    install(monkeypatch, fake_cuda(Gpu(capability=(12, 0))))
+    found = report(with_engines)
+    state, detail = state_of(found, "rtx")
+    build = f"pid-build {with_engines} --flavor tensorrt-rtx --target sm120"
+    assert (state, detail) == ("missing", f"was built for sm86, sm89; build them: {build}")
+    assert "tensorrt" not in decodes_of(found) and found["code"] == 0
+    install(monkeypatch, fake_cuda(Gpu(has_driver=False)))
+    assert state_of(report(with_engines), "rtx")[1].endswith("there is no such GPU here")
+
+
+def test_engines_that_were_altered_are_wrong(
+    report: Callable[..., Report], with_engines: Path
+) -> None:
+    next((with_engines / "engines" / "rtx").glob("*.engine")).write_bytes(b"other")
+    found = report(with_engines)
+    state, detail = state_of(found, "rtx")
+    assert (found["code"], state) == (1, "wrong") and "bytes instead of" in detail
+
+
+def test_a_bundle_without_engines_says_how_to_build_them(
+    report: Callable[..., Report], golden_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    install(monkeypatch, fake_cuda(Gpu()))
+    each = decodes_of(report(golden_bundle))["tensorrt"]
+    assert each["state"] == "missing"
+    assert "it has none; export it again with --precision bf16, and build them" in each["detail"]
