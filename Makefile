@@ -7,7 +7,7 @@ STAMP := .venv/.stamp
 export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-gpu lint format clean
+.PHONY: help venv demo test test-gpu gpu-report lint format clean
 
 help:  ## say what there is
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -27,6 +27,9 @@ test: lint  ## lint, types, and every test that needs no GPU and no minutes
 
 test-gpu: venv  ## the tests that need a GPU
 	$(BIN)/python -m pytest -q -m gpu || test $$? -eq 5  # 5: there are none
+
+gpu-report: venv  ## check and measure on this GPU, 25 minutes at most: leaves gpu-report.json
+	$(BIN)/python tools/gpu_report.py
 
 CXX_FILES = git ls-files -co --exclude-standard '*.c' '*.h' '*.cc' '*.cpp' '*.hpp' '*.cu'
 

@@ -218,7 +218,10 @@ def _tensorrt(flavor: Flavor) -> Finding:
             continue
         if isinstance(loaded, Finding):
             return loaded
-        version = str(loaded.__version__)
-        detail = f"{flavor.title} {version}, module {module}"
-        return replace(absent, state="ok", detail=detail, values={"version": version})
+        version, builds = str(loaded.__version__), module == flavor.modules[0]
+        what = "builds engines and runs them" if builds else "runs engines"
+        detail = f"{flavor.title} {version}, {module}, {what}"
+        return replace(
+            absent, state="ok", detail=detail, values={"version": version, "builds": builds}
+        )
     return absent

@@ -322,6 +322,16 @@ def test_what_torch_runs_on(
     assert found["by_name"]["torch cuda"]["state"] == state
 
 
+def test_a_library_that_only_runs_engines(
+    report: Callable[..., Report], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lean = SimpleNamespace(__version__="11.4")
+    install(monkeypatch, {"tensorrt": None, "tensorrt_lean": lean})
+    assert state_of(report(), "tensorrt") == ("ok", "TensorRT 11.4, tensorrt_lean, runs engines")
+    install(monkeypatch, {"tensorrt": lean})
+    assert state_of(report(), "tensorrt")[1].endswith("tensorrt, builds engines and runs them")
+
+
 # a bundle
 
 
