@@ -1,5 +1,6 @@
 """What `pid-doctor` finds out about a machine: packages, GPUs, and backends that really load."""
 
+import ctypes
 import importlib
 import os
 import platform
@@ -77,21 +78,26 @@ def packages() -> list[Finding]:
 
 
 def gpus() -> list[Finding]:
-    """NVIDIA's GPUs, as its driver's own program sees them and as cuda-python does."""
-    found = [_gpu(number, row) for number, row in enumerate(_nvidia_smi())]
-    absent = Finding("gpu", "0", "missing", "nvidia-smi finds none")
+    """NVIDIA's GPUs, as nvidia-smi sees them and as cuda-python does, or else their driver."""
+    rows, complaint = _nvidia_smi()
+    found = [_gpu(number, row) for number, row in enumerate(rows)]
+    absent = Finding("gpu", "cuda-python", "missing", complaint)
     cuda = _load("cuda.core", absent)
+    if cuda is absent:
+        if not rows and (count := _count_by_driver()):
+            return [Finding("gpu", "driver", "ok", f"{count} GPUs, but {complaint}")]
+        return found or [replace(absent, name="0")]
     if isinstance(cuda, Finding):
-        return found or [cuda]
+        return [*found, cuda]
     try:
         device = CudaDevice(0)
-    except PidRuntimeError as error:
+        free, total = device.memory_bytes()
+    except Exception as error:  # noqa: BLE001 - ours, or whatever a driver that is ill raises
         state: State = "wrong" if found else "missing"
-        return [*found, Finding("gpu", "cuda-python", state, str(error))]
-    free, total = device.memory_bytes()
+        return [*found, replace(absent, state=state, detail=first_line(error))]
     values = {"target": device.target, "free_bytes": free, "total_bytes": total}
     detail = f"{device.name}, {device.target}, {_gigabytes(free, total)}"
-    return [*found, Finding("gpu", "cuda-python", "ok", detail, values)]
+    return [*found, replace(absent, state="ok", detail=detail, values=values)]
 
 
 def backends(*, has_gpu: bool) -> list[Finding]:
@@ -133,17 +139,30 @@ def _installed(part: str, name: str, requirements: Iterable[Requirement]) -> Fin
     return Finding(part, name, "ok", detail, {"versions": versions})
 
 
-def _nvidia_smi() -> list[list[str]]:
-    """Of every GPU the values of `_GPU_COLUMNS`; none where there is no driver."""
+def _nvidia_smi() -> tuple[list[list[str]], str]:
+    """Of every GPU the values of `_GPU_COLUMNS`, and why there is none."""
     query = ["nvidia-smi", f"--query-gpu={','.join(_GPU_COLUMNS)}", "--format=csv,noheader,nounits"]
     try:
         done = subprocess.run(query, capture_output=True, text=True, timeout=30, check=False)
-    except (OSError, subprocess.TimeoutExpired):
-        return []
+    except FileNotFoundError:
+        return [], "nvidia-smi is not there"
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return [], f"nvidia-smi does not run: {error}"
+    lines = done.stdout.strip().splitlines()
     if done.returncode:
-        return []
-    rows = [[cell.strip() for cell in line.split(",")] for line in done.stdout.splitlines()]
-    return [row for row in rows if len(row) == len(_GPU_COLUMNS)]
+        return [], f"nvidia-smi says: {lines[0] if lines else f'exit code {done.returncode}'}"
+    return [[cell.strip() for cell in line.split(",")] for line in lines], "nvidia-smi lists none"
+
+
+def _count_by_driver() -> int:
+    """GPUs that programs may use: containers often have the driver but not nvidia-smi."""
+    count = ctypes.c_int(0)
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return 0
+    failed = driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(count))
+    return 0 if failed else count.value
 
 
 def _gpu(number: int, row: list[str]) -> Finding:
@@ -183,6 +202,8 @@ def _onnxruntime(*, has_gpu: bool) -> list[Finding]:
         state: State = "ok"
         try:
             detail = f"{find_provider(name)} loads, of ONNX Runtime {loaded.__version__}"
+            if name != "cpu" and not has_gpu:
+                state, detail = "missing", f"{detail}, but there is no GPU"
         except PidRuntimeError as error:
             state, detail = "missing", str(error)
             if not is_installed(name):
@@ -201,7 +222,7 @@ def _torch(*, has_gpu: bool) -> list[Finding]:
     cpu = Finding("backend", "torch cpu", "ok", f"PyTorch {torch.__version__}")
     state: State = "missing"
     if torch.cuda.is_available():
-        state, detail = "ok", f"CUDA {torch.version.cuda}, {torch.cuda.get_device_name()}"
+        state, detail = "ok", f"CUDA {torch.version.cuda}"
     elif torch.version.cuda is None:
         detail = f"PyTorch {torch.__version__} is a build for processors"
     else:

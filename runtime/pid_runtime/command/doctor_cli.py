@@ -74,7 +74,7 @@ def _of_bundle(bundle: Path, found: Sequence[Finding], *, quiet: bool) -> list[F
         return [whole]
     loading = {each.name: each for each in _ok(found, "backend")}
     versions = {name: loading[name].values["version"] for name in FLAVORS if name in loading}
-    targets = [each.values["target"] for each in _ok(found, "gpu") if "target" in each.values]
+    targets = _targets(found)
     sets = engines(bundle, manifest, versions, targets[0] if targets else None)
     ways = [name for name in loading if name not in FLAVORS]
     if versions and targets and (not sets or _ok(sets, "engines")):
@@ -89,10 +89,12 @@ def _next_step(found: Sequence[Finding], bundle: Path | None) -> str:
     for each in found:
         if each.state == "wrong":
             return f"mend what is wrong, first {each.part} {each.name}: {each.detail}"
-    loading = {each.name for each in _ok(found, "backend")}
-    if not loading - {*FLAVORS}:
+    usable = {each.name for each in _ok(found, "backend")}
+    if not _targets(found):
+        usable -= {*FLAVORS}  # engines need cuda-python and a GPU
+    if not usable:
         return f"no backend: {INSTALL_ONNXRUNTIME}"
-    if _ok(found, "gpu") and not loading & {*_ON_GPU}:
+    if _ok(found, "gpu") and not usable & {*_ON_GPU}:
         cure = details.get(("backend", "onnxruntime cuda"), INSTALL_ONNXRUNTIME)
         return f"nothing uses the GPU: {cure}"
     if bundle is None and not any(each.name == "export" for each in _ok(found, "extra")):
@@ -102,6 +104,11 @@ def _next_step(found: Sequence[Finding], bundle: Path | None) -> str:
     if not _ok(found, "decode"):
         return "nothing decodes this bundle: the lines above say what each backend wants"
     return "nothing is wrong; what is missing may be installed"
+
+
+def _targets(found: Sequence[Finding]) -> list[str]:
+    """Architectures of GPUs that cuda-python sees, as sm89."""
+    return [each.values["target"] for each in _ok(found, "gpu") if "target" in each.values]
 
 
 def _ok(found: Sequence[Finding], part: str) -> list[Finding]:

@@ -43,15 +43,15 @@ def report(run_command: RunCommand) -> Callable[..., Report]:
 
 
 @pytest.fixture(autouse=True)
-def nvidia_smi(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+def nvidia_smi(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """A machine without nvidia-smi, and a function that puts one there which prints this."""
     folder = tmp_path / "bin"
     folder.mkdir()
     monkeypatch.setenv("PATH", str(folder))
 
-    def put(text: str) -> None:
+    def put(text: str, code: int = 0) -> None:
         file = folder / "nvidia-smi"
-        file.write_text(f"#!/bin/sh\necho '{text}'\n")
+        file.write_text(f"#!/bin/sh\necho '{text}'\nexit {code}\n")
         file.chmod(0o755)
 
     return put
@@ -121,7 +121,17 @@ def test_without_a_backend_it_says_what_to_install(
     assert found["next"].startswith("no backend: pip install 'pid-trt[cpu]'")
     assert state_of(found, "torch") == ("missing", "pip install 'pid-trt[torch]'")
     assert state_of(found, "tensorrt-rtx") == ("missing", "pip install 'pid-trt[tensorrt-rtx]'")
-    assert state_of(found, "0") == ("missing", "nvidia-smi finds none")
+    assert state_of(found, "0") == ("missing", "nvidia-smi is not there")
+
+
+def test_without_a_bundle_it_says_how_to_make_one(
+    report: Callable[..., Report], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    has: dict[str, str] = {"numpy": "2.0", "onnxruntime": "1.22.0"}
+    own_packages(monkeypatch, has)
+    assert report()["next"].startswith("no bundle: pip install 'pid-trt[export]'")
+    own_packages(monkeypatch, has | {"onnx": "1.18.0", "onnx-ir": "0.1.16"})
+    assert "pid-export --space nano -o nano, and then pid-doctor nano" in report()["next"]
 
 
 # packages
@@ -199,7 +209,7 @@ def test_files_that_are_not_installed(
 def test_a_gpu_is_described(
     report: Callable[..., Report],
     monkeypatch: pytest.MonkeyPatch,
-    nvidia_smi: Callable[[str], None],
+    nvidia_smi: Callable[..., None],
 ) -> None:
     nvidia_smi("NVIDIA GeForce RTX 4090, 580.95.05, 8.9, 23000, 24564")
     install(monkeypatch, fake_cuda(Gpu(free=1 << 29)))
@@ -216,7 +226,7 @@ def test_a_gpu_is_described(
 
 
 def test_a_gpu_that_does_not_say_its_memory(
-    report: Callable[..., Report], nvidia_smi: Callable[[str], None]
+    report: Callable[..., Report], nvidia_smi: Callable[..., None]
 ) -> None:
     nvidia_smi("NVIDIA GB10, 580.95.05, 12.1, [N/A], [N/A]")
     found = report()
@@ -227,7 +237,7 @@ def test_a_gpu_that_does_not_say_its_memory(
 def test_a_driver_that_is_too_old_is_wrong_where_there_is_a_gpu(
     report: Callable[..., Report],
     monkeypatch: pytest.MonkeyPatch,
-    nvidia_smi: Callable[[str], None],
+    nvidia_smi: Callable[..., None],
     there: bool,
 ) -> None:
     if there:
@@ -238,14 +248,50 @@ def test_a_driver_that_is_too_old_is_wrong_where_there_is_a_gpu(
     assert "expected a driver for CUDA 13 or newer" in detail
 
 
+def test_what_nvidia_smi_complains_of_is_told(
+    report: Callable[..., Report],
+    monkeypatch: pytest.MonkeyPatch,
+    nvidia_smi: Callable[..., None],
+) -> None:
+    nvidia_smi("Failed to initialize NVML: Driver/library version mismatch\nmore", 18)
+    install(monkeypatch, {"cuda.core": None})
+    said = "nvidia-smi says: Failed to initialize NVML: Driver/library version mismatch"
+    assert state_of(report(), "0") == ("missing", said)
+
+
+def test_a_container_with_the_driver_only_has_a_gpu(
+    report: Callable[..., Report], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def count(pointer: Any) -> int:
+        pointer._obj.value = 2
+        return 0
+
+    driver = SimpleNamespace(cuInit=lambda flags: 0, cuDeviceGetCount=count)
+    monkeypatch.setattr(doctor_checks.ctypes, "CDLL", lambda name: driver)
+    install(monkeypatch, {"cuda.core": None})
+    found = report()
+    assert state_of(found, "driver") == ("ok", "2 GPUs, but nvidia-smi is not there")
+    assert found["next"].startswith("nothing uses the GPU: ")
+
+
 # backends
+
+
+def test_providers_that_load_wait_for_a_gpu(
+    report: Callable[..., Report], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(backend_onnxruntime, "find_provider", lambda name: name)
+    state, detail = state_of(report(), "onnxruntime nvtensorrtrtx")
+    assert state == "missing" and detail.endswith(", but there is no GPU")
+    install(monkeypatch, fake_cuda(Gpu()))
+    assert state_of(report(), "onnxruntime nvtensorrtrtx")[0] == "ok"
 
 
 @pytest.mark.parametrize("there", [True, False])
 def test_a_provider_that_does_not_load(
     report: Callable[..., Report],
     monkeypatch: pytest.MonkeyPatch,
-    nvidia_smi: Callable[[str], None],
+    nvidia_smi: Callable[..., None],
     there: bool,
 ) -> None:
     reason = "expected CUDAExecutionProvider to load, but libcudnn.so.9: no; pip install it"
@@ -302,7 +348,7 @@ def test_a_package_that_does_not_load_is_wrong(
 def test_what_torch_runs_on(
     report: Callable[..., Report],
     monkeypatch: pytest.MonkeyPatch,
-    nvidia_smi: Callable[[str], None],
+    nvidia_smi: Callable[..., None],
     available: bool,
     cuda: str | None,
     there: bool,
@@ -314,7 +360,7 @@ def test_what_torch_runs_on(
     torch = SimpleNamespace(
         __version__="2.13.0",
         version=SimpleNamespace(cuda=cuda),
-        cuda=SimpleNamespace(is_available=lambda: available, get_device_name=lambda: "RTX"),
+        cuda=SimpleNamespace(is_available=lambda: available),
     )
     install(monkeypatch, {"torch": torch})
     found = report()
