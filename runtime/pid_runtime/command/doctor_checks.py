@@ -67,8 +67,9 @@ def packages() -> list[Finding]:
     always = [each for each in requirements if _applies(each, "")]
     found = [_installed("package", "needed", always)]
     for extra in sorted({*extras} - {"dev"}):
-        own_lines = [each for each in requirements if _applies(each, extra) and each not in always]
-        found.append(_installed("extra", extra, own_lines))
+        added = [each for each in requirements if _applies(each, extra) and each not in always]
+        added += [each for one in added for each in _of_its_extras(one)]
+        found.append(_installed("extra", extra, added))
     both = sorted(set(metadata.packages_distributions().get("onnxruntime", ())))
     if len(both) > 1:
         cure = f"pip uninstall {' '.join(both)}, then install one extra, cpu or cuda"
@@ -115,6 +116,16 @@ def _applies(requirement: Requirement, extra: str) -> bool:
     return requirement.marker is None or requirement.marker.evaluate({"extra": extra})
 
 
+def _of_its_extras(requirement: Requirement) -> list[Requirement]:
+    """What a package needs for the extras of its own that are asked for, if it is installed."""
+    try:
+        lines = metadata.requires(requirement.name) if requirement.extras else []
+    except metadata.PackageNotFoundError:
+        return []
+    optional = [each for each in map(Requirement, lines or ()) if not _applies(each, "")]
+    return [each for each in optional if any(_applies(each, e) for e in requirement.extras)]
+
+
 def _installed(part: str, name: str, requirements: Iterable[Requirement]) -> Finding:
     versions: dict[str, str] = {}
     absent: list[str] = []
@@ -151,7 +162,8 @@ def _nvidia_smi() -> tuple[list[list[str]], str]:
     lines = done.stdout.strip().splitlines()
     if done.returncode:
         return [], f"nvidia-smi says: {lines[0] if lines else f'exit code {done.returncode}'}"
-    return [[cell.strip() for cell in line.split(",")] for line in lines], "nvidia-smi lists none"
+    rows = [[cell.strip() for cell in line.split(",")] for line in lines]
+    return [row for row in rows if len(row) == len(_GPU_COLUMNS)], "nvidia-smi lists none"
 
 
 def _count_by_driver() -> int:

@@ -72,14 +72,15 @@ def decodes_of(report: Report) -> dict[str, Any]:
 
 
 def own_packages(monkeypatch: pytest.MonkeyPatch, versions: dict[str, str]) -> None:
-    """A pid-trt with two extras, and these packages installed."""
+    """A pid-trt with some extras, and these packages installed."""
     provided = Message()
-    for extra in ("cpu", "export", "dev"):
+    for extra in ("cpu", "cuda", "export", "dev"):
         provided["Provides-Extra"] = extra
     own = SimpleNamespace(
         requires=[
             "numpy>=1.26",
             "onnxruntime>=1.21.1; extra == 'cpu'",
+            "onnxruntime-gpu[cuda]>=1.21.1; extra == 'cuda'",
             "onnx-ir>=0.1.16; extra == 'export'",
             "onnx>=1.18; extra == 'export'",
             "ruff; extra == 'dev'",
@@ -92,7 +93,9 @@ def own_packages(monkeypatch: pytest.MonkeyPatch, versions: dict[str, str]) -> N
             raise importlib.metadata.PackageNotFoundError(name)
         return versions[name]
 
-    monkeypatch.setattr(doctor_checks.metadata, "distribution", lambda name: own)
+    gpu = SimpleNamespace(requires=["numpy", "cublas; extra == 'cuda'", "dali; extra == 'dali'"])
+    of = {"pid-trt": own, "onnxruntime-gpu": gpu}
+    monkeypatch.setattr(doctor_checks.metadata, "distribution", lambda name: of[name])
     monkeypatch.setattr(doctor_checks.metadata, "version", version)
 
 
@@ -147,6 +150,16 @@ def test_extras_are_those_of_the_metadata(
     assert state_of(found, "export") == ("missing", "without onnx-ir")
     assert "dev" not in found["by_name"] and found["code"] == 0
     assert found["by_name"]["cpu"]["values"] == {"versions": {"onnxruntime": "1.22.0"}}
+
+
+def test_an_extra_has_the_extras_of_its_packages(
+    report: Callable[..., Report], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    has = {"numpy": "2.0", "onnxruntime-gpu": "1.22.0"}
+    own_packages(monkeypatch, has)
+    assert state_of(report(), "cuda") == ("missing", "without cublas")
+    own_packages(monkeypatch, has | {"cublas": "13.0"})
+    assert state_of(report(), "cuda") == ("ok", "onnxruntime-gpu 1.22.0, cublas 13.0")
 
 
 @pytest.mark.parametrize(
