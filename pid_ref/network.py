@@ -145,7 +145,9 @@ class TimestepEmbedder(nn.Module):
     def forward(self, t: Tensor) -> Tensor:
         half = self.FEATURES // 2
         k = torch.arange(half, dtype=torch.float32, device=t.device)
-        angles = t.float()[:, None] * torch.exp(-math.log(self.MAX_PERIOD) * k / half)
+        # A float32 exp differs in its last bit from processor to processor, an image then by 2e-4.
+        frequencies = (-math.log(self.MAX_PERIOD) * k / half).double().exp().float()
+        angles = t.float()[:, None] * frequencies
         features = torch.cat([angles.cos(), angles.sin()], dim=-1)
         return self.mlp(features.to(next(self.mlp.parameters()).dtype))
 

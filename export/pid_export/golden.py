@@ -27,8 +27,13 @@ from pid_ref.weights import RandomWeights
 from pid_runtime.decoder import Decoder
 from pid_runtime.errors import NotFiniteError
 
-TOLERANCE = 1e-4
-"""Largest absolute difference from a golden file, over outputs of order 1."""
+TOLERANCE = 2e-4
+"""Largest absolute difference from a golden file, over outputs of order 1.
+
+The time features of the files were computed with a float32 exp that rounds one of its 128 values
+the other way than exactly; that alone is 1.7e-4 in one file, 1.3e-4 in one, and under 1e-4 in the
+others.
+"""
 
 
 @dataclass(frozen=True)
@@ -43,6 +48,11 @@ class Golden:
     """First network output `[B, 3, H, W]`."""
     states: list[NDArray[np.float32]]
     """State `[B, 3, H, W]` after every step."""
+
+    @property
+    def outputs(self) -> list[NDArray[np.float32]]:
+        """The velocity, then the states."""
+        return [self.velocity, *self.states]
 
     @property
     def weights(self) -> RandomWeights:
@@ -88,22 +98,23 @@ def read_golden(path: Path) -> Golden:
 
 def reference_error(golden: Golden) -> float:
     """Largest difference of the reference, in float64, from a golden file, over all its outputs."""
-    wanted = [golden.velocity, *golden.states]
-    got = _reference_outputs(golden, torch.float64)
-    return max(map(_difference, got, wanted))
+    return max(map(_difference, _reference_outputs(golden, torch.float64), golden.outputs))
 
 
 def tolerance_here(golden: Golden, device: str = "cpu") -> float:
     """Largest difference of a float32 program from a golden file on this machine.
 
-    That is `TOLERANCE`, or twice what the reference itself loses from float64 to float32 here, on
-    `device` of torch. These small networks make some rounding errors a thousand times larger, and
-    which ones a processor makes depends on its vector units.
+    That is `TOLERANCE`, or how far the reference itself is off and twice what it loses from
+    float64 to float32 here, on `device` of torch. These small networks make some rounding errors a
+    thousand times larger, and which ones a processor makes depends on its vector units.
     """
     exact = _reference_outputs(golden, torch.float64)
     rounded = _reference_outputs(golden, torch.float32, device)
+    off = max(map(_difference, exact, golden.outputs))
     lost = max(map(_difference, rounded, exact))
-    return max(TOLERANCE, 2 * lost) if math.isfinite(lost) else TOLERANCE
+    if not math.isfinite(lost) or not off <= TOLERANCE:
+        return TOLERANCE
+    return max(TOLERANCE, off + 2 * lost)
 
 
 def _reference_outputs(

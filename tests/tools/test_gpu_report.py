@@ -9,7 +9,7 @@ from typing import Any
 
 import gpu_report
 import pytest
-from gpu_report import Part, main, parts, run_part
+from gpu_report import Part, _parser, main, parts, run_part
 
 from pid_bench import cli as bench_cli
 from pid_export import cli as export_cli
@@ -106,9 +106,9 @@ def test_a_command_that_is_not_there(tmp_path: Path) -> None:
 # all of them
 
 
-def report_of(run_command: RunCommand, tmp_path: Path, code: int) -> dict[str, Any]:
+def report_of(run_command: RunCommand, tmp_path: Path, code: int, *more: str) -> dict[str, Any]:
     output = tmp_path / "report.json"
-    found, out, err = run_command(main, "-o", output)
+    found, out, err = run_command(main, "-o", output, *more)
     assert found == code, err
     assert out.endswith(f"\n{output}\n")
     assert [file.name for file in tmp_path.iterdir() if file.name.startswith(".")] == []
@@ -123,11 +123,12 @@ def test_all_that_runs_is_in_one_file(
     stand_in("pid-bench", bench + ' > "$2/report.json"')
     report = report_of(run_command, tmp_path, 0)
     assert report["format"] == "pid-gpu-report" and report["bench"] == {"rows": []}
-    names = ["doctor", "nano", "decodes", "tests", "bench torch", "bench tensorrt-rtx"]
+    names = ["doctor", "nano", "decodes", "tests", "bench torch"]
+    names += ["bench torch-compile", "bench tensorrt-rtx"]
     assert [part["name"] for part in report["parts"]] == names
     assert report["parts"][0]["result"]["findings"][0] == GPU
     assert "--size 2048x2048,4096x4096 " in report["parts"][4]["command"]
-    assert report["parts"][5]["command"].endswith(" tensorrt-rtx")
+    assert report["parts"][6]["command"].endswith(" tensorrt-rtx --cascades none")
 
 
 def test_a_part_that_fails_does_not_keep_the_others(
@@ -148,11 +149,10 @@ def test_there_is_an_end(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(gpu_report, "PATIENCE", 0.2)
-    monkeypatch.setattr(gpu_report, "MOST_SECONDS", 1.5)
     stand_in("pid-doctor", doctor(GPU, TORCH))
     stand_in("pid-export", "sleep 60")
     begin = time.monotonic()
-    report = report_of(run_command, tmp_path, 1)
+    report = report_of(run_command, tmp_path, 1, "--minutes", "0.025")
     assert time.monotonic() - begin < 10
     by_name = {part["name"]: part for part in report["parts"]}
     assert by_name["nano"]["exit_code"] is None and by_name["nano"]["seconds"] > 0.5
@@ -175,7 +175,7 @@ def test_a_doctor_that_crashes_is_reported_too(
 ) -> None:
     stand_in("pid-doctor", "echo Traceback >&2; exit 1")
     report = report_of(run_command, tmp_path, 1)
-    assert report["parts"][0]["stderr"] == ["Traceback"] and len(report["parts"]) == 5
+    assert report["parts"][0]["stderr"] == ["Traceback"] and len(report["parts"]) == 6
 
 
 def test_options_are_those_of_the_commands(tmp_path: Path) -> None:
@@ -187,4 +187,4 @@ def test_options_are_those_of_the_commands(tmp_path: Path) -> None:
             mains[name]._parser().parse_args(part.command[1:])
             tried.add(name)
     assert tried == mains.keys()
-    assert sum(part.limit for part in parts(tmp_path, [])) <= gpu_report.MOST_SECONDS
+    assert sum(part.limit for part in parts(tmp_path, [])) <= 60 * _parser().parse_args([]).minutes
