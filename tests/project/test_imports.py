@@ -27,6 +27,7 @@ sys.meta_path.insert(0, Blocker())
 FOLDERS = {
     "pid_ref": ROOT / "pid_ref",
     "pid_runtime": ROOT / "runtime" / "pid_runtime",
+    "pid_pipelines": ROOT / "runtime" / "pid_pipelines",
     "pid_export": ROOT / "export" / "pid_export",
     "pid_engines": ROOT / "engines" / "pid_engines",
     "pid_bench": ROOT / "bench" / "pid_bench",
@@ -36,9 +37,10 @@ FOLDERS = {
 ALLOWED: dict[str, set[str]] = {
     "pid_ref": set(),
     "pid_runtime": set(),
-    "pid_export": {"pid_ref", "pid_runtime"},
+    "pid_pipelines": {"pid_ref", "pid_runtime"},
+    "pid_export": {"pid_pipelines", "pid_ref", "pid_runtime"},
     "pid_engines": {"pid_export", "pid_ref", "pid_runtime"},
-    "pid_bench": {"pid_engines", "pid_export", "pid_ref", "pid_runtime"},
+    "pid_bench": {"pid_engines", "pid_export", "pid_pipelines", "pid_ref", "pid_runtime"},
 }
 
 TORCH_MODULES = {"pid_runtime.backends.torch", "pid_runtime.backends.stages"}
@@ -168,7 +170,7 @@ def test_a_circle_is_found() -> None:
 
 
 def test_packages_that_must_exist_do() -> None:
-    for package in ("pid_ref", "pid_runtime", "pid_export", "pid_bench"):
+    for package in ("pid_ref", "pid_runtime", "pid_pipelines", "pid_export", "pid_bench"):
         assert modules(package)
 
 

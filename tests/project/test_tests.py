@@ -10,6 +10,7 @@ from places import ROOT
 MIRRORS = {
     "pid_ref": "reference",
     "runtime/pid_runtime": "runtime",
+    "runtime/pid_pipelines": "pipelines",
     "export/pid_export": "export",
     "engines/pid_engines": "engines",
     "bench/pid_bench": "bench",
