@@ -26,15 +26,7 @@ from pid_bench.cases import PID, Case
 from pid_bench.contenders import Materials, make_contender
 from pid_bench.images import sampled
 from pid_engines.child import PartDone, serve
-
-_NO_MEMORY = (
-    "out of memory",
-    "can't allocate memory",
-    "failed to allocate memory",
-    "bad_alloc",
-    "of free device memory",  # the TensorRT backend's own check
-    "of memory for the arena",
-)
+from pid_runtime.errors import memory_shortage
 
 
 class Worker:
@@ -115,9 +107,7 @@ def _ceilings(precision: str, device: str, threads: int) -> dict[str, float]:
 def failure(error: BaseException) -> dict[str, str]:
     """What went wrong, in one line, and whether memory was short."""
     text = " ".join((str(error) or type(error).__name__).split())
-    short = isinstance(error, MemoryError | torch.OutOfMemoryError) or any(
-        words in text.lower() for words in _NO_MEMORY
-    )
+    short = memory_shortage(error) is not None
     return {"error": text[:300], "status": "oom" if short else "error"}
 
 

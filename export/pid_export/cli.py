@@ -156,7 +156,8 @@ def _export(args: Namespace) -> None:
     arenas = ", ".join(f"{name} {size / 1e9:.2f} GB" for name, size in arena_bytes.items())
     text = (
         f"{args.output}: {manifest.model['name']}, {manifest.precision}, {total / 1e9:.2f} GB, "
-        f"{len(manifest.graphs)} graphs, {seconds:.0f} s\narena per image: {arenas}"
+        f"{len(manifest.graphs)} graphs, {seconds:.0f} s\narena per image: {arenas}; the weights, "
+        "and what the backend works in, come on top: docs/memory.md"
     )
     console.emit(result, text, as_json=args.json)
 

@@ -3,9 +3,16 @@
 import importlib.metadata
 
 from pid_runtime.decoder import Bundle, Decoder
-from pid_runtime.errors import NotFiniteError, PidRuntimeError
+from pid_runtime.errors import NotFiniteError, OutOfMemoryError, PidRuntimeError
 
-__all__ = ["Bundle", "Decoder", "NotFiniteError", "PidRuntimeError", "__version__"]
+__all__ = [
+    "Bundle",
+    "Decoder",
+    "NotFiniteError",
+    "OutOfMemoryError",
+    "PidRuntimeError",
+    "__version__",
+]
 
 try:
     __version__ = importlib.metadata.version("pid-trt")

@@ -18,7 +18,12 @@ from pid_runtime.backends.memory import Block
 from pid_runtime.bundle.folder import check_files, read_constants, read_manifest
 from pid_runtime.bundle.manifest import Manifest, Noise
 from pid_runtime.bundle.sizes import Sizes
-from pid_runtime.errors import NotFiniteError, PidRuntimeError
+from pid_runtime.errors import (
+    NotFiniteError,
+    OutOfMemoryError,
+    PidRuntimeError,
+    memory_shortage,
+)
 from pid_runtime.interpreter import Program, graph_calls
 from pid_runtime.latents import spread_warning
 from pid_runtime.nano import codec
@@ -79,7 +84,8 @@ class Bundle:
         libraries installed run, which the log names. cuda_graphs: for tensorrt, replay the steps
         as CUDA graphs from the second decode in a shape on. manifest: the bundle's, if it has been
         read already.
-        Raises `PidRuntimeError` for a broken bundle or a backend that is not there.
+        Raises `PidRuntimeError` for a broken bundle or a backend that is not there, and
+        `OutOfMemoryError`, one of these, for too little memory.
         """
         path = Path(bundle).expanduser()
         try:
@@ -104,8 +110,20 @@ class Bundle:
             engines=engines,
             cuda_graphs=cuda_graphs,
         )
-        graphs.load()
-        return cls(path, manifest, graphs, read_constants(path, manifest), backend, device)
+        try:
+            graphs.load()
+            constants = read_constants(path, manifest)
+        except Exception as error:
+            reason = memory_shortage(error)
+            if reason is None:
+                raise
+            graphs.close()
+            raise OutOfMemoryError(
+                f"expected enough memory to open {path}, whose weights are "
+                f"{_weight_bytes(manifest) / 1e9:.2f} GB, but got {reason}; end other programs, or "
+                "take a machine with more"
+            ) from None
+        return cls(path, manifest, graphs, constants, backend, device)
 
     def decoder(self) -> "Decoder":
         """One more decoder, for one thread. Raises `PidRuntimeError` when the bundle is closed."""
@@ -261,7 +279,8 @@ class Decoder:
         Warns in the log, once each, of what runs but not as well as it could: a size, noise level
         or spread of the latent that the decoder was not trained on, and no caption.
         Raises `PidRuntimeError` for an input that does not fit the bundle; nothing is run then.
-        Raises `NotFiniteError`, one of these, for NaN or infinity in the image, naming the step.
+        Raises `NotFiniteError`, one of these, for NaN or infinity in the image, naming the step,
+        and `OutOfMemoryError`, another, when memory runs out; the decoder decodes what fits.
         """
         request = check_request(
             self.manifest,
@@ -296,6 +315,12 @@ class Decoder:
         self._begin("use a decoder of the bundle for each thread")
         try:
             image = self._run(request, output, dlpack, progress)
+        except Exception as error:
+            reason = memory_shortage(error)
+            if reason is None or isinstance(error, PidRuntimeError):
+                raise
+            self._program = self._block = None
+            raise OutOfMemoryError(self._too_large(request.sizes, reason)) from None
         finally:
             self._busy.release()
         return [Image.fromarray(each) for each in image] if output == "pil" else image
@@ -410,6 +435,25 @@ class Decoder:
             f"infinity; {fix}"
         )
 
+    def _too_large(self, sizes: Sizes, reason: str) -> str:
+        """What to say of a shape that memory does not suffice for."""
+        tokens, batch = sizes.value("L"), sizes.value("B")
+        bucket = self.graphs.bucket_for(tokens)
+        smaller = [
+            (each.max_tokens, name)
+            for name, each in self.manifest.buckets.items()
+            if each.max_tokens < bucket.max_tokens
+        ]
+        cures = ["a smaller batch"] if batch > 1 else []
+        if smaller:
+            most, name = max(smaller)
+            cures.append(f"at most {self.manifest.megapixels(most)}: bucket {name}")
+        return (
+            f"expected enough memory for {batch} x {self.manifest.megapixels(tokens)} "
+            f"({Program.arena_bytes(bucket, sizes) / 1e9:.2f} GB for the arena, and what the "
+            f"graphs work in), but got {reason}; decode {' or '.join(cures or ['a smaller shape'])}"
+        )
+
     def _bind(self, sizes: Sizes) -> Program:
         """The program at these sizes: the one of the last decode if they have not changed."""
         if self._program is not None and self._program.sizes == sizes:
@@ -423,14 +467,7 @@ class Decoder:
         calls = graph_calls(self.manifest, bucket, sizes)
         self.graphs.prepare(calls, 0 if fits else needed, sizes.value("B"))
         if not fits:
-            try:
-                self._block, self._block_bytes = self.memory.allocate(needed), needed
-            except (MemoryError, RuntimeError) as error:
-                reason = str(error).partition("\n")[0]
-                raise PidRuntimeError(
-                    f"expected {needed / 1e9:.2f} GB of memory for the arena, but got {reason}; "
-                    "decode a smaller shape or batch"
-                ) from None
+            self._block, self._block_bytes = self.memory.allocate(needed), needed
         self._program = Program(
             self.manifest,
             self.graphs,
@@ -462,6 +499,10 @@ def _described(bundle: Bundle) -> str:
     name = bundle.manifest.model.get("name", "unnamed")
     where = f" on {bundle.backend} {bundle.device}" if bundle.backend else ""
     return f"{str(bundle.path)!r}: {name}, {bundle.manifest.precision}{where}"
+
+
+def _weight_bytes(manifest: Manifest) -> int:
+    return sum(record.bytes for record in manifest.files.values())
 
 
 def _padded(values: NDArray[np.float32], rows: int) -> NDArray[np.float32]:

@@ -15,6 +15,7 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
+from pid_runtime.backends import scratch
 from pid_runtime.backends.dlpack import CPU, CUDA, RawTensor
 from pid_runtime.backends.graphs import Call, PlannedCall, in_order
 from pid_runtime.backends.memory import (
@@ -26,7 +27,7 @@ from pid_runtime.backends.memory import (
     from_bytes,
 )
 from pid_runtime.bundle.manifest import Bucket, Manifest
-from pid_runtime.errors import PidRuntimeError
+from pid_runtime.errors import PidRuntimeError, memory_shortage
 from pid_runtime.noise import core_count, standard_normal
 
 PROVIDERS = {
@@ -80,11 +81,11 @@ class LoadedSessions:
 
     def load(self) -> None:
         options = ort.SessionOptions()
-        options.log_severity_level = 3
+        # On the host every error is raised; a GPU's provider logs what it lacks, and is left out.
+        options.log_severity_level = 4 if self.on_host else 3
         options.intra_op_num_threads = self._threads or core_count()
         options.add_session_config_entry("session.force_spinning_stop", "1")
-        options.add_session_config_entry("session.use_env_allocators", "1")
-        _share_scratch()
+        scratch.use_shared_arena(options)
         providers: list[Any] | None = [self.provider]
         if self.provider in PLUGINS:
             options.add_provider_for_devices([_plugin_device(self.provider, self._device_id)], {})
@@ -102,6 +103,8 @@ class LoadedSessions:
                     self._bundle / file, options, providers, enable_fallback=0
                 )
             except Exception as error:
+                if memory_shortage(error) is not None:
+                    raise
                 reason = str(error).splitlines()[0]
                 raise PidRuntimeError(f"{self.provider} cannot load {file}: {reason}") from error
             loaded = self.sessions[name].get_providers()
@@ -122,6 +125,7 @@ class LoadedSessions:
 
     def close(self) -> None:
         self.sessions.clear()
+        scratch.give_back()
 
 
 class OnnxRuntimeGraphs:
@@ -157,7 +161,7 @@ class OnnxRuntimeGraphs:
         return in_order(calls)
 
     def close(self) -> None:
-        pass  # sessions belong to the bundle
+        scratch.give_back()  # and the sessions belong to the bundle
 
 
 class OrtMemory:
@@ -304,15 +308,6 @@ def _plugin_device(provider: str, device_id: int) -> Any:
             "NVIDIA RTX GPU and its driver"
         )
     return devices[device_id]
-
-
-@functools.cache
-def _share_scratch() -> None:
-    """Register one arena for the scratch memory of all sessions; once in a process."""
-    memory = ort.OrtMemoryInfo(
-        "Cpu", ort.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, ort.OrtMemType.DEFAULT
-    )
-    ort.create_and_register_allocator(memory, None)
 
 
 def _bytes_of(tensor: RawTensor) -> ort.OrtValue:

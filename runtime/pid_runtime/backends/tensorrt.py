@@ -39,7 +39,7 @@ from pid_runtime.bundle.engines import (
 from pid_runtime.bundle.files import write_whole
 from pid_runtime.bundle.flavors import FLAVORS
 from pid_runtime.bundle.manifest import Bucket, Manifest
-from pid_runtime.errors import PidRuntimeError
+from pid_runtime.errors import OutOfMemoryError, PidRuntimeError
 
 _log = logging.getLogger(__name__)
 
@@ -325,7 +325,7 @@ class TensorRtGraphs:
                 f"decode {alone}at most {self._manifest.megapixels(tokens)}: bucket {name} takes "
                 f"{peak / 1e9:.2f} GB in all"
             )
-        raise PidRuntimeError(
+        raise OutOfMemoryError(
             f"expected {needed / 1e9:.2f} GB of free device memory for this shape, but got "
             f"{free / 1e9:.2f} GB; {advice}"
         )
@@ -372,7 +372,7 @@ class TensorRtGraphs:
         try:
             self._scratch = self._device.allocate(needed)
         except MemoryError as error:
-            raise PidRuntimeError(
+            raise OutOfMemoryError(
                 f"expected {needed / 1e9:.2f} GB of device memory for the engines' scratch, but "
                 f"got {error}; decode a smaller shape, or free memory on the GPU"
             ) from None

@@ -28,7 +28,7 @@ import argcomplete
 
 from pid_runtime import __version__
 from pid_runtime.backends.choice import INSTALL_ONNXRUNTIME
-from pid_runtime.errors import InputError, PidRuntimeError
+from pid_runtime.errors import InputError, PidRuntimeError, memory_shortage
 
 BAD_INPUT, BROKEN_PIPE, INTERRUPTED = 2, 141, 130
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
@@ -83,8 +83,9 @@ def run(
     """Parse `argv` (the process's arguments when None), call `body`, return the exit code.
 
     What `body` returns is the code (None is 0). `InputError`, and what is in `also`, are bad input:
-    their message is printed after the program's name, without a traceback; and so are a full disk
-    and a missing package, with `extra`, what to install of pid-trt for this command.
+    their message is printed after the program's name, without a traceback; and so are a full disk,
+    memory that ran out and a missing package, with `extra`, what to install of pid-trt for this
+    command.
     Raises `SystemExit` as argparse does for wrong arguments and for `--help`.
     """
     _interrupted.clear()
@@ -108,6 +109,9 @@ def run(
             return _fail(parser.prog, f"no space left on {where}; free some and run it again")
         if isinstance(error, (InputError, *also)):
             return _fail(parser.prog, str(error))
+        if (shortage := memory_shortage(error)) is not None:
+            fix = "end other programs, or take a machine with more"
+            return _fail(parser.prog, f"expected enough memory, but got {shortage}; {fix}")
         if isinstance(error, ModuleNotFoundError) and (missing := _missing(error, extra)):
             return _fail(parser.prog, missing)
         raise

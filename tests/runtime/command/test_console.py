@@ -120,6 +120,16 @@ def test_full_disk_is_one_line(
     )
 
 
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("std::bad_alloc")])
+def test_memory_that_ran_out_is_one_line(
+    error: Exception, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(raising(error)) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("pid-try: expected enough memory, but got too little")
+    assert said.endswith("; end other programs, or take a machine with more\n")
+
+
 def test_interrupt(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(raising(KeyboardInterrupt())) == 130
     assert capsys.readouterr().err == "pid-try: interrupted\n"
