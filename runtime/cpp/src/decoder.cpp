@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <chrono>
+#include <new>
 #include <utility>
 #include <vector>
 
@@ -19,13 +20,29 @@ double ms_between(Clock::time_point begin, Clock::time_point end) {
     return std::chrono::duration<double, std::milli>(end - begin).count();
 }
 
+Failure too_large_to_open(const std::filesystem::path& path, const Manifest& manifest,
+                          const char* reason) {
+    std::uint64_t bytes = 0;
+    for (const auto& [name, file] : manifest.files)
+        bytes += file.bytes;
+    return {PID_ERROR_MEMORY, text_of("expected enough memory to open ", path.string(),
+                                      ", whose weights are ", gigabytes(bytes), ", but got ",
+                                      reason, "; end other programs, or take a machine with more")};
+}
+
 } // namespace
 
 Bundle::Bundle(const std::filesystem::path& path, const BackendOptions& options) {
     const auto begin = Clock::now();
     manifest_ = read_manifest(path, options.verify, options.threads);
-    constants_ = read_constants(path, manifest_);
-    graphs_ = load_graphs(path, manifest_, options);
+    try {
+        constants_ = read_constants(path, manifest_);
+        graphs_ = load_graphs(path, manifest_, options);
+    } catch (const Shortage& shortage) {
+        throw too_large_to_open(path, manifest_, shortage.what());
+    } catch (const std::bad_alloc&) {
+        throw too_large_to_open(path, manifest_, "too little");
+    }
     open_ms_ = ms_between(begin, Clock::now());
 }
 
@@ -43,6 +60,44 @@ Shape Decoder::image_shape(const Sizes& sizes, pid_dtype output) {
 
 void Decoder::decode(const Request& request, pid_dtype output, const Target& target,
                      const Progress& progress, bool timed) {
+    try {
+        run(request, output, target, progress, timed);
+    } catch (const Shortage& shortage) {
+        throw too_large(request.sizes, shortage.what());
+    } catch (const std::bad_alloc&) {
+        throw too_large(request.sizes, "too little");
+    }
+}
+
+// Give the arena back, and say what memory does not suffice for.
+Failure Decoder::too_large(const Sizes& sizes, const char* reason) {
+    program_.reset();
+    arena_.reset();
+    arena_bytes_ = 0;
+    const std::uint64_t tokens = sizes.value("L"), batch = sizes.value("B");
+    const Bucket& bucket = graphs_->bucket_for(tokens);
+    const std::pair<const std::string, Bucket>* smaller = nullptr;
+    for (const auto& each : manifest().buckets)
+        if (each.second.max_tokens < bucket.max_tokens &&
+            (smaller == nullptr || each.second.max_tokens > smaller->second.max_tokens))
+            smaller = &each;
+    std::vector<std::string> cures;
+    if (batch > 1)
+        cures.emplace_back("a smaller batch");
+    if (smaller != nullptr)
+        cures.push_back("at most " + manifest().megapixels(smaller->second.max_tokens) +
+                        ": bucket " + smaller->first);
+    if (cures.empty())
+        cures.emplace_back("a smaller shape");
+    return {PID_ERROR_MEMORY,
+            text_of("expected enough memory for ", batch, " x ", manifest().megapixels(tokens),
+                    " (", gigabytes(Program::arena_bytes(bucket, sizes)),
+                    " for the arena, and what the graphs work in), but got ", reason, "; decode ",
+                    joined(cures, " or "))};
+}
+
+void Decoder::run(const Request& request, pid_dtype output, const Target& target,
+                  const Progress& progress, bool timed) {
     const Schedule& schedule = request.schedule;
     timings_.reset();
     pid_timings timings{};
@@ -158,15 +213,7 @@ Program& Decoder::bind(const Sizes& sizes) {
     }
     graphs_->prepare(planned_calls(manifest(), bucket, sizes), fits ? 0 : needed, sizes.value("B"));
     if (!fits) {
-        try {
-            arena_ = memory_.allocate(needed);
-        } catch (const Failure& failure) {
-            if (failure.status() != PID_ERROR_MEMORY)
-                throw;
-            throw Failure(PID_ERROR_MEMORY,
-                          text_of("expected ", gigabytes(needed), " of memory for the arena, but ",
-                                  "got ", failure.what(), "; decode a smaller shape or batch"));
-        }
+        arena_ = memory_.allocate(needed);
         arena_bytes_ = needed;
         note(log_, "Arena of ", gigabytes(needed), " for a batch of ", sizes.value("B"), " at ",
              sizes.value("W"), "x", sizes.value("H"));

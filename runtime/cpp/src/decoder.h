@@ -12,6 +12,7 @@
 #include "backends/graphs.h"
 #include "backends/memory.h"
 #include "bundle/manifest.h"
+#include "errors.h"
 #include "interpreter.h"
 #include "log.h"
 #include "request.h"
@@ -80,6 +81,9 @@ public:
     std::atomic<bool>& cancelled() { return graphs_->cancelled; }
 
 private:
+    void run(const Request& request, pid_dtype output, const Target& target,
+             const Progress& progress, bool timed);
+    Failure too_large(const Sizes& sizes, const char* reason);
     Program& bind(const Sizes& sizes);
     // From the inputs to the state after the last step; `prologue_done` is called on the way.
     void denoise(Program& program, const Request& request, const Progress& progress,

@@ -18,6 +18,17 @@ thread_local char message_of_thread[longest_message] = "";
 
 } // namespace
 
+bool says_memory_ran_out(const std::string& message) {
+    std::string lower = message;
+    std::transform(lower.begin(), lower.end(), lower.begin(), [](char c) {
+        return c >= 'A' && c <= 'Z' ? static_cast<char>(c - 'A' + 'a') : c;
+    });
+    static constexpr std::array words{"out of memory", "out_of_memory", "allocate memory",
+                                      "bad_alloc", "bad allocation"};
+    return std::any_of(words.begin(), words.end(),
+                       [&](const char* each) { return lower.find(each) != std::string::npos; });
+}
+
 std::string cut(std::string text) {
     if (text.size() > most_shown) {
         std::size_t length = most_shown;

@@ -22,6 +22,16 @@ private:
     pid_status status_;
 };
 
+// Memory that ran out, in the words of a library or of the system: whoever knows what it was for
+// says that too.
+class Shortage : public Failure {
+public:
+    explicit Shortage(const std::string& message) : Failure(PID_ERROR_MEMORY, message) {}
+};
+
+// Whether a library's message means that memory ran out.
+bool says_memory_ran_out(const std::string& message);
+
 // All parts one after the other, whatever the process's locale.
 template <typename... Parts>
 std::string text_of(const Parts&... parts) {

@@ -201,6 +201,20 @@ TEST_F(Decode, DecodersOfABundleShareItsWeights) {
     EXPECT_LT(resident_bytes(), before + weights); // less than one copy of them, not eight
 }
 
+#ifndef __SANITIZE_ADDRESS__ // which keeps what is freed
+
+TEST_F(Decode, AClosedDecoderGivesItsMemoryBack) {
+    Case large(2, 16, 16);
+    const std::uint64_t before = resident_bytes();
+    {
+        Decoder closed(bundle(), quick());
+        closed.decode(large.request);
+        EXPECT_GT(resident_bytes(), before + (80U << 20U));
+    }
+    EXPECT_LT(resident_bytes(), before + (40U << 20U));
+}
+
+#endif
 #endif
 
 TEST_F(Decode, CancelsItsOwnDecodeAlone) {

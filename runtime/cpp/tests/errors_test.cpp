@@ -337,8 +337,10 @@ TEST_F(Errors, OfMemory) {
     // A batch whose arena is larger than the address space.
     Decoder huge((data_folder() / "huge").string(), quick());
     Case one(512, 1, 1);
-    EXPECT_SAYS(failed(huge, one.request, PID_ERROR_MEMORY), "GB of memory");
-    EXPECT_SAYS(failed(huge, one.request, PID_ERROR_MEMORY), "smaller shape or batch");
+    const std::string words = failed(huge, one.request, PID_ERROR_MEMORY);
+    EXPECT_SAYS(words, "expected enough memory for 512 x ");
+    EXPECT_SAYS(words, "GB for the arena, and what the graphs work in), but got too little; decode "
+                       "a smaller batch");
 }
 
 TEST_F(Errors, OfTheBackend) {

@@ -222,7 +222,9 @@ void CudaDevice::check(int result, const char* what) const {
     const char* name = nullptr;
     if (cuda_.error_name(result, &name) != 0 || name == nullptr)
         name = "an unknown error";
-    throw Failure(result == out_of_memory ? PID_ERROR_MEMORY : PID_ERROR_BACKEND,
+    if (result == out_of_memory)
+        throw Shortage(text_of("too little (", name, " on cuda:", ordinal_, ")"));
+    throw Failure(PID_ERROR_BACKEND,
                   text_of("expected cuda:", ordinal_, " to ", what, ", but got ", name));
 }
 

@@ -18,7 +18,7 @@ constexpr std::align_val_t alignment{4096};
 Allocation allocate_on_host(std::size_t bytes) {
     auto* memory = static_cast<std::byte*>(::operator new(bytes, alignment, std::nothrow));
     if (memory == nullptr)
-        throw Failure(PID_ERROR_MEMORY, "not enough memory");
+        throw Shortage("too little");
     return Allocation(memory, [](std::byte* held) { ::operator delete(held, alignment); });
 }
 

@@ -13,12 +13,10 @@
 #include <utility>
 #include <vector>
 
-#define ORT_API_MANUAL_INIT
-#include <onnxruntime_cxx_api.h>
-
 #include "backends/backends.h"
 #include "backends/device.h"
 #include "backends/graphs.h"
+#include "backends/ort_environment.h"
 #include "errors.h"
 #include "log.h"
 #include "parallel.h"
@@ -48,41 +46,6 @@ std::string full_name(const std::string& name) {
 // Whether a provider takes addresses of a GPU's memory.
 bool on_cuda(const std::string& provider) {
     return provider == cuda_provider || provider == tensorrt_provider || provider == rtx_provider;
-}
-
-// What ONNX Runtime throws, as a failure of ours.
-template <typename Function>
-auto guarded(pid_status status, const std::string& what, Function function) {
-    try {
-        return function();
-    } catch (const Ort::Exception& error) {
-        throw Failure(status, what + ": " + first_line(error.what()));
-    }
-}
-
-// ONNX Runtime's environment: one in a process, with one arena for the scratch memory of all
-// sessions.
-std::shared_ptr<Ort::Env> shared_environment() {
-    static std::mutex mutex;
-    static std::weak_ptr<Ort::Env> shared;
-    const std::lock_guard<std::mutex> lock(mutex);
-    if (auto environment = shared.lock())
-        return environment;
-    const OrtApi* api = OrtGetApiBase()->GetApi(ORT_API_VERSION);
-    if (api == nullptr)
-        refuse("expected ONNX Runtime 1.", ORT_API_VERSION, " or later, as this library was built ",
-               "with, but got ", OrtGetApiBase()->GetVersionString(), "; update it");
-    Ort::InitApi(api);
-    return guarded(PID_ERROR_BACKEND, "ONNX Runtime cannot start", [] {
-        auto environment = std::make_shared<Ort::Env>(ORT_LOGGING_LEVEL_ERROR, "pid");
-        const auto memory = Ort::MemoryInfo::CreateCpu(OrtArenaAllocator, OrtMemTypeDefault);
-        try {
-            environment->CreateAndRegisterAllocator(memory, nullptr);
-        } catch (const Ort::Exception&) { // the program that embeds this has registered one
-        }
-        shared = environment;
-        return environment;
-    });
 }
 
 // Load a plug-in library, once in a process.
@@ -219,7 +182,7 @@ Provider find_provider(const std::string& name, bool has_library) {
 class LoadedSessions : public LoadedGraphs {
 public:
     LoadedSessions(const std::filesystem::path& bundle, const Manifest& manifest,
-                   std::shared_ptr<Ort::Env> environment, const Provider& provider,
+                   std::shared_ptr<OrtEnvironment> environment, const Provider& provider,
                    std::shared_ptr<CudaDevice> device, int ordinal, std::size_t threads)
         : environment_(std::move(environment)), manifest_(manifest), device_(std::move(device)),
           threads_(threads),
@@ -227,13 +190,15 @@ public:
                                             OrtMemTypeDefault)
                           : Ort::MemoryInfo::CreateCpu(OrtDeviceAllocator, OrtMemTypeDefault)) {
         Ort::SessionOptions options;
-        options.SetLogSeverityLevel(ORT_LOGGING_LEVEL_ERROR);
+        // On the host every error is thrown; a GPU's provider logs what it lacks.
+        options.SetLogSeverityLevel(provider.name == cpu_provider ? ORT_LOGGING_LEVEL_FATAL
+                                                                  : ORT_LOGGING_LEVEL_ERROR);
         options.SetIntraOpNumThreads(static_cast<int>(threads));
         options.AddConfigEntry("session.force_spinning_stop", "1");
-        options.AddConfigEntry("session.use_env_allocators", "1");
+        OrtEnvironment::use_shared_arena(options);
         guarded(PID_ERROR_INPUT, provider.name + " cannot be used", [&] {
             if (provider.is_plugin)
-                append_plugin(*environment_, options, provider.name, ordinal);
+                append_plugin(environment_->env(), options, provider.name, ordinal);
             else if (provider.name != cpu_provider)
                 append_provider(options, provider.name, device_.get());
         });
@@ -249,10 +214,22 @@ public:
             const bool own = contrib && !graph->contrib_file.empty();
             const std::string& file = own ? graph->contrib_file : graph->file;
             guarded(PID_ERROR_INPUT, provider.name + " cannot load " + file, [&] {
-                sessions_.at(name) = Ort::Session(*environment_, (bundle / file).c_str(), options);
+                sessions_.at(name) =
+                    Ort::Session(environment_->env(), (bundle / file).c_str(), options);
             });
         });
     }
+
+    LoadedSessions(const LoadedSessions&) = delete;
+    LoadedSessions& operator=(const LoadedSessions&) = delete;
+
+    ~LoadedSessions() override {
+        sessions_.clear();
+        give_back();
+    }
+
+    // Return the memory that no session works in now.
+    void give_back() noexcept { environment_->give_back(); }
 
     Memory memory(const RunOptions& options) override {
         if (device_ && options.cuda_stream != nullptr && options.cuda_stream != device_->stream())
@@ -292,7 +269,7 @@ private:
                                         onnx_type(tensor.dtype));
     }
 
-    std::shared_ptr<Ort::Env> environment_; // outlives the sessions
+    std::shared_ptr<OrtEnvironment> environment_; // outlives the sessions
     const Manifest& manifest_;
     std::shared_ptr<CudaDevice> device_;
     std::size_t threads_;
@@ -305,6 +282,10 @@ private:
 class OnnxRuntimeGraphs : public Graphs {
 public:
     explicit OnnxRuntimeGraphs(LoadedSessions& loaded) : loaded_(loaded) {}
+    OnnxRuntimeGraphs(const OnnxRuntimeGraphs&) = delete;
+    OnnxRuntimeGraphs& operator=(const OnnxRuntimeGraphs&) = delete;
+
+    ~OnnxRuntimeGraphs() override { loaded_.give_back(); }
 
     bool whole_batches() const override { return true; }
 
@@ -329,9 +310,9 @@ std::unique_ptr<Graphs> LoadedSessions::graphs(Memory&, const RunOptions&) {
 std::unique_ptr<LoadedGraphs> load_onnxruntime(const std::filesystem::path& bundle,
                                                const Manifest& manifest,
                                                const BackendOptions& options) {
-    std::shared_ptr<Ort::Env> environment = shared_environment();
+    std::shared_ptr<OrtEnvironment> environment = OrtEnvironment::shared();
     if (!options.provider_library.empty())
-        register_library(*environment, options.provider_library);
+        register_library(environment->env(), options.provider_library);
     const auto [name, ordinal] = parse_device(options.device.empty() ? "cpu" : options.device);
     const Provider provider = find_provider(name, !options.provider_library.empty());
     if (provider.name == cpu_provider && manifest.precision == "bf16")

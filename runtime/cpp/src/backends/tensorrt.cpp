@@ -338,13 +338,11 @@ private:
         scratch_bytes_ = 0;
         try {
             scratch_ = memory_.allocate(static_cast<std::size_t>(needed));
-        } catch (const Failure& failure) {
-            if (failure.status() != PID_ERROR_MEMORY)
-                throw;
+        } catch (const Shortage& shortage) {
             throw Failure(PID_ERROR_MEMORY,
                           text_of("expected ", gigabytes(static_cast<std::uint64_t>(needed)),
                                   " of device memory for the engines' scratch, but got ",
-                                  failure.what(),
+                                  shortage.what(),
                                   "; decode a smaller shape, or free memory on the GPU"));
         }
         scratch_bytes_ = needed;
