@@ -20,7 +20,7 @@ from pid_export.onnx_ports import OPSET
 from pid_export.program import ProgramSpec, build_program
 from pid_export.weights_file import Slot, WeightsWriter
 from pid_ref.config import PidConfig
-from pid_ref.registry import Checkpoint, LatentSpace
+from pid_ref.registry import CHECKPOINTS, Checkpoint, LatentSpace
 from pid_ref.sampler import timesteps
 from pid_ref.trained_sizes import trained_sizes
 from pid_runtime.backends.stages import Dimensions, build_stage
@@ -303,6 +303,10 @@ def _model(
         **model,
         "space": checkpoint.space.name,
         "variant": checkpoint.variant,
+        "variants": sorted(
+            {each.variant for each in CHECKPOINTS.values() if each.space == checkpoint.space}
+        ),
+        "scale": checkpoint.config.scale,
         "distilled": checkpoint.distilled,
         "captioned": checkpoint.captioned,
         **_latents(checkpoint.space),

@@ -28,6 +28,9 @@ from PIL import Image
 from safetensors.numpy import save_file
 
 from pid_engines.child import Child, ChildError
+from pid_export.bundle import _model
+from pid_ref.registry import CHECKPOINTS
+from pid_runtime.advice import advice
 from pid_runtime.bundle.folder import parse_manifest, read_manifest
 from pid_runtime.bundle.manifest import MANIFEST_FILE
 from pid_runtime.bundle.manifest_check import ALIGNMENT, LARGEST_ARENA
@@ -324,6 +327,30 @@ def make_huge(tree: Any) -> None:
     tree["buckets"] = {"huge": {**bucket, "offsets": offsets}}
 
 
+def advice_cases() -> list[dict[str, Any]]:
+    """Models and sizes, and what Python says of them."""
+    models: list[dict[str, Any]] = [
+        {},
+        {"variant": "2kto4k", "variants": "2k"},
+        {"trained_sizes": [[64, 64]], "scale": 4.5},
+    ]
+    models += (_model(each.config, each, {}) for each in CHECKPOINTS.values())
+    sizes = [(2048, 2048), (4096, 4096), (4864, 4864), (3072, 4096), (2688, 1792), (512, 2048)]
+    return [
+        {
+            "model": model,
+            "width": width,
+            "height": height,
+            "sigma": sigma,
+            "has_caption": has_caption,
+            "lines": advice(model, (width, height), sigma, has_caption=has_caption),
+        }
+        for model in models
+        for width, height in sizes
+        for sigma, has_caption in ((0.5, True), (0.875, False))
+    ]
+
+
 @pytest.fixture(scope="session")
 def data(
     tmp_path_factory: pytest.TempPathFactory,
@@ -350,6 +377,7 @@ def data(
         ("valid_manifests", valid_manifests(bundles)),
         ("broken_manifests", broken_manifests()),
         ("tables", tables()),
+        ("advice", advice_cases()),
     ):
         (folder / f"{name}.json").write_text(json.dumps(content), "utf-8")
     with (folder / "mutated_manifests.jsonl").open("w", encoding="utf-8") as file:

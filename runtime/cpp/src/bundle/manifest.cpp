@@ -228,6 +228,8 @@ void read_latents(Model& model, const Json& value, std::uint64_t channels) {
         model.comfyui_latent = {{factor.begin(), factor.end()}, {shift.begin(), shift.end()}};
 }
 
+} // namespace
+
 Model read_model(const Json& value, const std::string& where) {
     object(value, where);
     const auto text_or_none = [&](const char* name) {
@@ -238,6 +240,12 @@ Model read_model(const Json& value, const std::string& where) {
     model.name = text_or_none("name");
     model.space = text_or_none("space");
     model.variant = text_or_none("variant");
+    const Json variants = value.value("variants", Json());
+    if (variants.is_array() && std::all_of(variants.begin(), variants.end(),
+                                           [](const Json& each) { return each.is_string(); }))
+        model.variants = variants.get<std::vector<std::string>>();
+    const Json scale = value.value("scale", Json());
+    model.scale = scale.is_number_unsigned() ? scale.get<std::uint64_t>() : 0;
     model.latent_convention = text_or_none("latent_convention");
     model.weights_license = text_or_none("weights_license");
     model.captioned = value.value("captioned", Json(true)) != false;
@@ -254,6 +262,8 @@ Model read_model(const Json& value, const std::string& where) {
     model.json = value.dump();
     return model;
 }
+
+namespace {
 
 // A member of the manifest that is an object of parts, each read by `read`.
 template <typename Part, typename Read>

@@ -185,6 +185,10 @@ struct Model {
     std::string name;
     std::string space;
     std::string variant;
+    // All variants of the space; none if the bundle does not say.
+    std::optional<std::vector<std::string>> variants;
+    // How many times the image is as wide as the picture of the latent; 0 if it is not known.
+    std::uint64_t scale = 0;
     std::string latent_convention;
     std::string weights_license;
     // Least and most of a normalised latent's standard deviation.

@@ -8,6 +8,9 @@
 
 namespace pid::core {
 
+// What the manifest says of its decoder, `model`, but for its latents.
+Model read_model(const Json& value, const std::string& where);
+
 // A bucket of the manifest or of an engine set, but for what the latter adds. Not checked yet.
 Bucket read_bucket(const Json& value, const std::string& where);
 
