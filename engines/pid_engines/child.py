@@ -7,6 +7,7 @@ when its stdin does.
 """
 
 import contextlib
+import io
 import json
 import os
 import signal
@@ -167,6 +168,8 @@ def serve(answer: Answer) -> int:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C: the parent decides, and kills us
     channel = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # what a library prints must not come between our lines
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(line_buffering=True)  # nor after the last words of a death
 
     def send(message: Mapping[str, Any]) -> None:
         channel.write(json.dumps(message) + "\n")

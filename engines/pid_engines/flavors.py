@@ -1,8 +1,12 @@
 """The builders of the TensorRT libraries: which is there, and what GPUs it builds for."""
 
 import importlib
+import os
 from dataclasses import dataclass
+from importlib import metadata
 from typing import Any
+
+from packaging.version import Version
 
 from pid_engines.errors import BuildInputError
 from pid_runtime.backends.device import CudaDevice
@@ -35,6 +39,9 @@ BUILDERS = {
 }
 """By the name of the flavour; `--flavor auto` takes the first that is installed."""
 
+OLDEST_POLYGRAPHY = "0.53.6"
+"""That was tried with both libraries' interfaces; as in pyproject.toml."""
+
 FIRST_WITH_BF16 = 80
 """Oldest architecture with bfloat16 arithmetic, as the number in its name."""
 
@@ -44,9 +51,25 @@ def architecture(target: str) -> int:
     return int(target.removeprefix("sm"))
 
 
+def capability(target: str) -> tuple[int, int]:
+    """The compute capability of a target: 8 and 6 for sm86."""
+    return divmod(architecture(target), 10)
+
+
 def load_library(flavor: Flavor) -> Any:
     """The library's module. Raises `ImportError` or `OSError` when it is not installed."""
     return importlib.import_module(flavor.modules[0])
+
+
+def load_polygraphy(flavor: Flavor) -> Any:
+    """Polygraphy for this library, which it serves until the process ends.
+
+    Not for the process of a command: what else is there may want Polygraphy for another library.
+    """
+    os.environ["POLYGRAPHY_USE_TENSORRT_RTX"] = "1" if flavor.name == "tensorrt-rtx" else "0"
+    for name in ("backend.tensorrt_rtx", "backend.trt", "exception"):
+        importlib.import_module(f"polygraphy.{name}")
+    return importlib.import_module("polygraphy")
 
 
 def library_version(flavor: Flavor) -> str | None:
@@ -60,7 +83,7 @@ def library_version(flavor: Flavor) -> str | None:
 def find_flavor(name: str) -> tuple[Flavor, str]:
     """The library of that name, or with "auto" the first one installed, and its version.
 
-    Raises `BuildInputError` for an unknown name and when it is not installed.
+    Raises `BuildInputError` for an unknown name, and when it or Polygraphy is not installed.
     """
     if name != "auto" and name not in BUILDERS:
         known = ", ".join((*BUILDERS, "auto"))
@@ -69,6 +92,7 @@ def find_flavor(name: str) -> tuple[Flavor, str]:
     for flavor in wanted:
         version = library_version(flavor)
         if version is not None:
+            _check_polygraphy(flavor)
             return flavor, version
     titles = " or ".join(flavor.title for flavor in wanted)
     commands = " or ".join(flavor.install for flavor in wanted)
@@ -76,6 +100,18 @@ def find_flavor(name: str) -> tuple[Flavor, str]:
         f"expected {titles} to be installed, but cannot import "
         f"{' or '.join(flavor.modules[0] for flavor in wanted)}; {commands}"
     )
+
+
+def _check_polygraphy(flavor: Flavor) -> None:
+    try:
+        version = metadata.version("polygraphy")
+    except metadata.PackageNotFoundError:
+        version = "none"
+    if version == "none" or Version(version) < Version(OLDEST_POLYGRAPHY):
+        raise BuildInputError(
+            f"expected polygraphy {OLDEST_POLYGRAPHY} or newer, which drives {flavor.title}, but "
+            f"got {version}; {flavor.install}"
+        )
 
 
 def gpu_target() -> str:

@@ -7,17 +7,17 @@ and builder write what they have to say to stderr.
 """
 
 import hashlib
+import io
 import resource
 import sys
 import time
-from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from pid_engines.child import PartDone, serve
 from pid_engines.errors import BuildError
-from pid_engines.flavors import BUILDERS, Builder, load_library
+from pid_engines.flavors import BUILDERS, capability, load_library, load_polygraphy
 from pid_engines.ports import network_ports, port_difference
 from pid_engines.profiles import shape_ranges
 from pid_runtime.bundle.engines import Profile
@@ -73,22 +73,21 @@ def _answer(asked: dict[str, Any], progress: PartDone) -> dict[str, Any]:
 def build(request: BuildRequest, progress: PartDone) -> BuildResult:
     """Build an engine. Raises `BuildError` when the library does not."""
     begin = time.monotonic()
+    polygraphy = load_polygraphy(FLAVORS[request.flavor])
     trt = load_library(FLAVORS[request.flavor])
     errors: list[str] = []
-    builder = trt.Builder(_logger(trt, errors))
-    network = builder.create_network(_network_flags(trt))
-    _parse(trt, builder, network, request)
+    # Polygraphy has one logger for all it makes; its own drops repeated warnings.
+    polygraphy.backend.trt.util.TRT_LOGGER = _logger(trt, errors)
+    builder, network, _ = _network(polygraphy, trt, request, errors)
     difference = port_difference(request.graph, network_ports(network))
     if difference is not None:
         raise BuildError(difference)
-    config = builder.create_builder_config()
-    _configure(trt, BUILDERS[request.flavor], config, request)
-    for profile in request.profiles:
-        _add_profile(builder, config, request.graph, profile)
-    config.progress_monitor = _monitor(trt, progress)
-    plan = builder.build_serialized_network(network, config)
-    if plan is None:
-        raise BuildError(errors[-1] if errors else "the builder gave no engine and no reason")
+    try:
+        create = _create_config(polygraphy, trt, request, _monitor(trt, progress))
+        config = create(builder, network)
+        plan = polygraphy.backend.trt.engine_bytes_from_network((builder, network), config=config)
+    except polygraphy.exception.PolygraphyException as error:
+        raise BuildError(errors[-1] if errors else " ".join(str(error).split())) from None
     if request.timing_cache:
         write_whole(Path(request.timing_cache), memoryview(config.get_timing_cache().serialize()))
     content = memoryview(plan)
@@ -98,55 +97,66 @@ def build(request: BuildRequest, progress: PartDone) -> BuildResult:
     return BuildResult(plan.nbytes, digest, round(time.monotonic() - begin, 3), peak)
 
 
-def _network_flags(trt: Any) -> int:
-    """Strongly typed: precisions are those of the graph. Newer libraries know nothing else."""
-    flag = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
-    return 0 if flag is None else 1 << int(flag)
+def _network(polygraphy: Any, trt: Any, request: BuildRequest, errors: list[str]) -> Any:
+    """Builder, network and parser of the graph.
+
+    Strongly typed: precisions are those of the graph. Newer libraries know nothing else.
+    """
+    typed = hasattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED")
+    try:
+        return polygraphy.backend.trt.network_from_onnx_path(request.onnx, strongly_typed=typed)
+    except polygraphy.exception.PolygraphyException as error:
+        telling = [line for line in errors if "---" not in line]  # the rest lists the node
+        said = "; ".join(telling) or " ".join(str(error).split())
+        raise BuildError(f"cannot parse {request.onnx}: {said}") from None
 
 
-def _parse(trt: Any, builder: Any, network: Any, request: BuildRequest) -> None:
-    parser = trt.OnnxParser(network, builder.logger)
-    if not parser.parse_from_file(request.onnx):
-        found = [parser.get_error(index) for index in range(parser.num_errors)]
-        said = "; ".join(
-            " ".join(f"{error.node_operator()} {error.node_name()}: {error.desc()}".split())
-            for error in found
-        )
-        raise BuildError(f"cannot parse {request.onnx}: {said}")
-
-
-def _configure(trt: Any, kind: Builder, config: Any, request: BuildRequest) -> None:
-    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # the log then lists the kernels
-    config.builder_optimization_level = request.flags["opt_level"]
+def _create_config(polygraphy: Any, trt: Any, request: BuildRequest, monitor: Any) -> Any:
+    """What makes the builder's configuration, when it is given builder and network."""
+    kind = BUILDERS[request.flavor]
+    options: dict[str, Any] = {
+        "profiles": _profiles(polygraphy, request),
+        "builder_optimization_level": request.flags["opt_level"],
+        "profiling_verbosity": trt.ProfilingVerbosity.DETAILED,  # the log then lists the kernels
+        "progress_monitor": monitor,
+    }
     if request.flags["workspace_bytes"]:
-        config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, request.flags["workspace_bytes"])
-    for name, flag in kind.flags:
-        if request.flags.get(name):
-            config.set_flag(getattr(trt.BuilderFlag, flag))
-    if kind.targets:
-        config.num_compute_capabilities = len(request.targets)
-        for index, target in enumerate(request.targets):
-            config.set_compute_capability(getattr(trt.ComputeCapability, target.upper()), index)
+        pool = trt.MemoryPoolType.WORKSPACE
+        options["memory_pool_limits"] = {pool: request.flags["workspace_bytes"]}
     if request.timing_cache:
         path = Path(request.timing_cache)
-        known = path.read_bytes() if path.exists() else b""
-        config.set_timing_cache(config.create_timing_cache(known), False)
+        # Of a path, Polygraphy would leave a lock file in the bundle, which is locked already.
+        options["load_timing_cache"] = io.BytesIO(path.read_bytes() if path.exists() else b"")
+    if kind.targets:
+        options["compute_capabilities"] = [capability(target) for target in request.targets]
+        create = polygraphy.backend.tensorrt_rtx.CreateConfigRTX(**options)
+    else:
+        create = polygraphy.backend.trt.CreateConfig(tf32=True, **options)
+
+    def set_flags(_builder: Any, _network: Any, config: Any) -> None:
+        for name, flag in kind.flags:
+            if request.flags.get(name):
+                config.set_flag(getattr(trt.BuilderFlag, flag))
+
+    return polygraphy.backend.trt.PostprocessConfig(create, set_flags)
 
 
-def _add_profile(
-    builder: Any, config: Any, graph: Graph, sizes: Mapping[str, Sequence[int]]
-) -> None:
+def _profiles(polygraphy: Any, request: BuildRequest) -> list[Any]:
+    """Polygraphy's profiles; none for a graph whose sizes are fixed."""
     dynamic = {
         name: port.shape
-        for name, port in graph.inputs.items()
+        for name, port in request.graph.inputs.items()
         if any(isinstance(size, str) for size in port.shape)
     }
     if not dynamic:
-        return
-    profile = builder.create_optimization_profile()
-    for name, shape in dynamic.items():
-        profile.set_shape(name, *shape_ranges(shape, sizes))
-    config.add_optimization_profile(profile)
+        return []
+    profiles: list[Any] = []
+    for sizes in request.profiles:
+        profile = polygraphy.backend.trt.Profile()
+        for name, shape in dynamic.items():
+            profile.add(name, *shape_ranges(shape, sizes))
+        profiles.append(profile)
+    return profiles
 
 
 def _logger(trt: Any, errors: list[str]) -> Any:
