@@ -29,18 +29,33 @@ def download(checkpoint: Checkpoint, cache_dir: str | Path | None = None) -> Pat
     """
     try:
         from huggingface_hub import hf_hub_download  # pyright: ignore[reportUnknownVariableType]
-        from huggingface_hub.errors import (
-            EntryNotFoundError,
-            GatedRepoError,
-            LocalEntryNotFoundError,
-            OfflineModeIsEnabled,
-            RepositoryNotFoundError,
-        )
     except ImportError:
         raise PidInputError(
             "expected huggingface_hub for downloads, but it is not installed; "
             "install it, or pass --checkpoint PATH"
         ) from None
+    _log.warning(WEIGHTS_LICENSE)
+    _log.info(CODE_LICENSE)
+    try:
+        return Path(hf_hub_download(HUB_REPO, checkpoint.hub_path, cache_dir=cache_dir))
+    except Exception as error:  # Each transport the hub may pick raises classes of its own.
+        raise PidInputError(
+            f"expected to download https://huggingface.co/{HUB_REPO}/resolve/main/"
+            f"{checkpoint.hub_path}, but {why_not(error)}; fetch the file by other means and pass "
+            "--checkpoint PATH"
+        ) from error
+
+
+def why_not(error: Exception) -> str:
+    """Why something could not be had from the hub, in a few words."""
+    from huggingface_hub.errors import (
+        EntryNotFoundError,
+        GatedRepoError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        OfflineModeIsEnabled,
+        RepositoryNotFoundError,
+    )
 
     # Most specific first: several of these are subclasses of a later one.
     reasons: tuple[tuple[type[Exception], str], ...] = (
@@ -49,19 +64,10 @@ def download(checkpoint: Checkpoint, cache_dir: str | Path | None = None) -> Pat
         (OfflineModeIsEnabled, "offline mode is set (HF_HUB_OFFLINE)"),
         (EntryNotFoundError, "the hub has no such file (404)"),
         (RepositoryNotFoundError, "the hub has no such repository, or it needs a login"),
+        (HFValidationError, "that is neither a folder nor the name of a repository"),
     )
-    _log.warning(WEIGHTS_LICENSE)
-    _log.info(CODE_LICENSE)
-    try:
-        return Path(hf_hub_download(HUB_REPO, checkpoint.hub_path, cache_dir=cache_dir))
-    except Exception as error:  # Each transport the hub may pick raises classes of its own.
-        lines = str(error).splitlines() or [""]
-        reason = next(
-            (text for kind, text in reasons if isinstance(error, kind)),
-            f"{type(error).__name__}: {lines[0]}",
-        )
-        raise PidInputError(
-            f"expected to download https://huggingface.co/{HUB_REPO}/resolve/main/"
-            f"{checkpoint.hub_path}, but {reason}; fetch the file by other means and pass "
-            "--checkpoint PATH"
-        ) from error
+    lines = str(error).splitlines() or [""]
+    return next(
+        (text for kind, text in reasons if isinstance(error, kind)),
+        f"{type(error).__name__}: {lines[0]}",
+    )

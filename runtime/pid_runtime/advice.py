@@ -44,8 +44,8 @@ def advice(
         )
     if not has_caption and model.get("captioned") is not False:
         lines.append(
-            "no caption was given: the empty embedding (zeros) costs quality; give the prompt's "
-            "Gemma-2-2b-it embedding"
+            "no caption was given: the empty embedding (zeros) costs quality; give the prompt's, "
+            "made by pid-caption"
         )
     return lines
 

@@ -214,7 +214,7 @@ def _check_array(source: Any, name: str, wanted: tuple[int | str, ...], fix: str
     """
     if isinstance(source, str | os.PathLike):
         if name == "caption":
-            fix = "give the embedding that Gemma-2-2b-it makes of a prompt"
+            fix = "give the embedding, which pid-caption makes of a prompt"
         raise PidRuntimeError(f"expected an array as {name}, but got {str(source)[:60]!r}; {fix}")
     if getattr(source, "requires_grad", False):
         source = source.detach()

@@ -34,6 +34,9 @@ ELSEWHERE = {
     "runtime/command/test_decode_cli.py": (
         "runtime/pid_runtime: __main__ latents command/decode_jobs command/latent_files"
     ),
+    "pipelines/test_captions.py": (
+        "runtime/pid_pipelines: caption_cache caption_model caption_tokens"
+    ),
     "export/test_cli.py": "export/pid_export: bundle graphs",
     "export/test_fold.py": "export/pid_export: program",
     "export/test_verify_cli.py": "export/pid_export: reference verify",

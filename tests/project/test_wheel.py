@@ -17,6 +17,7 @@ from places import ROOT
 COMMANDS = {
     "pid-bench": (("--dry-run",), "bench"),
     "pid-build": (("{bundle}",), "engines"),
+    "pid-caption": (("--text", "a", "-o", "caption.safetensors"), "pipelines"),
     "pid-decode": (("{bundle}", "--latent", "{latent}", "-o", "image.png"), "cpu"),
     "pid-export": (("--space", "nano", "-o", "nano"), "export"),
     "pid-verify": (("{bundle}",), "export"),

@@ -266,7 +266,7 @@ def test_advice_is_logged_once(
             pid.decode(9 * LATENT, steps=1, sigma=0.9)
     told = [record.getMessage() for record in caplog.records]
     assert [text[:30] for text in told] == [
-        "custom is not distilled: a few",
+        "custom is not distilled: it ne",
         "sigma 0.9 is beyond 0.8, the h",
         "no caption was given: the empt",
         "the latent's standard deviatio",

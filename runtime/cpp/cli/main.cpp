@@ -93,8 +93,8 @@ void warn(const core::Model& model, const std::vector<Job>& jobs) {
     if (bare > 0 && model.captioned)
         print_warning(core::text_of(bare, " of ", jobs.size(),
                                     " images have no caption and get the empty embedding (zeros), "
-                                    "which costs quality; give the prompt's Gemma-2-2b-it "
-                                    "embedding by --caption"));
+                                    "which costs quality; give the prompt's embedding, made by "
+                                    "pid-caption, by --caption"));
 }
 
 const char* device_of(const Arguments& arguments) {

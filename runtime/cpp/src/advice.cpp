@@ -106,7 +106,7 @@ std::vector<std::string> advice(const Model& model, std::int64_t width, std::int
                                 "faithful image"));
     if (!has_caption && model.captioned)
         lines.emplace_back("no caption was given: the empty embedding (zeros) costs quality; give "
-                           "the prompt's Gemma-2-2b-it embedding");
+                           "the prompt's, made by pid-caption");
     return lines;
 }
 

@@ -296,7 +296,7 @@ def _advice(model: dict[str, Any], jobs: Sequence[Job]) -> list[str]:
     if bare and model.get("captioned") is not False:
         lines.append(
             f"{bare} of {len(jobs)} images have no caption and get the empty embedding (zeros), "
-            "which costs quality; give the prompt's Gemma-2-2b-it embedding by --caption"
+            "which costs quality; give the prompt's embedding, made by pid-caption, by --caption"
         )
     return lines
 
