@@ -29,7 +29,7 @@ class Builder:
 
 BUILDERS = {
     "tensorrt-rtx": Builder(
-        ("sm75", "sm80", "sm86", "sm89", "sm120", "sm121"),
+        FLAVORS["tensorrt-rtx"].architectures,
         ("sm86", "sm89", "sm120"),
         # CUDA graphs can only be captured of engines that allocate nothing themselves.
         (("user_allocation", "REQUIRE_USER_ALLOCATION"),),

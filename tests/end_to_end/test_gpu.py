@@ -17,10 +17,11 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
+from parts import device_of, graphs_of
 from pid_engines.cli import main
-from pid_runtime.backends.device import CudaDevice
-from pid_runtime.backends.tensorrt import TensorRtGraphs
+from pid_engines.flavors import BUILDERS, FIRST_WITH_BF16, architecture, gpu_target, library_version
 from pid_runtime.bundle.engines import read_engine_sets
+from pid_runtime.bundle.flavors import FLAVORS
 from pid_runtime.bundle.folder import read_manifest
 from pid_runtime.decoder import Decoder
 from pid_runtime.errors import PidRuntimeError
@@ -38,16 +39,13 @@ ALLOWANCE = 1.1
 
 
 @dataclass(frozen=True)
-class Built:
-    """A bundle with engines for this machine's GPU."""
+class Exported:
+    """A bundle."""
 
     bundle: Path
     float32: Path
     """The same network in float32."""
     precision: str
-
-    def open(self, **options: Any) -> Decoder:
-        return Decoder.open(self.bundle, "tensorrt", **options)
 
     def inputs(self, bucket: str, batch: int = 1, seed: int = 3) -> dict[str, Any]:
         manifest = read_manifest(self.bundle, verify=False)
@@ -61,36 +59,47 @@ class Built:
         }
 
 
+class Built(Exported):
+    """A bundle with engines for this machine's GPU."""
+
+    def open(self, **options: Any) -> Decoder:
+        return Decoder.open(self.bundle, "tensorrt", **options)
+
+
 @pytest.fixture(scope="module", params=["bf16", "fp16"])
-def built(
+def exported(
     request: pytest.FixtureRequest,
     tmp_path_factory: pytest.TempPathFactory,
     export_network: Callable[..., Path],
-) -> Built:
+) -> Exported:
     bundle = export_network(
         tmp_path_factory.mktemp(request.param), NETWORK, precision=request.param
     )
     float32 = export_network(tmp_path_factory.mktemp("float32"), NETWORK)
-    assert main([str(bundle), "--target", "current"]) == 0
-    return Built(bundle, float32, request.param)
+    return Exported(bundle, float32, request.param)
+
+
+@pytest.fixture(scope="module")
+def built(exported: Exported) -> Built:
+    """Skips where no builder that is installed builds for this GPU; one that does must build."""
+    target = gpu_target()
+    installed = [FLAVORS[name] for name in BUILDERS if library_version(FLAVORS[name]) is not None]
+    able = [flavor for flavor in installed if flavor.runs_on(target)]
+    if not able:
+        titles = " and ".join(flavor.title for flavor in installed) or "nothing"
+        cures = " or ".join(each.install for each in FLAVORS.values() if each.runs_on(target))
+        pytest.skip(f"{titles} installed, which builds no engines for {target}; {cures}")
+    if exported.precision == "bf16" and architecture(target) < FIRST_WITH_BF16:
+        pytest.skip(f"{target} has no bfloat16")
+    command = [str(exported.bundle), "--flavor", able[0].name, "--target", "current"]
+    assert main(command) == 0
+    return Built(exported.bundle, exported.float32, exported.precision)
 
 
 @pytest.fixture
 def decoder(built: Built) -> Iterator[Decoder]:
     with built.open() as decoder:
         yield decoder
-
-
-def graphs_of(decoder: Decoder) -> TensorRtGraphs:
-    graphs = decoder.graphs
-    assert isinstance(graphs, TensorRtGraphs)
-    return graphs
-
-
-def device_of(decoder: Decoder) -> CudaDevice:
-    device = decoder.memory
-    assert isinstance(device, CudaDevice)
-    return device
 
 
 def error(image: Floats, expected: Floats) -> float:
@@ -199,15 +208,15 @@ def test_too_much_is_refused_before_it_starts(built: Built, decoder: Decoder) ->
 
 
 @pytest.mark.parametrize("provider", ["cuda", "nvtensorrtrtx"])
-def test_onnx_runtime_decodes_on_the_gpu(built: Built, provider: str) -> None:
+def test_onnx_runtime_decodes_on_the_gpu(exported: Exported, provider: str) -> None:
     if provider == "cuda" and "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
         pytest.skip("onnxruntime-gpu is not installed")
     if provider != "cuda" and not importlib.util.find_spec("onnxruntime_ep_nv_tensorrt_rtx"):
         pytest.skip("onnxruntime-ep-nv-tensorrt-rtx is not installed")
-    inputs = built.inputs("small")
-    with Decoder.open(built.float32, "torch") as reference:
+    inputs = exported.inputs("small")
+    with Decoder.open(exported.float32, "torch") as reference:
         expected = reference.decode(**inputs)
-    with Decoder.open(built.bundle, "torch") as stages:
+    with Decoder.open(exported.bundle, "torch") as stages:
         allowed = ALLOWANCE * error(stages.decode(**inputs), expected)
-    with Decoder.open(built.bundle, "onnxruntime", provider) as decoder:
+    with Decoder.open(exported.bundle, "onnxruntime", provider) as decoder:
         assert error(decoder.decode(**inputs), expected) <= allowed

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from pid_runtime.bundle.files import file_sha256
-from pid_runtime.bundle.flavors import FLAVORS
+from pid_runtime.bundle.flavors import FLAVORS, flavor_for
 from pid_runtime.bundle.json_reader import NAME, read_member, require
 from pid_runtime.bundle.manifest import Bucket, Graph, Manifest
 from pid_runtime.bundle.manifest_check import check_bucket
@@ -200,9 +200,10 @@ def choose_engine_set(
     for each, reason in reasons.items():
         if reason is None:
             return each
-    flavor = next((each for each in FLAVORS if each in versions), "tensorrt-rtx")
+    wanted_flavor = next((each for each in FLAVORS if each in versions), "tensorrt-rtx")
     if name is not None:
-        flavor = sets[name].flavor
+        wanted_flavor = sets[name].flavor
+    flavor = flavor_for(target, versions, wanted_flavor).name
     has = "; ".join(f"{each} {reason}" for each, reason in reasons.items()) or "it has none"
     installed = " or ".join(f"{each} {version}" for each, version in versions.items())
     raise PidRuntimeError(

@@ -22,6 +22,7 @@ from pid_runtime.bundle.engines import (
     obstacle,
     read_engine_sets,
 )
+from pid_runtime.bundle.flavors import flavor_for
 from pid_runtime.bundle.folder import read_manifest
 from pid_runtime.bundle.manifest import Manifest
 from pid_runtime.command.doctor_checks import Finding, first_line
@@ -110,7 +111,8 @@ def engines(
         if target is None:
             found.append(Finding("engines", name, "missing", f"{built}; there is no such GPU here"))
         elif reason := obstacle(each, versions, target):
-            build = build_command(bundle, each.flavor, (target,))
+            flavor = flavor_for(target, versions, each.flavor)
+            build = build_command(bundle, flavor.name, (target,))
             found.append(Finding("engines", name, "missing", f"{reason}; build them: {build}"))
         else:
             found.append(Finding("engines", name, "ok", f"{built}, runs here"))

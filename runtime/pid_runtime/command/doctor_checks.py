@@ -8,6 +8,7 @@ import subprocess
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from importlib import metadata
+from importlib.util import find_spec
 from typing import Any, Literal
 
 from packaging.requirements import Requirement
@@ -15,7 +16,7 @@ from packaging.requirements import Requirement
 from pid_runtime import __version__
 from pid_runtime.backends.choice import INSTALL_ONNXRUNTIME
 from pid_runtime.backends.device import CudaDevice
-from pid_runtime.bundle.flavors import FLAVORS, Flavor
+from pid_runtime.bundle.flavors import FLAVORS, Flavor, flavor_for
 from pid_runtime.errors import PidRuntimeError
 
 State = Literal["ok", "missing", "wrong"]
@@ -101,9 +102,12 @@ def gpus() -> list[Finding]:
     return [*found, replace(absent, state="ok", detail=detail, values=values)]
 
 
-def backends(*, has_gpu: bool) -> list[Finding]:
-    """Every way to decode: whether what runs it loads, which is more than that it is installed."""
-    libraries = [_tensorrt(flavor) for flavor in FLAVORS.values()]
+def backends(*, has_gpu: bool, target: str | None) -> list[Finding]:
+    """Every way to decode: whether what runs it loads, which is more than that it is installed.
+
+    target: the GPU's architecture, if it is known.
+    """
+    libraries = [_tensorrt(flavor, target) for flavor in FLAVORS.values()]
     return [*_onnxruntime(has_gpu=has_gpu), *_torch(has_gpu=has_gpu), *libraries]
 
 
@@ -243,7 +247,7 @@ def _torch(*, has_gpu: bool) -> list[Finding]:
     return [cpu, Finding("backend", "torch cuda", state, detail)]
 
 
-def _tensorrt(flavor: Flavor) -> Finding:
+def _tensorrt(flavor: Flavor, target: str | None) -> Finding:
     absent = Finding("backend", flavor.name, "missing", flavor.install)
     for module in flavor.modules:
         loaded = _load(module, absent)
@@ -251,10 +255,16 @@ def _tensorrt(flavor: Flavor) -> Finding:
             continue
         if isinstance(loaded, Finding):
             return loaded
-        version, builds = str(loaded.__version__), module == flavor.modules[0]
-        what = "builds engines and runs them" if builds else "runs engines"
-        detail = f"{flavor.title} {version}, {module}, {what}"
-        return replace(
-            absent, state="ok", detail=detail, values={"version": version, "builds": builds}
-        )
+        version = str(loaded.__version__)
+        builds = module == flavor.modules[0] and find_spec("polygraphy") is not None
+        values = {"version": version, "builds": builds}
+        detail = f"{flavor.title} {version}, {module}, "
+        if target is not None and not flavor.runs_on(target):
+            other = flavor_for(target, ())
+            detail += f"runs no engines on this GPU, {target}; {other.title} does: {other.install}"
+            return replace(absent, detail=detail, values=values)
+        detail += "builds engines and runs them" if builds else "runs engines"
+        if module == flavor.modules[0] and not builds:
+            detail += f"; to build them, {flavor.install}"
+        return replace(absent, state="ok", detail=detail, values=values)
     return absent

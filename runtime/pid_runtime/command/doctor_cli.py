@@ -51,7 +51,7 @@ def _examine(arguments: Namespace) -> int:
             "make one with pid-export"
         )
     found = [*machine(), *packages(), *gpus()]
-    found += backends(has_gpu=bool(_ok(found, "gpu")))
+    found += backends(has_gpu=bool(_ok(found, "gpu")), target=_architecture(found))
     if bundle is not None:
         found += _of_bundle(bundle, found, quiet=arguments.quiet)
     works = not any(each.state == "wrong" for each in found)
@@ -73,11 +73,15 @@ def _of_bundle(bundle: Path, found: Sequence[Finding], *, quiet: bool) -> list[F
     if manifest is None:
         return [whole]
     loading = {each.name: each for each in _ok(found, "backend")}
-    versions = {name: loading[name].values["version"] for name in FLAVORS if name in loading}
+    versions = {
+        each.name: each.values["version"]
+        for each in found
+        if each.part == "backend" and "version" in each.values
+    }
     targets = _targets(found)
     sets = engines(bundle, manifest, versions, targets[0] if targets else None)
     ways = [name for name in loading if name not in FLAVORS]
-    if versions and targets and (not sets or _ok(sets, "engines")):
+    if loading.keys() & FLAVORS and targets and (not sets or _ok(sets, "engines")):
         ways.append("tensorrt")
     with console.progress("Decoding", len(ways), quiet=quiet) as advance:
         return [whole, *sets, *decodes(bundle, manifest, ways, advance)]
@@ -104,6 +108,14 @@ def _next_step(found: Sequence[Finding], bundle: Path | None) -> str:
     if not _ok(found, "decode"):
         return "nothing decodes this bundle: the lines above say what each backend wants"
     return "nothing is wrong; what is missing may be installed"
+
+
+def _architecture(found: Sequence[Finding]) -> str | None:
+    """That of the GPU, as sm89, also if only nvidia-smi sees it."""
+    capabilities = [each.values.get("compute_capability", "") for each in _ok(found, "gpu")]
+    numbers = [text.replace(".", "") for text in capabilities]
+    listed = [f"sm{number}" for number in numbers if number.isdecimal()]
+    return next(iter([*_targets(found), *listed]), None)
 
 
 def _targets(found: Sequence[Finding]) -> list[str]:

@@ -44,11 +44,10 @@ from fakes.gpu import (
     fake_tensorrt,
     install,
 )
+from parts import device_of, graphs_of
 from pid_runtime.backends import device as cuda_device
 from pid_runtime.backends import tensorrt as backend_tensorrt
 from pid_runtime.backends.choice import choose_graphs
-from pid_runtime.backends.device import CudaDevice
-from pid_runtime.backends.tensorrt import TensorRtGraphs
 from pid_runtime.bundle.engines import (
     EngineBucket,
     engine_folder,
@@ -114,18 +113,6 @@ def decode(decoder: Decoder, **options: Any) -> Any:
     arguments: dict[str, Any] = {"latent": LATENT, "caption": CAPTION, "sigma": [0.0, 0.3]}
     arguments |= {"seed": 7, **options}
     return decoder.decode(**arguments)
-
-
-def graphs_of(decoder: Decoder) -> TensorRtGraphs:
-    graphs = decoder.graphs
-    assert isinstance(graphs, TensorRtGraphs)
-    return graphs
-
-
-def device_of(decoder: Decoder) -> CudaDevice:
-    device = decoder.memory
-    assert isinstance(device, CudaDevice)
-    return device
 
 
 # decodes

@@ -193,6 +193,9 @@ def test_what_does_not_run_here_says_why(manifest: Manifest) -> None:
         f"expected b to have engines for tensorrt-rtx 1.7.1.116 on sm120, but {NAME} was built "
         "for sm86, sm89; build them: pid-build b --flavor tensorrt-rtx --target sm120"
     )
+    assert "build them: pid-build b --flavor tensorrt --target sm90" in refused(
+        {"tensorrt-rtx": "1.7.1.116"}, "sm90"
+    )
     assert f"{NAME} was built by tensorrt-rtx 1.7.1.116, not 1.8.0.1" in refused(
         {"tensorrt-rtx": "1.8.0.1"}, "sm86"
     )

@@ -389,6 +389,37 @@ def test_a_library_that_only_runs_engines(
     assert state_of(report(), "tensorrt") == ("ok", "TensorRT 11.4, tensorrt_lean, runs engines")
     install(monkeypatch, {"tensorrt": lean})
     assert state_of(report(), "tensorrt")[1].endswith("tensorrt, builds engines and runs them")
+    monkeypatch.setattr(doctor_checks, "find_spec", lambda name: None)  # without Polygraphy
+    found = report()
+    assert state_of(found, "tensorrt")[1].endswith(
+        "runs engines; to build them, pip install 'pid-trt[tensorrt]'"
+    )
+    assert not found["by_name"]["tensorrt"]["values"]["builds"]
+
+
+@pytest.mark.parametrize("python", [True, False])
+def test_a_library_that_is_not_for_this_gpu(
+    report: Callable[..., Report],
+    monkeypatch: pytest.MonkeyPatch,
+    nvidia_smi: Callable[..., None],
+    golden_bundle: Path,
+    python: bool,
+) -> None:
+    """TensorRT for RTX on an H100, whether or not cuda-python sees that."""
+    library = fake_tensorrt(Gpu(), golden_bundle, FakeRtxEngine)
+    absent: dict[str, Any] = {"tensorrt": None, "tensorrt_lean": None, "cuda.core": None}
+    install(monkeypatch, {**absent, "tensorrt_rtx": library})
+    if python:
+        install(monkeypatch, fake_cuda(Gpu(capability=(9, 0))))
+    else:
+        nvidia_smi("NVIDIA H100 80GB HBM3, 580.95.05, 9.0, 81000, 81559")
+    found = report(golden_bundle)
+    assert state_of(found, "tensorrt-rtx") == (
+        "missing",
+        f"TensorRT for RTX {VERSION}, tensorrt_rtx, runs no engines on this GPU, sm90; "
+        "TensorRT does: pip install 'pid-trt[tensorrt]'",
+    )
+    assert "tensorrt" not in decodes_of(found) and found["code"] == 0
 
 
 # a bundle
@@ -497,6 +528,10 @@ def test_engines_for_other_gpus_are_not_tried(
     build = f"pid-build {with_engines} --flavor tensorrt-rtx --target sm120"
     assert (state, detail) == ("missing", f"was built for sm86, sm89; build them: {build}")
     assert "tensorrt" not in decodes_of(found) and found["code"] == 0
+    install(monkeypatch, fake_cuda(Gpu(capability=(9, 0))))
+    detail = state_of(report(with_engines), "rtx")[1]
+    build = f"pid-build {with_engines} --flavor tensorrt --target sm90"
+    assert detail == f"was built for sm86, sm89; build them: {build}"
     install(monkeypatch, fake_cuda(Gpu(has_driver=False)))
     assert state_of(report(with_engines), "rtx")[1].endswith("there is no such GPU here")
 
