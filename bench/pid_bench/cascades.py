@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from pid_bench.cases import Case
 from pid_bench.diffusers_modules import (
     UPSCALER_VAE,
-    VAES,
     Sd3Velocity,
     UpscalerVelocity,
     VaeDecode,
@@ -24,6 +23,7 @@ from pid_bench.diffusers_modules import (
 from pid_bench.errors import BenchInputError
 from pid_bench.rrdbnet import RRDBNet
 from pid_bench.stage import Pipeline, Stage, normal
+from pid_pipelines.vaes import VAES
 
 SCALE = 4
 """Output pixels per pixel of the encoded image, along each axis."""

@@ -5,16 +5,14 @@ random: only time, memory and finiteness mean anything. Diffusers is imported wh
 """
 
 import importlib
-from collections.abc import Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pid_bench.errors import BenchInputError
-from pid_ref.registry import SPACES
+from pid_pipelines.vae_model import decode_raw, encode_mean, normalization
+from pid_pipelines.vaes import Vae, blocks
 
 
 def diffusers() -> Any:
@@ -28,53 +26,7 @@ def diffusers() -> Any:
         ) from None
 
 
-@dataclass(frozen=True)
-class Vae:
-    """An autoencoder: its class in diffusers and its dimensions."""
-
-    kind: str
-    """The class."""
-    down: int
-    """Pixels per latent pixel, along each axis."""
-    channels: int
-    """Channels of the latent as the space has it."""
-    config: Mapping[str, Any] = field(default_factory=dict)
-    """What differs from the class's defaults."""
-    factor: tuple[float, ...] = (1.0,)
-    """With `shift`: a normalised latent is factor * (z - shift); of all channels, or of each."""
-    shift: tuple[float, ...] = (0.0,)
-    """See `factor`."""
-
-
-def _vae(kind: str, space: str, **config: Any) -> Vae:
-    """The autoencoder of a latent space, by whose rule latents are normalised."""
-    spec = SPACES[space]
-    return Vae(kind, spec.down, spec.channels, config, spec.factor or (1.0,), spec.shift or (0.0,))
-
-
-def _blocks(latent_channels: int, *channels: int) -> dict[str, Any]:
-    """The layout of Stable Diffusion's autoencoder, and of its descendants'."""
-    return {
-        "down_block_types": ("DownEncoderBlock2D",) * len(channels),
-        "up_block_types": ("UpDecoderBlock2D",) * len(channels),
-        "block_out_channels": channels,
-        "layers_per_block": 2,
-        "latent_channels": latent_channels,
-    }
-
-
-_LATER = {**_blocks(16, 128, 256, 512, 512), "use_quant_conv": False, "use_post_quant_conv": False}
-
-VAES = {
-    "flux": _vae("AutoencoderKL", "flux", **_LATER),
-    "flux2": _vae("AutoencoderKLFlux2", "flux2"),
-    "sd3": _vae("AutoencoderKL", "sd3", **_LATER),
-    "sdxl": _vae("AutoencoderKL", "sdxl", **_blocks(4, 128, 256, 512, 512)),
-    "qwenimage": _vae("AutoencoderKLQwenImage", "qwenimage"),
-}
-"""By latent space; the autoencoders of other spaces are not in diffusers."""
-
-UPSCALER_VAE = Vae("AutoencoderKL", 4, 4, _blocks(4, 128, 256, 512), factor=(0.08333,))
+UPSCALER_VAE = Vae("AutoencoderKL", 4, 4, blocks(4, 128, 256, 512), factor=(0.08333,))
 """Of Stable Diffusion x4 upscaler."""
 
 
@@ -87,8 +39,9 @@ class _Autoencoder(nn.Module):
     def __init__(self, spec: Vae) -> None:
         super().__init__()
         self.kind, self.vae = spec.kind, getattr(diffusers(), spec.kind)(**spec.config)
-        for name, values in (("factor", spec.factor), ("shift", spec.shift)):
-            self.register_buffer(name, torch.tensor(values)[:, None, None])
+        factor, shift = normalization(spec, self.vae)
+        self.register_buffer("factor", factor)
+        self.register_buffer("shift", shift)
 
 
 class VaeDecode(_Autoencoder):
@@ -99,14 +52,7 @@ class VaeDecode(_Autoencoder):
         self.vae.encoder, self.vae.quant_conv = nn.Identity(), None
 
     def forward(self, latent: Tensor) -> Tensor:
-        z = latent / self.factor + self.shift
-        if self.kind == "AutoencoderKLQwenImage":  # a video's, with a time axis
-            return self.vae.decode(z[:, :, None], return_dict=False)[0][:, :, 0]
-        if self.kind == "AutoencoderKLFlux2":
-            norm = self.vae.bn
-            std = torch.sqrt(norm.running_var + norm.eps)[:, None, None]
-            z = F.pixel_shuffle(z * std + norm.running_mean[:, None, None], 2)
-        return self.vae.decode(z, return_dict=False)[0]
+        return decode_raw(self.kind, self.vae, latent / self.factor + self.shift)
 
 
 class VaeEncode(_Autoencoder):
@@ -117,8 +63,7 @@ class VaeEncode(_Autoencoder):
         self.vae.decoder, self.vae.post_quant_conv = nn.Identity(), None
 
     def forward(self, image: Tensor) -> Tensor:
-        mean = self.vae.encode(image, return_dict=False)[0].mode()
-        return (mean - self.shift) * self.factor
+        return (encode_mean(self.kind, self.vae, image) - self.shift) * self.factor
 
 
 class Sd3Velocity(nn.Module):

@@ -13,10 +13,11 @@ import torch
 
 from pid_bench.cascades import CASCADES, OPT_IN, SCALE, UPSCALER_STEPS
 from pid_bench.cases import BACKENDS, PID, Case, Network, tokens_of
-from pid_bench.diffusers_modules import VAES, diffusers
+from pid_bench.diffusers_modules import diffusers
 from pid_bench.errors import BenchInputError
 from pid_engines.flavors import BUILDERS, gpu_target, library_version
 from pid_export.bundle import BUCKETS, config_of
+from pid_pipelines.vaes import VAES
 from pid_ref.config import PidConfig
 from pid_ref.registry import find_checkpoint, find_space
 from pid_ref.sampler import timesteps

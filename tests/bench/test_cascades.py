@@ -25,7 +25,6 @@ from pid_bench.cascades import (
 from pid_bench.cases import Case
 from pid_bench.diffusers_modules import (
     UPSCALER_VAE,
-    VAES,
     Sd3Velocity,
     UpscalerVelocity,
     VaeDecode,
@@ -35,6 +34,8 @@ from pid_bench.errors import BenchInputError
 from pid_bench.rrdbnet import DenseBlock, RRDBNet
 from pid_bench.stage import Pipeline, normal
 from pid_bench.work import count, total
+from pid_pipelines.vae_model import normalization
+from pid_pipelines.vaes import VAES
 from pid_ref.registry import find_space
 
 META = torch.device("meta")
@@ -135,6 +136,9 @@ def test_latents_are_denormalised_by_the_spaces_rule(
     if space == "flux2":
         module.vae.bn.running_mean.fill_(0.25)
         module.vae.bn.running_var.fill_(4.0)
+        factor, shift = normalization(VAES[space], module.vae)
+        module.factor.copy_(factor)
+        module.shift.copy_(shift)
         module(latent)
         # Channel 4 c + 2 row + column is at (row, column) of each 2x2 patch of channel c.
         assert seen[0].shape == (1, 32, 4, 6)

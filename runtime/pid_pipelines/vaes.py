@@ -1,0 +1,62 @@
+"""The autoencoders of latent spaces, as data: classes of diffusers and their released sizes."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from pid_ref.registry import SPACES
+
+
+@dataclass(frozen=True)
+class Vae:
+    """An autoencoder: its class in diffusers and its dimensions."""
+
+    kind: str
+    """The class."""
+    down: int
+    """Pixels per latent pixel, along each axis."""
+    channels: int
+    """Channels of the latent as the space has it."""
+    config: Mapping[str, Any] = field(default_factory=dict)
+    """What differs from the class's defaults."""
+    factor: tuple[float, ...] | None = (1.0,)
+    """With `shift`: a normalised latent is factor * (z - shift); of all channels, or of each.
+    None where the statistics are part of the model: those of FLUX.2's batch normalisation."""
+    shift: tuple[float, ...] | None = (0.0,)
+    """See `factor`."""
+    file: str = ""
+    """Where NVIDIA keeps its weights, beside the decoders': a file, or the folder of one."""
+
+
+def _vae(kind: str, space: str, file: str, **config: Any) -> Vae:
+    """The autoencoder of a latent space, by whose rule latents are normalised."""
+    spec = SPACES[space]
+    return Vae(kind, spec.down, spec.channels, config, spec.factor, spec.shift, file)
+
+
+def blocks(latent_channels: int, *channels: int) -> dict[str, Any]:
+    """The layout of Stable Diffusion's autoencoder, and of its descendants'."""
+    return {
+        "down_block_types": ("DownEncoderBlock2D",) * len(channels),
+        "up_block_types": ("UpDecoderBlock2D",) * len(channels),
+        "block_out_channels": channels,
+        "layers_per_block": 2,
+        "latent_channels": latent_channels,
+    }
+
+
+_LATER = {**blocks(16, 128, 256, 512, 512), "use_quant_conv": False, "use_post_quant_conv": False}
+
+VAES = {
+    "flux": _vae("AutoencoderKL", "flux", "checkpoints/ae.safetensors", **_LATER),
+    "flux2": _vae("AutoencoderKLFlux2", "flux2", "checkpoints/flux2_ae.safetensors"),
+    "sd3": _vae("AutoencoderKL", "sd3", "checkpoints/sd3_vae", **_LATER),
+    "sdxl": _vae(
+        "AutoencoderKL",
+        "sdxl",
+        "checkpoints/sdxl_vae.safetensors",
+        **blocks(4, 128, 256, 512, 512),
+    ),
+    "qwenimage": _vae("AutoencoderKLQwenImage", "qwenimage", "checkpoints/QwenImage_VAE_2d.pth"),
+}
+"""By latent space; the autoencoders of other spaces are not in diffusers."""
