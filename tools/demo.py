@@ -20,7 +20,7 @@ from skimage.data import astronaut
 
 from pid_engines import cli as build_cli
 from pid_export import cli as export_cli
-from pid_runtime.command import decode_cli
+from pid_pipelines import upscale_cli
 from pid_runtime.command.images import save_image, side_by_side, to_uint8
 from pid_runtime.decoder import Decoder
 
@@ -66,9 +66,9 @@ def _commands(folder: Path, weights: Sequence[str]) -> list[Command]:
     commands: list[Command] = [
         ("pid-export", export_cli.main, [*export, "-o", str(bundle)]),
         (
-            "pid-decode",
-            decode_cli.main,
-            [str(bundle), "--image", photo, "--overwrite", "-o", image],
+            "pid-upscale",
+            upscale_cli.main,
+            [str(bundle), photo, "--overwrite", "-o", image],
         ),
     ]
     if importlib.util.find_spec("tensorrt_rtx") is not None:

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pid_runtime.bundle.manifest import Manifest
+from pid_runtime.noise import image_seed, standard_normal
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,30 @@ def comfyui_normalization(manifest: Manifest) -> Normalization | None:
         return None
     factor, shift = (_numbers(rule.get(name), counts) for name in ("factor", "shift"))
     return Normalization(factor, shift) if factor and shift else None
+
+
+LATENT_DRAW = 2**32 - 1
+"""The draw that a latent's own noise is; a decode of the same seed uses the first few."""
+
+
+def noisy(
+    manifest: Manifest, latent: NDArray[np.float32], sigma: float, seed: int
+) -> NDArray[np.float32]:
+    """Clean latents `[B, C, h, w]` as they are, partly denoised, at a noise level in [0, 1].
+
+    (1 - sigma) z + sigma noise; where the bundle's generators follow Euler's rule, as SDXL's, the
+    factor of z is sqrt(1 - sigma^2). The noise is that of seed + b for image b: the same for every
+    sigma, and none that a decode of the seed draws.
+    """
+    if not sigma:
+        return latent
+    is_euler = manifest.model.get("partly_denoised") == "euler"
+    keep = math.sqrt(1 - sigma**2) if is_euler else 1 - sigma
+    result = latent * np.float32(keep)
+    for b, each in enumerate(result):
+        noise = standard_normal(image_seed(seed, b), LATENT_DRAW, each.size)
+        each += np.float32(sigma) * noise.reshape(each.shape)
+    return result
 
 
 def latents_of(manifest: Manifest) -> str:

@@ -1197,9 +1197,6 @@ def test_command_ends_quietly_when_nobody_reads(work: Work) -> None:
 
 
 FLAGS_OF_ONE = {
-    "--fit": "photos are read by Pillow",
-    "--image": "photos are read by Pillow",
-    "--images": "photos are read by Pillow",
     "--provider-library": "Python finds plug-in providers by their packages",
 }
 """Flags that one of the two commands does not have, and why."""

@@ -1,4 +1,4 @@
-"""The space whose latents need no network: registry, bundle, `Decoder.encode` and `--image`."""
+"""The space whose latents need no network: registry, bundle, `Decoder.encode`, `pid-upscale`."""
 
 import json
 import math
@@ -15,6 +15,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from pid_export import cli, verify, verify_cli
+from pid_pipelines import upscale_cli
 from pid_ref import hub
 from pid_ref.checkpoint import read_checkpoint, state_shapes
 from pid_ref.registry import NANO, NANO_STD, SPACES, Checkpoint
@@ -22,12 +23,12 @@ from pid_ref.weights import RandomWeights
 from pid_runtime.bundle.folder import parse_manifest, read_manifest
 from pid_runtime.bundle.manifest import BLOCK_DCT, MANIFEST_FILE
 from pid_runtime.bundle.manifest_check import CODEC_CHANNELS
-from pid_runtime.command import decode_cli
 from pid_runtime.command.images import to_uint8
 from pid_runtime.decoder import Decoder
 from pid_runtime.errors import PidRuntimeError
 from pid_runtime.nano import block_dct, codec
 from pid_runtime.nano.photos import padded, photo_size, read_photo, resized
+from pid_runtime.noise import standard_normal
 
 RunCommand = Callable[..., tuple[int, str, str]]
 Refusal = Callable[..., str]
@@ -206,7 +207,7 @@ def test_noise_is_mixed_in_by_seed(pid: Decoder) -> None:
     np.testing.assert_array_equal(pid.encode(images[1:], sigma=0.25, seed=6)[0], noisy[1])
     np.testing.assert_array_equal(pid.encode(images, sigma=0.0, seed=5), clean)
     # Nothing of the latent's noise is in the decode's own.
-    own = codec.standard_normal(5, 0, noise[0].size).reshape(noise[0].shape)
+    own = standard_normal(5, 0, noise[0].size).reshape(noise[0].shape)
     assert abs(np.corrcoef(noise[0].ravel(), own.ravel())[0, 1]) < 0.1
 
 
@@ -248,7 +249,7 @@ def test_noise_levels_that_are_none(pid: Decoder) -> None:
             pid.encode(np.zeros((1, 3, 8, 8), np.float32), sigma=sigma)
 
 
-# pid-decode --image
+# pid-upscale
 
 
 def save(path: Path, height: int, width: int, **options: Any) -> Path:
@@ -257,7 +258,7 @@ def save(path: Path, height: int, width: int, **options: Any) -> Path:
 
 
 def decoded(pid: Decoder, photo: Path, sigma: float = 0.0, seed: int = 0) -> NDArray[np.uint8]:
-    """What `--image` must give, by the functions it is made of."""
+    """What `pid-upscale` must give, by the functions it is made of."""
     image = read_photo(photo)
     latent = pid.encode(padded(image, 8)[None], sigma=sigma, seed=seed)
     pixels = pid.decode(latent, sigma=sigma, seed=seed, output="uint8")[0]
@@ -274,8 +275,8 @@ def test_photos_of_any_size(
     width: int,
 ) -> None:
     photo, target = save(tmp_path / "photo.png", height, width), tmp_path / "image.png"
-    arguments = (bundle, "--image", photo, "-o", target, "--seed", 2, "--json", "--threads", 1)
-    code, out, err = run_command(decode_cli.main, *arguments)
+    arguments = (bundle, photo, "-o", target, "--seed", 2, "--json", "--threads", 1)
+    code, out, err = run_command(upscale_cli.main, *arguments)
     assert (code, err) == (0, "")  # no warning about captions or sizes either
     (image,) = json.loads(out)["images"]
     assert (image["width"], image["height"]) == (4 * width, 4 * height)
@@ -291,9 +292,9 @@ def test_noise_and_rotation_of_a_photo(
     exif[0x0112] = 6
     photo = save(tmp_path / "photo.png", 16, 24, exif=exif)
     target = tmp_path / "image.png"
-    arguments = ("--image", photo, "-o", target, "--sigma", 0.5, "--seed", 9, "--threads", 1)
-    code, out, err = run_command(decode_cli.main, bundle, *arguments)
-    assert (code, err) == (0, "") and ": 64x96, seed 9, " in out
+    arguments = (photo, "-o", target, "--sigma", 0.5, "--seed", 9, "--threads", 1)
+    code, out, err = run_command(upscale_cli.main, bundle, *arguments)
+    assert (code, err) == (0, "") and ": 64x96, sigma 0.5, seed 9, " in out
     with Image.open(target) as read:
         np.testing.assert_array_equal(np.asarray(read), decoded(pid, photo, 0.5, 9))
 
@@ -304,9 +305,9 @@ def test_a_folder_of_photos(bundle: Path, run_command: RunCommand, tmp_path: Pat
     save(folder / "b.jpg", 8, 16)
     save(folder / "A.PNG", 9, 8)
     (folder / "notes.txt").write_text("not a photo")
-    arguments = ("--images", folder, "-o", target, "--sheet", tmp_path / "sheet.png")
-    code, out, err = run_command(decode_cli.main, bundle, *arguments, "--threads", 1, "--steps", 1)
-    assert code == 0 and out.count("\n") == 3
+    arguments = (folder, "-o", target)
+    code, out, err = run_command(upscale_cli.main, bundle, *arguments, "--threads", 1, "--steps", 1)
+    assert code == 0 and out.count("\n") == 2
     assert err.startswith(f"warning: skipped 1 of 3 files in {folder}: .txt is none of *.png, ")
     sizes = {path.name: photo_size(path) for path in target.iterdir()}
     assert sizes == {"A.png": (32, 36), "b.png": (64, 32)}
@@ -316,8 +317,8 @@ def test_a_photo_that_is_too_large_is_fitted(
     bundle: Path, pid: Decoder, run_command: RunCommand, tmp_path: Path
 ) -> None:
     photo, target = save(tmp_path / "large.png", 72, 88), tmp_path / "image.png"
-    arguments = (bundle, "--image", photo, "-o", target, "--fit", "--threads", 1)
-    assert run_command(decode_cli.main, *arguments)[::2] == (0, "")
+    arguments = (bundle, photo, "-o", target, "--fit", "--threads", 1)
+    assert run_command(upscale_cli.main, *arguments)[::2] == (0, "")
     # 64 latent pixels fit: 7 x 8 blocks, and 72:88 in 56 x 64 pixels.
     reduced = resized(read_photo(photo), 52, 64)
     pixels = pid.decode(pid.encode(padded(reduced, 8)[None]), output="uint8")[0]
@@ -325,8 +326,8 @@ def test_a_photo_that_is_too_large_is_fitted(
         assert image.size == (256, 208)
         np.testing.assert_array_equal(np.asarray(image), pixels[:208, :256])
     small = save(tmp_path / "small.png", 8, 24)
-    arguments = (bundle, "--image", small, "-o", target, "--fit", "--overwrite", "--threads", 1)
-    assert run_command(decode_cli.main, *arguments)[::2] == (0, "")
+    arguments = (bundle, small, "-o", target, "--fit", "--overwrite", "--threads", 1)
+    assert run_command(upscale_cli.main, *arguments)[::2] == (0, "")
     with Image.open(target) as image:
         np.testing.assert_array_equal(np.asarray(image), decoded(pid, small))
 
@@ -338,18 +339,24 @@ def test_photos_that_cannot_be_decoded(
     large, text = save(tmp_path / "large.png", 72, 88), tmp_path / "text.png"
     text.write_text("not a photo")
     for arguments, message in (
-        ((bundle, "--image", large), "--fit, which reduces this photo of 88x72"),
-        ((bundle, "--image", text), "is no image that Pillow reads"),
-        ((bundle, "--image", tmp_path / "missing.png"), "is no file"),
-        ((bundle, "--images", photo), "expected a folder for --images"),
-        ((bundle, "--image", photo, "--latent-key", "x"), "but got a photo; drop it"),
-        ((bundle, "--image", photo, "--format", "png"), "expected --format with --images"),
-        ((bundle, "--image", photo, "--latent", photo), "not allowed with"),
-        ((golden_bundle, "--image", photo), "expected a bundle with a codec"),
+        ((bundle, large), "--fit, which reduces this photo of 88x72"),
+        ((bundle, text), "is no image that Pillow reads"),
+        ((bundle, tmp_path / "missing.png"), "is no file"),
+        ((bundle,), "expected photos or a --manifest, but got neither"),
+        ((bundle, photo, "--manifest", photo), "but got both"),
+        ((bundle, photo, "--format", "png"), "expected --format with a folder"),
+        ((bundle, photo, text), "expected a folder for 2 pictures"),
+        ((bundle, photo, "--baseline"), "expected a folder for 2 pictures"),
+        ((bundle, photo, "--sigma", "0,1.5"), "expected numbers from 0 to 1"),
+        ((bundle, photo, "--prompt", "x"), "expected no --prompt, since nano any (v1.5) was"),
+        ((bundle, photo, "--encoder", "x"), "expected a prompt for --encoder to encode"),
+        ((bundle, photo, "--vae", "x"), "expected no --vae, since this bundle has a codec"),
+        ((bundle, photo, "--crop"), "expected sides of at least 16 pixels with --crop"),
+        ((golden_bundle, photo), "but got one that names no latent space"),
     ):
-        assert message in refusal(decode_cli.main, *arguments, "-o", target)
+        assert message in refusal(upscale_cli.main, *arguments, "-o", target)
         assert not target.exists()
     (tmp_path / "empty").mkdir()
-    arguments = (bundle, "--images", tmp_path / "empty", "-o", tmp_path / "images")
-    assert "expected *.png, *.jpg, " in refusal(decode_cli.main, *arguments)
+    arguments = (bundle, tmp_path / "empty", "-o", tmp_path / "images")
+    assert "expected *.png, *.jpg, " in refusal(upscale_cli.main, *arguments)
     assert not (tmp_path / "images").exists()

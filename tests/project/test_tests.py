@@ -32,11 +32,14 @@ ELSEWHERE = {
         "runtime/pid_runtime: command/doctor_bundle command/doctor_checks"
     ),
     "runtime/command/test_decode_cli.py": (
-        "runtime/pid_runtime: __main__ latents command/decode_jobs command/latent_files"
+        "runtime/pid_runtime: __main__ latents command/decode_jobs command/decode_options"
+        " command/latent_files"
     ),
     "pipelines/test_captions.py": (
         "runtime/pid_pipelines: caption_cache caption_model caption_tokens"
     ),
+    "pipelines/test_vae_files.py": "runtime/pid_pipelines: vaes",
+    "pipelines/test_upscale_cli.py": "runtime/pid_pipelines: upscale_codecs upscale_jobs",
     "export/test_cli.py": "export/pid_export: bundle graphs",
     "export/test_fold.py": "export/pid_export: program",
     "export/test_verify_cli.py": "export/pid_export: reference verify",

@@ -6,13 +6,17 @@ import subprocess
 import sys
 import tarfile
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 from safetensors.numpy import save_file
 
 from places import ROOT
+
+EditBundle = Callable[..., Path]
 
 COMMANDS = {
     "pid-bench": (("--dry-run",), "bench"),
@@ -20,6 +24,7 @@ COMMANDS = {
     "pid-caption": (("--text", "a", "-o", "caption.safetensors"), "pipelines"),
     "pid-decode": (("{bundle}", "--latent", "{latent}", "-o", "image.png"), "cpu"),
     "pid-export": (("--space", "nano", "-o", "nano"), "export"),
+    "pid-upscale": (("{bundle}", "{photo}", "-o", "image.png"), "pipelines"),
     "pid-verify": (("{bundle}",), "export"),
 }
 """Every command: a run that needs more than the wheel asks for, and the extra that has it."""
@@ -81,16 +86,22 @@ def run(site: Path, folder: Path, command: str, *arguments: str) -> tuple[int, s
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_command_without_its_extra_says_what_to_install(
-    site: Path, golden_bundle: Path, tmp_path: Path, command: str
+    site: Path, edit_bundle: EditBundle, tmp_path: Path, command: str
 ) -> None:
     code, out, err = run(site, tmp_path, command, "--help")
     assert (code, err) == (0, "") and "examples:" in out
     latent = tmp_path / "latent.safetensors"
     save_file({"latent": np.ones((1, 16, 2, 3), np.float32)}, latent)
+    photo = tmp_path / "photo.png"
+    Image.new("RGB", (16, 16)).save(photo)
+    bundle = edit_bundle(lambda manifest: manifest["model"].update(space="flux"))
     arguments, extra = COMMANDS[command]
     before = sorted(tmp_path.iterdir())
     code, out, err = run(
-        site, tmp_path, command, *(a.format(bundle=golden_bundle, latent=latent) for a in arguments)
+        site,
+        tmp_path,
+        command,
+        *(a.format(bundle=bundle, latent=latent, photo=photo) for a in arguments),
     )
     assert (code, out) == (2, ""), err
     assert err.startswith(f"{command}: expected ") and err.count("\n") == 1, err

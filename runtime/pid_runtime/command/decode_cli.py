@@ -1,11 +1,11 @@
-"""The `pid-decode` command: latents in safetensors files, or photos, to image files."""
+"""The `pid-decode` command: latents in safetensors files to image files."""
 
 import argparse
 import contextlib
 import itertools
 import time
 from argparse import Namespace
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pid_runtime.advice import advice
-from pid_runtime.backends.choice import BACKENDS, device_name
-from pid_runtime.bundle.files import file_sha256
 from pid_runtime.bundle.folder import read_manifest
-from pid_runtime.bundle.manifest import MANIFEST_FILE, Manifest
 from pid_runtime.command import console
 from pid_runtime.command.decode_jobs import (
     Job,
@@ -30,13 +27,22 @@ from pid_runtime.command.decode_jobs import (
     skipped_files,
     without_existing,
 )
+from pid_runtime.command.decode_options import (
+    FORMATS,
+    Making,
+    add_backend_options,
+    add_image_options,
+    add_schedule_options,
+    image_folder,
+    number,
+    open_decoder,
+)
 from pid_runtime.command.images import save_image, sheet_size, side_by_side
+from pid_runtime.command.latent_files import LATENT_SUFFIXES
 from pid_runtime.decoder import Decoder
 from pid_runtime.errors import NotFiniteError, PidRuntimeError
 from pid_runtime.latents import spread_warning
-from pid_runtime.request import RULES, Schedule, check_schedule
-
-FORMATS = ("png", "jpg", "webp")
+from pid_runtime.request import check_schedule
 
 Pixels = NDArray[np.uint8]
 
@@ -44,7 +50,6 @@ _EXAMPLES = """examples:
   pid-decode flux-2k --latent latent.safetensors --caption caption.safetensors -o image.png
   pid-decode flux-2k --latents latents/ --captions captions/ --seed 7 --format webp -o images/
   pid-decode flux-2k --latent latent.safetensors -o image.png --backend tensorrt
-  pid-decode nano --image photo.jpg -o larger.png
 
 files:
   A latent file has one tensor, or one named "latent": [C, h, w] or [B, C, h, w] in float32,
@@ -55,11 +60,7 @@ files:
   others. Names, sizes and types of all inputs are checked before the first decode. Images appear
   whole or not at all.
 
-photos:
-  A bundle of space nano makes its latents itself: --image takes any photo that Pillow reads, and
-  the image is it at four times its size. It is turned as its EXIF data says, converted to sRGB,
-  and put on white where it is transparent; --fit reduces one that is too large. --sigma adds as
-  much noise, of the seed, to the latent.
+  Photos go to pid-upscale, which encodes them first.
 """
 
 
@@ -71,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = console.ArgumentParser(
         "pid-decode",
-        "Decode latents, or photos, to images with a bundle made by pid-export.",
+        "Decode latents to images with a bundle made by pid-export.",
         _EXAMPLES,
     )
     add = parser.add_argument
@@ -79,8 +80,8 @@ def _parser() -> argparse.ArgumentParser:
     inputs = parser.add_mutually_exclusive_group(required=True)
     inputs.add_argument("--latent", type=Path, metavar="FILE", help="a latent file")
     inputs.add_argument("--latents", type=Path, metavar="DIR", help="a folder of latent files")
-    inputs.add_argument("--image", type=Path, metavar="FILE", help="a photo, for space nano")
-    inputs.add_argument("--images", type=Path, metavar="DIR", help="a folder of photos")
+    for name in ("--image", "--images"):
+        inputs.add_argument(name, type=Path, help=argparse.SUPPRESS)  # until it moved
     add("-o", "--output", type=Path, required=True, help="an image, or a folder for a folder")
     captions = parser.add_mutually_exclusive_group()
     captions.add_argument("--caption", type=Path, metavar="FILE", help="one caption for all")
@@ -91,53 +92,19 @@ def _parser() -> argparse.ArgumentParser:
     add("--caption-key", metavar="NAME", help="the caption's tensor, if it has another name")
     add(
         "--sigma",
-        type=_number,
-        help="noise level of the latents, 0 to 1; of a photo's, noise to add "
-        "(default: the files', or 0)",
+        type=number,
+        help="noise level of the latents, 0 to 1 (default: the files', or 0)",
     )
-    add("--fit", action="store_true", help="reduce photos that are too large for the bundle")
-    add("--seed", type=_seed, default=0, help="of the first image of every file")
-    schedule = parser.add_mutually_exclusive_group()
-    schedule.add_argument("--steps", type=int, help="1, 2 or 4 (default: what the bundle says)")
-    schedule.add_argument(
-        "--times", type=_times, help="for bundles of any times: 1.0,0.75,0.5,0.25,0"
-    )
-    add(
-        "--rule",
-        choices=RULES,
-        default=RULES[0],
-        help="sde, which adds noise between steps, or ode",
-    )
-    add(
-        "--format",
-        choices=FORMATS,
-        help=f"of the images in a folder: {', '.join(FORMATS)} (default: png)",
-    )
+    add_schedule_options(parser)
+    add_image_options(parser)
     add("--sheet", type=Path, metavar="FILE", help="also write all images side by side")
-    existing = parser.add_mutually_exclusive_group()
-    existing.add_argument("--overwrite", action="store_true", help="replace images that exist")
-    existing.add_argument(
-        "--skip-existing", action="store_true", help="keep images that exist, and make the others"
-    )
-    add("--no-metadata", action="store_true", help="do not write into images how they were made")
-    add("--backend", default=BACKENDS[0], help=", ".join(BACKENDS))
-    add(
-        "--device",
-        "--provider",
-        metavar="NAME",
-        help="cpu, cuda:0, or an ONNX Runtime provider (default: cpu; of tensorrt cuda:0)",
-    )
-    add("--engines", metavar="NAME", help="tensorrt: the engine set (default: the first that fits)")
-    add("--threads", type=_threads, metavar="N", help="on the CPU (default: all cores)")
-    add("--no-cuda-graphs", action="store_true", help="tensorrt: do not record and replay steps")
-    add("--no-verify", action="store_true", help="do not hash the bundle's files first")
+    add_backend_options(parser)
     return parser
 
 
 def _decode(arguments: Namespace) -> None:
-    many = (arguments.latents or arguments.images) is not None
-    photos = (arguments.image or arguments.images) is not None
-    _check_kinds(arguments, many=many, photos=photos)
+    many = arguments.latents is not None
+    _check_kinds(arguments, many=many)
     settings = Settings(
         arguments.latent_key,
         arguments.caption_key,
@@ -146,78 +113,42 @@ def _decode(arguments: Namespace) -> None:
         arguments.steps,
         arguments.times,
         arguments.rule,
-        arguments.fit,
     )
     manifest = read_manifest(arguments.bundle, verify=False)
     schedule = check_schedule(
         manifest.sampler, steps=settings.steps, times=settings.times, rule=settings.rule
     )
-    path = arguments.latent or arguments.latents or arguments.image or arguments.images
-    sources = find_sources(path, arguments.caption, arguments.captions, photos=photos)
-    skipped = skipped_files(path, photos=photos) if many else None
+    path = arguments.latents if many else arguments.latent
+    sources = find_sources(path, arguments.caption, arguments.captions)
+    skipped = skipped_files(path, LATENT_SUFFIXES) if many else None
     jobs = plan_jobs(manifest, sources, settings, _namer(arguments, many))
     planned = len(jobs)
     if arguments.skip_existing:
         jobs = without_existing(jobs)
-    making = _Making(arguments, manifest, schedule)
+    making = Making(arguments, manifest, schedule)
     if not jobs:
         _report(arguments, making, jobs, [], planned)
         return
-    folder = _folder(arguments.output) if many else contextlib.nullcontext()
-    with folder:
+    with image_folder(arguments.output) if many else contextlib.nullcontext():
         check_targets(jobs, overwrite=arguments.overwrite)
         _check_sheet(arguments, jobs)
-        decoder = Decoder.open(
-            arguments.bundle,
-            arguments.backend,
-            arguments.device,
-            threads=arguments.threads,
-            verify=not arguments.no_verify,
-            engines=arguments.engines,
-            cuda_graphs=not arguments.no_cuda_graphs,
-            manifest=manifest,
-        )
-        with decoder:
+        with open_decoder(arguments, manifest) as decoder:
             decoder.warn([skipped] if skipped else [])
             decoder.warn(_advice(decoder.manifest.model, jobs))
             total = schedule.steps * len(jobs)
             with console.progress("Decoding", total, quiet=arguments.quiet) as advance:
-                seconds, tiles = _run(decoder, jobs, settings, making, advance)
+                seconds, tiles = _run(decoder, jobs, settings, making, arguments.sheet, advance)
         if arguments.sheet:
             save_image(arguments.sheet, side_by_side(tiles))
     _report(arguments, making, jobs, seconds, planned)
-
-
-class _Making:
-    """How images are made, for the result and for the images themselves."""
-
-    def __init__(self, arguments: Namespace, manifest: Manifest, schedule: Schedule) -> None:
-        self.keep_tiles, self.in_images = bool(arguments.sheet), not arguments.no_metadata
-        self.common: dict[str, Any] = {
-            "bundle_sha256": file_sha256(arguments.bundle / MANIFEST_FILE),
-            "backend": arguments.backend,
-            "device": device_name(arguments.backend, arguments.device),
-            "steps": schedule.steps,
-            "times": None if arguments.times is None else list(arguments.times),
-            "rule": arguments.rule,
-        }
-        self._model = {"model": manifest.model.get("name"), "precision": manifest.precision}
-        self._license = manifest.model.get("weights_license")
-
-    def record(self, job: Job) -> dict[str, Any] | None:
-        """What an image says of its making; None if it is to say nothing."""
-        if not self.in_images:
-            return None
-        image = {"seed": job.seed, "sigma": job.sigma, "width": job.width, "height": job.height}
-        rights = {} if self._license is None else {"weights_license": self._license}
-        return {**self._model, **self.common, **image, **rights}
 
 
 def _run(
     decoder: Decoder,
     jobs: Sequence[Job],
     settings: Settings,
-    making: _Making,
+    making: Making,
+    sheet: Path | None,
     advance: Callable[[float], None],
 ) -> tuple[list[float], list[tuple[str, Pixels]]]:
     """Decode and write every image; seconds of each decode, and the images of a sheet."""
@@ -238,23 +169,25 @@ def _run(
             except NotFiniteError as error:
                 raise PidRuntimeError(f"{source.path}: {error}") from None
             seconds.append(time.perf_counter() - begin)
-            image = images[0, : job.height, : job.width]
-            save_image(job.target, image, making.record(job))
-            if making.keep_tiles:
-                tiles.append((job.target.stem, image))
+            record = making.record(
+                seed=job.seed, sigma=job.sigma, width=job.width, height=job.height
+            )
+            save_image(job.target, images[0], record)
+            if sheet is not None:
+                tiles.append((job.target.stem, images[0]))
     return seconds, tiles
 
 
 def _report(
     arguments: Namespace,
-    making: _Making,
+    making: Making,
     jobs: Sequence[Job],
     seconds: Sequence[float],
     planned: int,
 ) -> None:
     images = [
         {
-            "photo" if job.source.is_photo else "latent": str(job.source.path),
+            "latent": str(job.source.path),
             "index": job.index,
             "image": str(job.target),
             "width": job.width,
@@ -301,23 +234,24 @@ def _advice(model: dict[str, Any], jobs: Sequence[Job]) -> list[str]:
     return lines
 
 
-def _check_kinds(arguments: Namespace, *, many: bool, photos: bool) -> None:
+def _check_kinds(arguments: Namespace, *, many: bool) -> None:
     """Raise `PidRuntimeError` for options that do not belong together."""
-    one, all_of = ("--image", "--images") if photos else ("--latent", "--latents")
+    if arguments.image or arguments.images:
+        raise PidRuntimeError(
+            "expected latents, but got a photo: pid-upscale takes them, as in "
+            f"pid-upscale {arguments.bundle} {arguments.image or arguments.images} "
+            f"-o {arguments.output}"
+        )
     for name in ("captions", "format"):
         if getattr(arguments, name) is not None and not many:
-            raise PidRuntimeError(f"expected --{name} with {all_of}, but got {one}; drop it")
-    if arguments.fit and not photos:
-        raise PidRuntimeError(f"expected --fit with a photo, but got {one}; drop it")
-    if photos and arguments.latent_key is not None:
-        raise PidRuntimeError("expected --latent-key with a latent, but got a photo; drop it")
-    for name in ("latent", "image", "caption"):
+            raise PidRuntimeError(f"expected --{name} with --latents, but got --latent; drop it")
+    for name in ("latent", "caption"):
         file = getattr(arguments, name)
         if file is not None and file.is_dir():
             raise PidRuntimeError(
                 f"expected a file for --{name}, but {file} is a folder; use --{name}s"
             )
-    for name in ("latents", "images", "captions"):
+    for name in ("latents", "captions"):
         folder = getattr(arguments, name)
         if folder is not None and not folder.is_dir():
             raise PidRuntimeError(f"expected a folder for --{name}, but {folder} is none")
@@ -340,53 +274,3 @@ def _check_sheet(arguments: Namespace, jobs: Sequence[Job]) -> None:
         )
     size = sheet_size([(job.height, job.width) for job in jobs])
     check_target(arguments.sheet, *size, overwrite=arguments.overwrite)
-
-
-@contextlib.contextmanager
-def _folder(path: Path) -> Generator[None, None, None]:
-    """Make a folder of which nothing is left if nothing was put into it."""
-    try:
-        path.mkdir()
-    except FileExistsError:
-        if not path.is_dir():
-            raise PidRuntimeError(
-                f"expected a folder for the images, but {path} is a file; choose another name"
-            ) from None
-        yield
-        return
-    except OSError as error:
-        raise PidRuntimeError(
-            f"expected to make the folder {path}, but got: {error.strerror}; choose another place"
-        ) from None
-    try:
-        yield
-    finally:
-        with contextlib.suppress(OSError):
-            path.rmdir()  # refused unless it is empty
-
-
-def _times(text: str) -> tuple[float, ...]:
-    return tuple(_number(part) for part in text.split(","))
-
-
-def _number(text: str) -> float:
-    try:
-        return float(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"expected a number, but got {text!r}") from None
-
-
-def _seed(text: str) -> int:
-    return _integer(text, 0, 2**64 - 1, "2^64 - 1")
-
-
-def _threads(text: str) -> int:
-    return _integer(text, 1, 4096, "4096")
-
-
-def _integer(text: str, least: int, most: int, most_text: str) -> int:
-    if not (text.isascii() and text.isdecimal() and least <= int(text) <= most):
-        raise argparse.ArgumentTypeError(
-            f"expected a whole number from {least} to {most_text}, but got {text!r}"
-        )
-    return int(text)

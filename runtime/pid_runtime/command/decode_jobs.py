@@ -1,8 +1,7 @@
 """What `pid-decode` is to do: found and checked before the first decode, by sizes and headers."""
 
-import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -18,11 +17,8 @@ from pid_runtime.command.latent_files import (
     open_latent_file,
 )
 from pid_runtime.errors import PidRuntimeError
-from pid_runtime.nano.block_dct import BLOCK
-from pid_runtime.nano.codec import encode, latent_channels
-from pid_runtime.nano.photos import PHOTO_SUFFIXES, padded, photo_size, read_photo, resized
 from pid_runtime.noise import image_seed
-from pid_runtime.request import Request, Rule, check_fits, check_request, largest_latent
+from pid_runtime.request import Request, Rule, check_request
 
 Values = Callable[[StoredTensor], NDArray[np.float32]]
 """What becomes of a tensor in a file: its values, or an outline of them."""
@@ -43,86 +39,37 @@ class Settings:
     steps: int | None = None
     times: tuple[float, ...] | None = None
     rule: Rule = "sde"
-    fit: bool = False
-    """Reduce photos that no bucket holds."""
 
 
 @dataclass(frozen=True)
 class Source:
-    """A latent file or a photo, and the file of its caption, if that is another one."""
+    """A latent file, and the file of its caption, if that is another one."""
 
     path: Path
     caption: Path | None
-    is_photo: bool = False
 
     def outline(self, manifest: Manifest, settings: Settings) -> "Inputs":
         """The inputs with zeros for what only the files know, by their headers alone.
 
-        Raises `PidRuntimeError` for files that hold something else, or a photo that is too large.
+        Raises `PidRuntimeError` for files that hold something else.
         """
-        if self.is_photo:
-            inputs = self._photo_outline(manifest, settings)
-        else:
-            inputs = self._latent(manifest, settings, StoredTensor.outline)
-        return self._with_caption(inputs, settings, StoredTensor.outline)
+        return self._inputs(manifest, settings, StoredTensor.outline)
 
     def read(self, manifest: Manifest, settings: Settings) -> "Inputs":
-        """Read both files. Raises `PidRuntimeError` for NaN, or a damaged photo."""
-        if self.is_photo:
-            inputs = self._photo(manifest, settings)
-        else:
-            inputs = self._latent(manifest, settings, StoredTensor.read)
-        return self._with_caption(inputs, settings, StoredTensor.read)
+        """Read both files. Raises `PidRuntimeError` for NaN."""
+        return self._inputs(manifest, settings, StoredTensor.read)
 
-    def _with_caption(self, inputs: "Inputs", settings: Settings, values: Values) -> "Inputs":
-        if self.caption is None:
-            return inputs
-        stored = open_caption_file(self.caption, settings.caption_key)
-        return replace(inputs, caption=values(stored))
-
-    def _latent(self, manifest: Manifest, settings: Settings, values: Values) -> "Inputs":
+    def _inputs(self, manifest: Manifest, settings: Settings, values: Values) -> "Inputs":
         file = open_latent_file(
             self.path, manifest, settings.latent_key, embedded_caption=self.caption is None
         )
         sigma = np.zeros(1, np.float32) if file.sigma is None else file.sigma.read()
         if settings.sigma is not None:
             sigma = np.array([settings.sigma], np.float32)
-        caption = None if file.caption is None else values(file.caption)
-        return Inputs(values(file.latent), caption, sigma)
-
-    def _photo(self, manifest: Manifest, settings: Settings) -> "Inputs":
-        """The latent of a photo, with noise of the seed added up to the noise level asked for."""
-        photo = read_photo(self.path)
-        photo = resized(photo, *self._fitted(manifest, settings, *photo.shape[1:]))
-        sigma = settings.sigma or 0.0
-        latent = encode(manifest, padded(photo, BLOCK)[None], sigma, settings.seed)
-        size = (photo.shape[1], photo.shape[2])
-        return Inputs(latent, None, np.array([sigma], np.float32), size)
-
-    def _fitted(
-        self, manifest: Manifest, settings: Settings, height: int, width: int
-    ) -> tuple[int, int]:
-        """The height and width that a photo is reduced to: its own, unless it is to be fitted."""
-        rows, columns = -(-height // BLOCK), -(-width // BLOCK)
-        most = largest_latent(manifest, rows, columns)
-        if not settings.fit or most == (rows, columns):
-            return height, width
-        scale = min(BLOCK * most[0] / height, BLOCK * most[1] / width)
-        return max(1, math.floor(height * scale)), max(1, math.floor(width * scale))
-
-    def _photo_outline(self, manifest: Manifest, settings: Settings) -> "Inputs":
-        height, width = self._fitted(manifest, settings, *photo_size(self.path)[::-1])
-        rows, columns = -(-height // BLOCK), -(-width // BLOCK)
-        try:
-            check_fits(manifest, rows, columns)
-        except PidRuntimeError as error:
-            raise PidRuntimeError(
-                f"{self.path}: {error}, or use --fit, which reduces this photo of {width}x{height}"
-            ) from None
-        shape = (1, latent_channels(manifest), rows, columns)
-        latent = np.broadcast_to(np.float32(0), shape)
-        sigma = np.array([settings.sigma or 0.0], np.float32)
-        return Inputs(latent, None, sigma, (height, width))
+        caption = file.caption
+        if self.caption is not None:
+            caption = open_caption_file(self.caption, settings.caption_key)
+        return Inputs(values(file.latent), None if caption is None else values(caption), sigma)
 
 
 @dataclass(frozen=True)
@@ -135,8 +82,6 @@ class Inputs:
     """`[B, T, D]`, `[1, T, D]` for all, or None."""
     sigma: NDArray[np.float32]
     """`[B]`, or `[1]` for all."""
-    photo_size: tuple[int, int] | None = None
-    """Height and width of the photo that the latent was made of, which may be larger."""
 
     def image(self, index: int) -> "Inputs":
         """What belongs to one image of the batch."""
@@ -145,7 +90,7 @@ class Inputs:
             return array if len(array) == 1 else array[index : index + 1]
 
         caption = None if self.caption is None else part(self.caption)
-        return Inputs(part(self.latent), caption, part(self.sigma), self.photo_size)
+        return Inputs(part(self.latent), caption, part(self.sigma))
 
 
 def request_of(manifest: Manifest, inputs: Inputs, settings: Settings, seed: int) -> Request:
@@ -171,7 +116,6 @@ class Job:
     """Of the image in its file."""
     target: Path
     width: int
-    """Of the image to be written: what was decoded, or the part of it that is the photo."""
     height: int
     seed: int
     sigma: float
@@ -179,53 +123,53 @@ class Job:
 
 
 def find_sources(
-    path: Path,
-    caption: Path | None = None,
-    captions: Path | None = None,
-    *,
-    photos: bool = False,
+    path: Path, caption: Path | None = None, captions: Path | None = None
 ) -> list[Source]:
-    """Pair latents or photos with captions.
+    """Pair latents with captions.
 
-    path: a file, or a folder of latent files or of photos, taken in the order of their names.
+    path: a file, or a folder of latent files, taken in the order of their names.
     caption: one caption file for all. captions: a folder of `*.safetensors` named as the others.
     Raises `PidRuntimeError` for a folder without such files, or one without its caption file.
     """
     if not path.is_dir():
-        return [Source(path, caption, photos)]
-    suffixes = _suffixes(photos)
-    files = [file for file in _files(path) if file.suffix.lower() in suffixes]
-    if not files:
-        raise PidRuntimeError(
-            f"expected *{', *'.join(suffixes)} files, but got none in {path}; give another folder"
-        )
+        return [Source(path, caption)]
+    files = files_of(path, LATENT_SUFFIXES)
     if captions is None:
-        return [Source(file, caption, photos) for file in files]
-    sources = [Source(file, captions / f"{file.stem}{CAPTION_SUFFIX}", photos) for file in files]
+        return [Source(file, caption) for file in files]
+    sources = [Source(file, captions / f"{file.stem}{CAPTION_SUFFIX}") for file in files]
     for source in sources:
         if source.caption is not None and not source.caption.is_file():
             raise PidRuntimeError(
-                f"expected a caption for every {'photo' if photos else 'latent'}, but got no "
+                "expected a caption for every latent, but got no "
                 f"{source.caption.name} in {captions}; add it, or use --caption FILE for all"
             )
     return sources
 
 
-def skipped_files(path: Path, *, photos: bool = False) -> str | None:
-    """What to say of files in a folder that `find_sources` leaves out; None if there are none."""
-    suffixes, files = _suffixes(photos), _files(path)
+def files_of(folder: Path, suffixes: Sequence[str]) -> list[Path]:
+    """The files of these suffixes in a folder, in the order of their names.
+
+    Raises `PidRuntimeError` for a folder without.
+    """
+    files = [file for file in _files(folder) if file.suffix.lower() in suffixes]
+    if not files:
+        raise PidRuntimeError(
+            f"expected *{', *'.join(suffixes)} files, but got none in {folder}; give another folder"
+        )
+    return files
+
+
+def skipped_files(folder: Path, suffixes: Sequence[str]) -> str | None:
+    """What to say of files in a folder that `files_of` leaves out; None if there are none."""
+    files = _files(folder)
     skipped = [file for file in files if file.suffix.lower() not in suffixes]
     if not skipped:
         return None
     kinds = ", ".join(sorted({file.suffix or file.name for file in skipped}))
     return (
-        f"skipped {len(skipped)} of {len(files)} files in {path}: {kinds} is none of "
+        f"skipped {len(skipped)} of {len(files)} files in {folder}: {kinds} is none of "
         f"*{', *'.join(suffixes)}"
     )
-
-
-def _suffixes(photos: bool) -> tuple[str, ...]:
-    return PHOTO_SUFFIXES if photos else LATENT_SUFFIXES
 
 
 def _files(folder: Path) -> list[Path]:
@@ -253,9 +197,6 @@ def plan_jobs(
             raise PidRuntimeError(f"{source.path}: {error}") from None
         target, batch = name(source), len(inputs.latent)
         height, width = request.sizes.value("H"), request.sizes.value("W")
-        if inputs.photo_size is not None:
-            scale = height // (BLOCK * inputs.latent.shape[2])
-            height, width = (scale * side for side in inputs.photo_size)
         jobs += [
             Job(
                 source,

@@ -9,14 +9,10 @@ from numpy.typing import NDArray
 from pid_runtime.backends.memory import as_array
 from pid_runtime.bundle.manifest import BLOCK_DCT, Manifest
 from pid_runtime.errors import PidRuntimeError
+from pid_runtime.latents import noisy
 from pid_runtime.nano import block_dct
-from pid_runtime.noise import image_seed, standard_normal
 
 Floats = NDArray[np.float32]
-
-LATENT_DRAW = 2**32 - 1
-"""The draw that a latent's own noise is; a decode of the same seed uses the first few."""
-
 
 MOST = 1.5
 """No float image has larger values; what a VAE decodes goes a little beyond 1."""
@@ -32,13 +28,7 @@ def encode(manifest: Manifest, image: Any, sigma: float = 0.0, seed: int = 0) ->
     std = _std(manifest)
     if isinstance(sigma, bool | str) or not 0 <= sigma <= 1:
         raise PidRuntimeError(f"expected sigma in [0, 1], but got {sigma!r}; 0 is a clean latent")
-    latent = block_dct.encode(_floats(as_array(image)), std)
-    if sigma:
-        latent *= np.float32(1 - sigma)
-        for b, each in enumerate(latent):
-            noise = standard_normal(image_seed(seed, b), LATENT_DRAW, each.size)
-            each += np.float32(sigma) * noise.reshape(each.shape)
-    return latent
+    return noisy(manifest, block_dct.encode(_floats(as_array(image)), std), sigma, seed)
 
 
 def native_decode(manifest: Manifest, latent: Any) -> Floats:

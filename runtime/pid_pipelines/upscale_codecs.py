@@ -1,0 +1,77 @@
+"""What makes latents of photos: a space's autoencoder, or the codec that a bundle says."""
+
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pid_pipelines.errors import PipelineInputError
+from pid_pipelines.vaes import VAES
+from pid_runtime.bundle.manifest import Manifest
+from pid_runtime.nano import codec
+from pid_runtime.nano.block_dct import BLOCK
+
+Floats = NDArray[np.float32]
+
+
+class Codec(Protocol):
+    """Images `[B, 3, H, W]` in [-1, 1] to normalised latents `[B, C, h, w]`, and back."""
+
+    def encode(self, image: Floats) -> Floats: ...
+
+    def decode(self, latent: Floats) -> Floats: ...
+
+    def close(self) -> None:
+        """Give its memory back."""
+        ...
+
+
+class BundleCodec:
+    """The codec of a bundle of space nano, which needs neither weights nor torch."""
+
+    def __init__(self, manifest: Manifest) -> None:
+        self._manifest = manifest
+
+    def encode(self, image: Floats) -> Floats:
+        return codec.encode(self._manifest, image)
+
+    def decode(self, latent: Floats) -> Floats:
+        return codec.native_decode(self._manifest, latent)
+
+    def close(self) -> None:
+        """Nothing is held."""
+
+
+def pixels_per_latent(manifest: Manifest) -> int:
+    """Of which the sides of a picture to encode are multiples.
+
+    Raises `PipelineInputError` for a bundle whose latents cannot be made here.
+    """
+    if manifest.codec is not None:
+        return BLOCK
+    space = manifest.model.get("space")
+    if space in VAES:
+        return VAES[str(space)].down
+    got = "one that names no latent space" if space is None else f"one of {space}"
+    raise PipelineInputError(
+        f"expected a bundle of {', '.join(VAES)} or nano, whose encoders are known here, but got "
+        f"{got}; encode with its own, and give the latents to pid-decode"
+    )
+
+
+def open_codec(manifest: Manifest, vae: str | Path | None, device: str) -> Codec:
+    """What encodes photos for a bundle; vae and device as of `load_vae`.
+
+    Raises `PipelineInputError` for an autoencoder that does not belong to the bundle.
+    """
+    if manifest.codec is not None:
+        if vae is not None:
+            raise PipelineInputError(
+                f"expected no --vae, since this bundle has a codec of its own, but got {vae}; "
+                "drop it"
+            )
+        return BundleCodec(manifest)
+    from pid_pipelines.vae_model import load_vae
+
+    return load_vae(str(manifest.model["space"]), vae, device)
