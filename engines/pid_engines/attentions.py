@@ -9,6 +9,12 @@ import onnx
 LARGEST_FP16_KEYS = 65_504
 """Most keys of an attention in float16: a sum of as many ones is the largest float16 number."""
 
+LARGEST_SCORES = 1 << 40
+"""Most scores of an attention, heads x queries x keys, that TensorRT for RTX 1.7.1 builds.
+
+Beyond it the builder dies with "Internal Error (kOPT values for profile 0 ..)".
+"""
+
 
 @dataclass(frozen=True)
 class Attention:

@@ -69,6 +69,8 @@ def build_engines(
         tasks = plan_tasks(bundle, planned, options)
         old = read_engine_sets(manifest).get(options.set_name)
         folder = engine_folder(bundle, options.set_name)
+        if old is not None:
+            _tell_of_dropped(old, options.buckets or tuple(manifest.buckets))
         built: dict[str, Engine] = {}
         if old is not None and not options.force:
             built = current_engines(
@@ -91,6 +93,20 @@ def build_engines(
     own = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     plans = {task.file: task.plan for task in tasks}
     return Build(options.set_name, engines, plans, reused, own + sum(peaks[: options.jobs]))
+
+
+def _tell_of_dropped(old: EngineSet, buckets: Sequence[str]) -> None:
+    """Say which buckets will have no engines any more."""
+    dropped = [name for name in old.buckets if name not in buckets]
+    if dropped:
+        both = ",".join([*dropped, *buckets])
+        _log.warning(
+            "the engines of bucket %s are replaced by those of %s, since an engine with weights "
+            "serves all buckets of a build; to have them all, build --buckets %s",
+            ", ".join(dropped),
+            ", ".join(buckets),
+            both,
+        )
 
 
 def _without_unreadable_sets(manifest: Manifest, *, force: bool) -> Manifest:

@@ -117,6 +117,8 @@ def _build_one(
             child.end()
     except ChildError as error:
         reason = str(error)
+        if "errno" in error.said:
+            raise OSError(error.said["errno"], reason, error.said["file"]) from None
         if error.killed:
             reason = (
                 "it was killed, as happens when the machine has too little memory (try --jobs 1)"

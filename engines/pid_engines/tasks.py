@@ -8,7 +8,13 @@ from pathlib import Path
 import onnx
 
 from pid_engines.attention_graph import attention_graph
-from pid_engines.attentions import LARGEST_FP16_KEYS, Attention, find_attentions, overflows
+from pid_engines.attentions import (
+    LARGEST_FP16_KEYS,
+    LARGEST_SCORES,
+    Attention,
+    find_attentions,
+    overflows,
+)
 from pid_engines.errors import BuildInputError
 from pid_engines.flavors import FIRST_WITH_BF16, architecture
 from pid_engines.keys import engine_key, recorded_key
@@ -60,6 +66,7 @@ def plan_tasks(bundle: Path, manifest: Manifest, options: BuildOptions) -> list[
     tasks: list[Task] = []
     for plan in plan_engines(manifest, buckets):
         graph = manifest.graphs[plan.graph]
+        _check_scores(manifest, plan, buckets)
         own = onnx_model(bundle / graph.file)
         island = (
             manifest.precision == "fp16" and overflows(plan.profiles) and bool(find_attentions(own))
@@ -88,6 +95,30 @@ def plan_tasks(bundle: Path, manifest: Manifest, options: BuildOptions) -> list[
         )
         tasks.append(Task(plan, key, tuple(attentions), island, content))
     return tasks
+
+
+def _check_scores(manifest: Manifest, plan: EnginePlan, buckets: Sequence[str]) -> None:
+    """Raise `BuildInputError` for an attention over more tokens than the builder counts."""
+    graph = manifest.graphs[plan.graph]
+    if graph.stage != "attention":
+        return
+    heads = graph.options["heads"]
+    for profile, used in zip(plan.profiles, plan.buckets, strict=True):
+        keys = max(most for _, _, most in profile.values())
+        if heads * keys**2 <= LARGEST_SCORES:
+            continue
+        name = min(used, key=buckets.index)
+        size = manifest.megapixels(manifest.buckets[name].max_tokens)
+        others = [other for other in buckets if other not in used]
+        fix = (
+            f"build the others with --buckets {','.join(others)}"
+            if others
+            else "export a smaller one"
+        )
+        raise BuildInputError(
+            f"expected at most 2^40 scores of an attention, as many as TensorRT builds, but bucket "
+            f"{name} of {size} has {heads} heads x {keys}^2; {fix}"
+        )
 
 
 def onnx_model(path: Path) -> onnx.ModelProto:

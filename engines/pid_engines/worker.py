@@ -68,6 +68,9 @@ def _answer(asked: dict[str, Any], progress: PartDone) -> dict[str, Any]:
         return asdict(build(read_member(BuildRequest, asked, "request"), progress))
     except BuildError as error:
         return {"error": str(error)}
+    except OSError as error:  # a full disk, most likely
+        file = error.filename or asked["engine"]
+        return {"error": str(error), "errno": error.errno, "file": str(file)}
 
 
 def build(request: BuildRequest, progress: PartDone) -> BuildResult:
@@ -76,8 +79,9 @@ def build(request: BuildRequest, progress: PartDone) -> BuildResult:
     polygraphy = load_polygraphy(FLAVORS[request.flavor])
     trt = load_library(FLAVORS[request.flavor])
     errors: list[str] = []
+    unwritten: list[OSError] = []
     # Polygraphy has one logger for all it makes; its own drops repeated warnings.
-    polygraphy.backend.trt.util.TRT_LOGGER = _logger(trt, errors)
+    polygraphy.backend.trt.util.TRT_LOGGER = _logger(trt, errors, unwritten)
     builder, network, _ = _network(polygraphy, trt, request, errors)
     difference = port_difference(request.graph, network_ports(network))
     if difference is not None:
@@ -88,6 +92,8 @@ def build(request: BuildRequest, progress: PartDone) -> BuildResult:
         plan = polygraphy.backend.trt.engine_bytes_from_network((builder, network), config=config)
     except polygraphy.exception.PolygraphyException as error:
         raise BuildError(errors[-1] if errors else " ".join(str(error).split())) from None
+    if unwritten:  # without its log nobody knows what the engine is
+        raise unwritten[0]
     if request.timing_cache:
         write_whole(Path(request.timing_cache), memoryview(config.get_timing_cache().serialize()))
     content = memoryview(plan)
@@ -159,15 +165,22 @@ def _profiles(polygraphy: Any, request: BuildRequest) -> list[Any]:
     return profiles
 
 
-def _logger(trt: Any, errors: list[str]) -> Any:
-    """A logger that writes to stderr, and keeps errors as one line each."""
+def _logger(trt: Any, errors: list[str], unwritten: list[OSError]) -> Any:
+    """A logger that writes to stderr, and keeps errors as one line each.
+
+    unwritten: gets why stderr, a file, could not be written; raised through the library, an
+    exception would end the process.
+    """
 
     class Logger(trt.ILogger):  # pyright: ignore[reportUntypedBaseClass]
         def __init__(self) -> None:
             trt.ILogger.__init__(self)
 
         def log(self, severity: Any, message: str) -> None:
-            sys.stderr.write(f"[{severity.name}] {message}\n")
+            try:
+                sys.stderr.write(f"[{severity.name}] {message}\n")
+            except OSError as error:
+                unwritten.append(error)
             if severity.name in ("ERROR", "INTERNAL_ERROR"):
                 errors.append(" ".join(message.split()))
 

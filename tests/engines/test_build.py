@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -502,7 +502,9 @@ def test_keys_cover_all_an_engine_is_built_from(
         assert different == (len(before) if stale == 99 else stale)
 
 
-def test_other_buckets_replace_the_engines(built: Built, options: BuildOptions) -> None:
+def test_other_buckets_replace_the_engines(
+    built: Built, options: BuildOptions, caplog: pytest.LogCaptureFixture
+) -> None:
     """What does not depend on the bucket stays; what nothing refers to any more goes."""
 
     def copy_bucket(fields: dict[str, Any]) -> None:
@@ -519,6 +521,11 @@ def test_other_buckets_replace_the_engines(built: Built, options: BuildOptions) 
     assert not (built.folder / "patchify.tiny.engine").exists()
     assert (built.folder / "patchify.wee.engine").exists()
     assert set(done.engines.buckets) == {"wee"}
+    assert "the engines of bucket tiny are replaced by those of wee" in caplog.text
+    assert "build --buckets tiny,wee" in caplog.text
+    caplog.clear()
+    build_engines(built.bundle, replace(options, buckets=("tiny", "wee")))
+    assert "are replaced" not in caplog.text
 
 
 # Several at once, and ends that come early
@@ -739,6 +746,49 @@ def test_no_space(copy: Path, refusal: Refusal, monkeypatch: pytest.MonkeyPatch)
     usage = shutil.disk_usage(copy)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
     assert "GB of free disk for the engines" in refusal(main, copy, *ARGUMENTS)
+
+
+@pytest.fixture
+def full_disk(copy: Path) -> Iterator[Callable[[int], None]]:
+    """A function that gives the bundle's engines a disk of so many kilobytes."""
+    engines = copy / "engines"
+    engines.mkdir()
+
+    def mount(kilobytes: int) -> None:
+        options = ["-t", "tmpfs", "-o", f"size={kilobytes}k", "tmpfs", str(engines)]
+        done = subprocess.run(["mount", *options], capture_output=True, check=False)
+        if done.returncode:
+            pytest.skip("needs a user who may mount")
+
+    yield mount
+    subprocess.run(["umount", str(engines)], capture_output=True, check=False)
+
+
+@pytest.mark.parametrize("kilobytes", [40, 400, 1600])
+def test_a_disk_that_fills_up(
+    copy: Path, full_disk: Callable[[int], None], refusal: Refusal, kilobytes: int
+) -> None:
+    full_disk(kilobytes)
+    text = refusal(main, copy, *ARGUMENTS, "--jobs", 2)
+    assert "no space left on " in text and "free some and run it again" in text
+    left = [path for path in (copy / "engines").rglob("*") if path.is_file()]
+    assert {path.suffix or path.name for path in left} <= {".log", ".lock"}
+    assert not read_engine_sets(read_manifest(copy))
+
+
+def test_attention_over_more_tokens_than_the_builder_counts(
+    bf16_bundle: Path, options: BuildOptions
+) -> None:
+    manifest = read_manifest(bf16_bundle)
+    huge = replace(manifest.buckets["tiny"], max_tokens=1_200_000)
+    manifest = replace(manifest, buckets={**manifest.buckets, "huge": huge})
+    with pytest.raises(BuildInputError) as error:
+        plan_tasks(bf16_bundle, manifest, replace(options, buckets=None))
+    assert "as TensorRT builds, but bucket huge of 307" in str(error.value)
+    assert str(error.value).endswith("build the others with --buckets tiny,small")
+    with pytest.raises(BuildInputError, match="; export a smaller one"):
+        plan_tasks(bf16_bundle, manifest, replace(options, buckets=("huge",)))
+    plan_tasks(bf16_bundle, manifest, options)  # of tiny alone
 
 
 def test_scratch_lies_where_no_buffer_is_in_use(built_once: Built) -> None:
