@@ -7,6 +7,7 @@ import logging
 import os
 import shutil
 import signal
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -192,7 +193,10 @@ def _undo_console() -> Iterator[None]:
     root = logging.getLogger()
     handlers, level = list(root.handlers), root.level
     signals = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    disabled, unraisable = root.manager.disable, sys.unraisablehook
     yield
+    logging.disable(disabled)
+    sys.unraisablehook = unraisable
     root.handlers[:], root.level = handlers, level
     for number, handler in signals.items():
         signal.signal(number, handler)

@@ -1,8 +1,11 @@
 """Stages to ONNX graphs, traced without weights: those stay in the bundle's one weights file."""
 
+import contextlib
 import logging
+import signal
+import threading
 import warnings
-from collections.abc import Iterator, Mapping, MutableMapping
+from collections.abc import Generator, Iterator, Mapping, MutableMapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -70,7 +73,8 @@ class GraphExporter:
         used = (network.used, self._precision) if network.used else ()
         key = repr((spec.stage, spec.options, spec.inputs, spec.outputs, used))
         if key not in self._traces:
-            self._traces[key] = _trace(spec, stage, longest_text)
+            with _interrupts_held():
+                self._traces[key] = _trace(spec, stage, longest_text)
         return self._traces[key]
 
 
@@ -83,6 +87,30 @@ class _Used:
 
     def __getattr__(self, name: str) -> Any:
         return self.used.setdefault(name, getattr(self._network, name))
+
+
+@contextlib.contextmanager
+def _interrupts_held() -> Generator[None, None, None]:
+    """Let Ctrl-C and SIGTERM wait until the block ends.
+
+    torch calls Python back from C++ when it traces, and a `KeyboardInterrupt` raised there may end
+    the process with an abort, or be lost.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    held: list[int] = []
+    before = {
+        number: signal.signal(number, lambda number, _frame: held.append(number))
+        for number in (signal.SIGINT, signal.SIGTERM)
+    }
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        if held:
+            signal.raise_signal(held[0])
 
 
 def _trace(spec: GraphSpec, stage: torch.nn.Module, longest_text: int) -> bytes:

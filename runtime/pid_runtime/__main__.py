@@ -2,7 +2,7 @@
 
 import sys
 
-from pid_runtime.command.decode_cli import main
+from pid_runtime.command.entry import pid_decode
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(pid_decode())

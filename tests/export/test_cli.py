@@ -19,7 +19,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from pid_export import bundle, cli, verify_cli
+from pid_export import bundle, cli, graphs, verify_cli
 from pid_export.bundle import config_of, dimensions_of, network_of, parse_buckets, weight_slots
 from pid_export.cli import main
 from pid_export.errors import ExportInputError
@@ -798,3 +798,32 @@ def test_dimensions_are_those_of_the_golden_file(tmp_path: Path) -> None:
     with safe_open(golden, "np") as file:
         config = PidConfig.from_upstream(json.loads(file.metadata()["config"]))
     assert asdict(config) == asdict(FLUX.config)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_waits_until_a_stage_is_traced(
+    number: signal.Signals, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Raised in a callback of torch from C++, it would abort the process."""
+    done: list[str] = []
+
+    def interrupted(*_: object) -> bytes:
+        signal.raise_signal(number)
+        done.append("traced")
+        return b""
+
+    def raise_(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    spec = next(iter(build_program(NANO.config, "fp32", 5).graphs.values()))
+    exporter = GraphExporter(dimensions_of(network_of(NANO.config)), "fp32")
+    monkeypatch.setattr(graphs, "_trace", interrupted)
+    monkeypatch.setattr(GraphExporter, "_traces", {})
+    before = signal.signal(number, raise_)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            exporter.export("one", spec, {})
+        assert signal.getsignal(number) is raise_
+    finally:
+        signal.signal(number, before)
+    assert done == ["traced"]

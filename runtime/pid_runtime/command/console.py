@@ -28,9 +28,10 @@ import argcomplete
 
 from pid_runtime import __version__
 from pid_runtime.backends.choice import INSTALL_ONNXRUNTIME
+from pid_runtime.command.entry import INTERRUPTED
 from pid_runtime.errors import InputError, PidRuntimeError, memory_shortage
 
-BAD_INPUT, BROKEN_PIPE, INTERRUPTED = 2, 141, 130
+BAD_INPUT, BROKEN_PIPE = 2, 141
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 
 _interrupted = threading.Event()
@@ -89,6 +90,7 @@ def run(
     Raises `SystemExit` as argparse does for wrong arguments and for `--help`.
     """
     _interrupted.clear()
+    logging.disable(logging.NOTSET)
     argcomplete.autocomplete(parser)  # ends the process if a shell asks
     try:
         arguments = parser.parse_args(argv)
@@ -201,15 +203,26 @@ def _set_up_logging(*, quiet: bool) -> None:
 
 
 def _unwind_when_interrupted() -> None:
-    """Let SIGTERM clean up as Ctrl-C does, and remember either."""
+    """Let SIGTERM clean up as Ctrl-C does, and remember either.
+
+    From then on libraries say no more: what they log of the exception is not the user's business,
+    nor that a callback of theirs, such as one of a weak reference, lost it.
+    """
 
     def interrupt(*_: object) -> NoReturn:
         _interrupted.set()
+        logging.disable(logging.CRITICAL)
+        sys.unraisablehook = _unless_interrupted
         raise KeyboardInterrupt
 
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, interrupt)
         signal.signal(signal.SIGINT, interrupt)
+
+
+def _unless_interrupted(unraisable: "sys.UnraisableHookArgs") -> None:
+    if not isinstance(unraisable.exc_value, KeyboardInterrupt):
+        sys.__unraisablehook__(unraisable)
 
 
 def _check_interrupted() -> None:

@@ -167,6 +167,24 @@ def test_an_interrupt_that_a_library_lost(capsys: pytest.CaptureFixture[str]) ->
     assert capsys.readouterr().err == "pid-try: interrupted\n"
 
 
+def test_libraries_say_no_more_of_an_interrupt(capsys: pytest.CaptureFixture[str]) -> None:
+    class Thing:
+        def __del__(self) -> None:
+            signal.raise_signal(signal.SIGINT)
+
+    def body(_: Namespace) -> None:
+        thing = Thing()
+        del thing  # Python cannot raise from here, and says so
+        logging.getLogger("pid_try").error("a fake tensor failed")
+        with console.progress("Trying", 1) as advance:
+            advance(1)
+
+    assert run(body) == 130
+    assert capsys.readouterr().err == "pid-try: interrupted\n"
+    run(lambda _: logging.getLogger("pid_try").warning("heard again"))
+    assert capsys.readouterr().err == "warning: heard again\n"
+
+
 def test_notes_and_warnings_go_to_stderr(capsys: pytest.CaptureFixture[str]) -> None:
     def body(_: Namespace) -> None:
         logging.getLogger("pid_try.part").info("a note")
