@@ -1,5 +1,6 @@
 # Finds TensorRT 11, or TensorRT for RTX: target TensorRT::TensorRT, variables TensorRT_FOUND,
-# TensorRT_VERSION and TensorRT_FLAVOR ("enterprise" or "rtx").
+# TensorRT_VERSION and TensorRT_FLAVOR ("tensorrt" or "tensorrt-rtx", as engine sets
+# call it).
 #
 # Looked for, in this order:
 #   PID_TENSORRT_INCLUDE_DIR, PID_TENSORRT_LIBRARY   a folder with NvInfer.h, and the library
@@ -23,9 +24,9 @@ set(TensorRT_VERSION "")
 set(TensorRT_FLAVOR "")
 if(PID_TENSORRT_INCLUDE_DIR)
   file(READ "${PID_TENSORRT_INCLUDE_DIR}/NvInferVersion.h" _tensorrt_header)
-  set(TensorRT_FLAVOR enterprise)
+  set(TensorRT_FLAVOR tensorrt)
   if(_tensorrt_header MATCHES "define TRT_MAJOR_RTX +[0-9]")
-    set(TensorRT_FLAVOR rtx)
+    set(TensorRT_FLAVOR tensorrt-rtx)
   endif()
   foreach(_tensorrt_part MAJOR MINOR PATCH BUILD)
     # NV_TENSORRT_MAJOR may be a number, or one of these macros by flavor.

@@ -76,7 +76,8 @@ class Bundle:
     ) -> "Bundle":
         """Open a bundle.
 
-        backend: "onnxruntime", "torch" or "tensorrt". device: for onnxruntime a provider, "cpu"
+        backend: "onnxruntime", "torch", "tensorrt", or "tensorrt-rtx", which takes engines of
+        TensorRT for RTX alone. device: for onnxruntime a provider, "cpu"
         (default), "cuda", "cuda:1" or a provider's full name; for torch a torch device, or its
         name; for tensorrt a GPU, "cuda:0" (default). threads: CPU threads, all when None; for
         torch of the whole process. verify: check the SHA-256 of every file, not only its size.

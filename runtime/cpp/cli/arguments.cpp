@@ -143,7 +143,7 @@ public:
                       "keep images that exist, and make the others")
             ->disable_flag_override();
         off("--no-metadata", to_.metadata, "do not write into images how they were made");
-        value("--backend", "BACKEND", "onnxruntime, tensorrt (default: onnxruntime)",
+        value("--backend", "BACKEND", "onnxruntime, tensorrt, tensorrt-rtx (default: onnxruntime)",
               word(to_.backend));
         value("--device,--provider", "NAME",
               "cpu, cuda:0, or an ONNX Runtime provider (default: cpu; of tensorrt cuda:0)",

@@ -100,7 +100,7 @@ void warn(const core::Model& model, const std::vector<Job>& jobs) {
 const char* device_of(const Arguments& arguments) {
     if (!arguments.device.empty())
         return arguments.device.c_str();
-    return arguments.backend == "tensorrt" ? "cuda:0" : "cpu";
+    return arguments.backend.rfind("tensorrt", 0) == 0 ? "cuda:0" : "cpu";
 }
 
 double rounded_sigma(const Job& job) {

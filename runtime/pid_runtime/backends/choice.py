@@ -13,10 +13,18 @@ INSTALL_ONNXRUNTIME = (
     "pip install 'pid-trt[cpu]', or on a machine with an NVIDIA GPU 'pid-trt[cuda]', never both"
 )
 
-DEFAULT_DEVICES = {"onnxruntime": "cpu", "torch": "cpu", "tensorrt": "cuda:0"}
+DEFAULT_DEVICES = {
+    "onnxruntime": "cpu",
+    "torch": "cpu",
+    "tensorrt": "cuda:0",
+    "tensorrt-rtx": "cuda:0",
+}
 """By backend."""
 
-BACKENDS = (*HOST_BACKENDS, "tensorrt")
+ENGINE_BACKENDS = ("tensorrt", "tensorrt-rtx")
+"""Backends that run a bundle's engines: of either TensorRT, and of TensorRT for RTX alone."""
+
+BACKENDS = (*HOST_BACKENDS, *ENGINE_BACKENDS)
 
 
 def device_name(backend: str, device: object) -> str:
@@ -48,7 +56,7 @@ def choose_graphs(
     """
     if threads is not None and threads < 1:
         raise PidRuntimeError(f"expected at least one thread, but got {threads}; leave it out")
-    if engines is not None and backend != "tensorrt":
+    if engines is not None and backend not in ENGINE_BACKENDS:
         raise PidRuntimeError(
             f"expected the tensorrt backend to run engines {engines!r}, but got {backend!r}"
         )
@@ -76,7 +84,7 @@ def choose_graphs(
                 "pip install 'pid-trt[torch]'"
             ) from None
         return LoadedStages(bundle, manifest, device, threads)
-    if backend == "tensorrt":
+    if backend in ENGINE_BACKENDS:
         from pid_runtime.backends.tensorrt import LoadedEngines
 
         return LoadedEngines(
@@ -84,6 +92,7 @@ def choose_graphs(
             manifest,
             device,
             engines,
+            flavor=None if backend == "tensorrt" else backend,
             cuda_graphs=cuda_graphs,
             verify=verify,
         )

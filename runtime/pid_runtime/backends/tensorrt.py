@@ -64,26 +64,31 @@ class LoadedEngines:
         device: str = "cuda:0",
         engines: str | None = None,
         *,
+        flavor: str | None = None,
         cuda_graphs: bool = True,
         verify: bool = True,
     ) -> None:
         """device: "cuda" or "cuda:N". engines: name of an engine set; None for the first that runs.
 
+        flavor: of the engines, "tensorrt" or "tensorrt-rtx"; None for either.
         cuda_graphs: record and replay. verify: hash the engines' files, not only compare sizes.
         Raises `PidRuntimeError` for a bundle without engines, or an unknown device.
         """
         self.manifest = manifest
         self.cuda_graphs = cuda_graphs
-        self._sets = read_engine_sets(manifest)
+        sets = read_engine_sets(manifest)
+        self._sets = {n: each for n, each in sets.items() if flavor in (None, each.flavor)}
         if not self._sets:
             precision = (
                 "export it again with --precision bf16, and "
                 if manifest.precision == "fp32"
                 else ""
             )
+            wanted = "engines" if flavor is None else f"engines of {FLAVORS[flavor].title}"
+            kind = "" if flavor is None else f" --flavor {flavor}"
             raise PidRuntimeError(
-                f"expected engines in {bundle}, but it has none; {precision}build them: "
-                f"pid-build {bundle} --target current"
+                f"expected {wanted} in {bundle}, but it has {', '.join(sets) or 'none'}; "
+                f"{precision}build them: pid-build {bundle}{kind} --target current"
             )
         self._bundle, self._wanted, self._verify = bundle, engines, verify
         self._ordinal = _ordinal(device)

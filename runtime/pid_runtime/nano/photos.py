@@ -46,7 +46,7 @@ def read_photo(photo: str | os.PathLike[str] | Image.Image) -> NDArray[np.float3
 def _read(image: Image.Image, where: str) -> NDArray[np.float32]:
     upright = ImageOps.exif_transpose(image)
     if upright.mode == "I" or upright.mode.startswith("I;16"):
-        return _grey16(np.asarray(upright))
+        return _grey16(upright)
     if upright.mode == "F":
         raise PidRuntimeError(
             f"expected a photo of whole numbers, but got floats in {where}; save it as 8 bits"
@@ -100,13 +100,32 @@ def _opened(path: Path) -> Generator[Image.Image, None, None]:
         ) from error
 
 
-def _grey16(values: NDArray[np.generic]) -> NDArray[np.float32]:
+def _grey16(image: Image.Image) -> NDArray[np.float32]:
+    """Grey of 16 bits, by its colour profile, and its transparent value as white."""
+    values = np.asarray(image)
     grey = values.astype(np.float32)
     if grey.min() < 0 or grey.max() > 65535:
         raise PidRuntimeError("expected a grey photo of at most 16 bits, but got other values")
+    grey = _toned(image, grey)
+    key = image.info.get("transparency")
+    if isinstance(key, int):
+        grey[values == key] = 65535
     grey /= 32767.5
     grey -= 1.0
     return np.stack([grey] * 3)
+
+
+def _toned(image: Image.Image, grey: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Values 0 to 65535 by the tone curve of the image's profile.
+
+    The curve is known at 256 levels, which is as fine as Pillow converts, and straight between.
+    """
+    ramp = Image.fromarray(np.arange(256, dtype=np.uint8)[None])
+    ramp.info["icc_profile"] = image.info.get("icc_profile")
+    curve = np.asarray(_in_srgb(ramp))[0, :, 1].astype(np.float32)
+    if np.array_equal(curve, np.arange(256)):
+        return grey
+    return np.interp(grey, 257.0 * np.arange(256), 257.0 * curve).astype(np.float32)
 
 
 def _on_white(image: Image.Image) -> Image.Image:
@@ -114,9 +133,10 @@ def _on_white(image: Image.Image) -> Image.Image:
     if not image.has_transparency_data:
         return _in_srgb(image)
     layered = image.convert("RGBA")
-    layered.info.setdefault("icc_profile", image.info.get("icc_profile"))
+    colours = image.convert("L") if image.mode in ("L", "LA") else layered  # as profiles have it
+    colours.info["icc_profile"] = image.info.get("icc_profile")
     white = Image.new("RGB", image.size, "white")
-    white.paste(_in_srgb(layered), mask=layered.getchannel("A"))
+    white.paste(_in_srgb(colours), mask=layered.getchannel("A"))
     return white
 
 
@@ -130,10 +150,16 @@ def _in_srgb(image: Image.Image) -> Image.Image:
     except ImportError:  # not in every build of Pillow
         return image.convert("RGB")
     plain = image if image.mode in ("L", "RGB", "CMYK", "LAB") else image.convert("RGB")
+    # Optimised, dark greys of a linear profile are ten levels off.
+    flags = ImageCms.Flags.NOOPTIMIZE if plain.mode == "L" else ImageCms.Flags.NONE
     try:
         own = ImageCms.ImageCmsProfile(io.BytesIO(profile))
         converted = ImageCms.profileToProfile(
-            plain, own, ImageCms.createProfile("sRGB"), outputMode="RGB"
+            plain,
+            own,
+            ImageCms.createProfile("sRGB"),
+            outputMode="RGB",
+            flags=flags,
         )
     except (ImageCms.PyCMSError, ImportError, OSError):  # a broken profile, or another mode's
         converted = None

@@ -646,7 +646,7 @@ def test_sigma_beside_the_latent_that_does_not_fit(work: Work) -> None:
         (["--rule", "euler"], "argument --rule: invalid choice"),
         (["--latents", "."], "not allowed with"),
         (["--format", "png"], "expected --format with --latents"),
-        (["--backend", "tensorflow"], "expected a backend of onnxruntime, torch, tensorrt, but "),
+        (["--backend", "tensorflow"], "torch, tensorrt, tensorrt-rtx, but got 'tensorflow'"),
         (["--provider", "abacus"], "CPUExecutionProvider"),
         (["--device", "cuda:first"], "expected a device such as cuda:0, but got 'cuda:first'"),
         (["--engines", "a"], "the tensorrt backend to run engines 'a'"),

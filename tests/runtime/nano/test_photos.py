@@ -1,5 +1,6 @@
 """Photo files of every kind a user may have, as the image that a codec gets."""
 
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -146,6 +147,49 @@ def test_colour_profiles_are_converted_to_srgb(tmp_path: Path) -> None:
     grey = Image.fromarray(picture()[..., 0])
     got = read(saved(tmp_path / "grey.png", grey, icc_profile=srgb))
     np.testing.assert_array_equal(got[..., 0], picture()[..., 0])
+
+
+def linear_grey() -> bytes:
+    """An ICC profile (ICC.1:2001-04) of grey without gamma: a white point and an identity curve."""
+    white = b"XYZ \0\0\0\0" + struct.pack(">3i", 63190, 65536, 54061)
+    curve = b"curv\0\0\0\0" + struct.pack(">I", 0)
+    table = struct.pack(">I", 2)
+    table += b"wtpt" + struct.pack(">II", 156, 20) + b"kTRC" + struct.pack(">II", 176, 12)
+    illuminant = struct.pack(">3i", 63190, 65536, 54061)
+    header = struct.pack(">I4sI4s4s4s", 188, b"", 0x02400000, b"mntr", b"GRAY", b"XYZ ")
+    header += bytes(12) + b"acsp" + bytes(28) + illuminant + bytes(48)
+    return header + table + white + curve
+
+
+def as_srgb(linear: NDArray[Any]) -> NDArray[Any]:
+    """IEC 61966-2-1, of 0 to 1."""
+    return np.where(linear < 0.0031308, 12.92 * linear, 1.055 * linear ** (1 / 2.4) - 0.055)
+
+
+def test_grey_has_profiles_too(tmp_path: Path) -> None:
+    profile = linear_grey()
+    assert len(profile) == 188
+    values = np.linspace(0, 255, 24 * 40).reshape(24, 40).astype(np.uint8)
+    wanted = 255 * as_srgb(values / 255)
+    got = read(saved(tmp_path / "l.png", Image.fromarray(values), icc_profile=profile))
+    assert np.abs(got - wanted[..., None]).max() < 1.5 and got.max() == 255
+    half = np.full_like(values, 128)
+    layered = Image.merge("LA", [Image.fromarray(values), Image.fromarray(half)])
+    got = read(saved(tmp_path / "la.png", layered, icc_profile=profile))
+    assert np.abs(got - (wanted * 128 + 255 * 127)[..., None] / 255).max() < 2
+    fine = np.linspace(0, 65535, 24 * 40).reshape(24, 40).astype(np.uint16)
+    path = saved(tmp_path / "l16.png", Image.fromarray(fine), icc_profile=profile)
+    got16 = (photos.read_photo(path)[0] + 1) / 2
+    assert np.abs(got16 - as_srgb(fine / 65535))[fine > 2000].max() < 0.004
+    assert len(np.unique(got16)) > 500  # finer than 8 bits
+
+
+def test_the_transparent_value_of_grey_is_white(tmp_path: Path) -> None:
+    values = np.arange(24 * 40, dtype=np.uint16).reshape(24, 40) * 60
+    path = saved(tmp_path / "a.png", Image.fromarray(values), transparency=1200)
+    got = photos.read_photo(path)[0]
+    assert got[0, 20] == 1 and (got == 1).sum() == 1
+    np.testing.assert_allclose(got[0, :20], values[0, :20] / 32767.5 - 1, atol=1e-6)
 
 
 def test_the_first_frame_is_taken(tmp_path: Path) -> None:

@@ -173,8 +173,8 @@ typedef void (*pid_log_callback)(pid_log_level level, const char* message, void*
  * `verify`, pid_decoder_create() at `cuda_graphs`, and both at the stream and the callbacks. */
 typedef struct pid_decoder_params {
     size_t struct_bytes;
-    /* "onnxruntime" (default) or "tensorrt"; see pid_runtime_backends(). Borrowed for the call, as
-     * are all strings here. */
+    /* "onnxruntime" (default), "tensorrt", or "tensorrt-rtx", which takes engines of TensorRT for
+     * RTX alone; see pid_runtime_backends(). Borrowed for the call, as are all strings here. */
     const char* backend;
     /* Where to run. onnxruntime: "cpu" (NULL), "cuda", "cuda:1", "tensorrt", "nvtensorrtrtx" or a
      * provider's full name. tensorrt: "cuda:0" (NULL) or another GPU. */

@@ -20,7 +20,8 @@ const char* backend_names() {
 
 std::unique_ptr<LoadedGraphs> load_graphs(const std::filesystem::path& bundle,
                                           const Manifest& manifest, const BackendOptions& options) {
-    if (!options.engine_set.empty() && options.backend != "tensorrt")
+    const bool has_engines = options.backend == "tensorrt" || options.backend == "tensorrt-rtx";
+    if (!options.engine_set.empty() && !has_engines)
         refuse("expected the tensorrt backend to run engines ", shown(options.engine_set),
                ", but got ", shown(options.backend));
 #ifdef PID_WITH_ONNXRUNTIME
@@ -28,15 +29,15 @@ std::unique_ptr<LoadedGraphs> load_graphs(const std::filesystem::path& bundle,
         return load_onnxruntime(bundle, manifest, options);
 #endif
 #ifdef PID_WITH_TENSORRT
-    if (options.backend == "tensorrt")
+    if (has_engines)
         return load_tensorrt(bundle, manifest, options);
 #endif
-    if (options.backend == "onnxruntime" || options.backend == "tensorrt")
+    if (options.backend == "onnxruntime" || has_engines)
         refuse("expected a backend this library was built with (", backend_names(), "), but got '",
                options.backend, "'; build it with PID_WITH_ONNXRUNTIME or PID_WITH_TENSORRT on");
     static_cast<void>(bundle);
     static_cast<void>(manifest);
-    refuse("expected a backend of onnxruntime, tensorrt, but got ", shown(options.backend),
+    refuse("expected a backend of onnxruntime, tensorrt, tensorrt-rtx, but got ", shown(options.backend),
            "; choose one of these");
 }
 

@@ -14,6 +14,7 @@
 #include <memory>
 #include <mutex>
 #include <string>
+#include <string_view>
 #include <utility>
 #include <vector>
 
@@ -28,6 +29,10 @@
 
 namespace pid::core {
 namespace {
+
+static_assert(std::string_view(PID_TENSORRT_FLAVOR) == "tensorrt" ||
+                  std::string_view(PID_TENSORRT_FLAVOR) == "tensorrt-rtx",
+              "engine sets have no other flavors");
 
 // Remembers the last error, for the messages.
 class Logger : public nvinfer1::ILogger {
@@ -372,6 +377,9 @@ std::unique_ptr<LoadedGraphs> load_tensorrt(const std::filesystem::path& bundle,
     if (name != "cuda")
         refuse("expected a device cuda or cuda:N for the tensorrt backend, but got ",
                shown(options.device));
+    if (options.backend != "tensorrt" && options.backend != PID_TENSORRT_FLAVOR)
+        refuse("expected a library built with TensorRT for RTX for the tensorrt-rtx backend, but "
+               "this one was built with TensorRT; use the tensorrt backend, or build it again");
     if (manifest.engines.empty())
         refuse("expected engines in ", bundle.string(), ", but it has none; ",
                manifest.precision == "fp32" ? "export it again with --precision bf16, and " : "",
