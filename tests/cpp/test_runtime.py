@@ -31,6 +31,7 @@ from pid_engines.child import Child, ChildError
 from pid_export.bundle import _model
 from pid_ref.registry import CHECKPOINTS
 from pid_runtime.advice import advice
+from pid_runtime.bundle.flavors import FLAVORS
 from pid_runtime.bundle.folder import parse_manifest, read_manifest
 from pid_runtime.bundle.manifest import MANIFEST_FILE
 from pid_runtime.bundle.manifest_check import ALIGNMENT, LARGEST_ARENA
@@ -1194,6 +1195,52 @@ def test_command_ends_quietly_when_nobody_reads(work: Work) -> None:
     )
     os.close(writer)
     assert (done.returncode, done.stderr) == (141, b"")
+
+
+@pytest.mark.parametrize(
+    ("header", "flavor", "version"),
+    [
+        (
+            "#define TRT_MAJOR_RTX 1\n#define TRT_MINOR_RTX 7\n#define TRT_PATCH_RTX 1\n"
+            "#define TRT_BUILD_RTX 116\n#define NV_TENSORRT_MAJOR TRT_MAJOR_RTX\n",
+            "tensorrt-rtx",
+            "1.7.1.116",
+        ),
+        (
+            "#define TRT_MAJOR_ENTERPRISE 11\n#define TRT_MINOR_ENTERPRISE 1\n"
+            "#define TRT_PATCH_ENTERPRISE 0\n#define TRT_BUILD_ENTERPRISE 106\n",
+            "tensorrt",
+            "11.1.0.106",
+        ),
+    ],
+)
+def test_a_library_has_the_flavor_that_engine_sets_have(
+    tmp_path: Path, header: str, flavor: str, version: str
+) -> None:
+    include = tmp_path / "include"
+    include.mkdir()
+    for name, text in (("NvInferVersion.h", header), ("NvInfer.h", ""), ("cuda.h", "")):
+        (include / name).write_text(text)
+    (tmp_path / "lib.so").touch()
+    (tmp_path / "CMakeLists.txt").write_text(
+        "cmake_minimum_required(VERSION 3.24)\nproject(find NONE)\n"
+        f"list(APPEND CMAKE_MODULE_PATH {ROOT / 'cmake'})\nfind_package(TensorRT REQUIRED)\n"
+        'message(STATUS "found ${TensorRT_FLAVOR} ${TensorRT_VERSION}")\n'
+    )
+    places = {"TENSORRT_INCLUDE": include, "CUDA_INCLUDE": include}
+    done = subprocess.run(
+        [
+            tool("cmake"),
+            *(f"-DPID_{name}_DIR={place}" for name, place in places.items()),
+            f"-DPID_TENSORRT_LIBRARY={tmp_path / 'lib.so'}",
+            *("-S", str(tmp_path), "-B", str(tmp_path / "build")),
+        ],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert f"found {flavor} {version}\n" in done.stdout, done.stderr
+    assert flavor in FLAVORS
 
 
 FLAGS_OF_ONE = {

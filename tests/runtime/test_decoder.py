@@ -594,7 +594,7 @@ def test_no_state_before_a_decode(golden_bundle: Path) -> None:
     ("message", "arguments"),
     [
         (
-            "backend of onnxruntime, torch, tensorrt, but got 'tensorflow'",
+            "backend of onnxruntime, torch, tensorrt, tensorrt-rtx, but got 'tensorflow'",
             {"backend": "tensorflow"},
         ),
         ("providers .*CPUExecutionProvider.* but got 'abacus'", {"device": "abacus"}),

@@ -567,6 +567,21 @@ def test_a_bundle_without_engines(edit_bundle: EditBundle) -> None:
     assert f"it has none; build them: pid-build {bundle} --target current" in refused(bundle)
 
 
+def test_the_backend_of_one_library_alone(rtx: Path, edit_bundle: EditBundle) -> None:
+    with Decoder.open(rtx, "tensorrt-rtx") as decoder:
+        assert (
+            graphs_of(decoder)._shared.set.flavor == "tensorrt-rtx" and decoder.device == "cuda:0"
+        )
+    other = edit_bundle(lambda manifest: manifest.update(precision="bf16"))
+    add_engines(other, "trt", flavor="tensorrt", version="11.1.0.106")
+    with pytest.raises(PidRuntimeError) as caught:
+        Decoder.open(other, "tensorrt-rtx")
+    assert str(caught.value) == (
+        f"expected engines of TensorRT for RTX in {other}, but it has trt; build them: "
+        f"pid-build {other} --flavor tensorrt-rtx --target current"
+    )
+
+
 def test_no_tensorrt(rtx: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     install(monkeypatch, {"tensorrt_rtx": None})
     assert "TensorRT for RTX for this bundle's engines, but it is not installed" in refused(rtx)

@@ -37,8 +37,8 @@ std::unique_ptr<LoadedGraphs> load_graphs(const std::filesystem::path& bundle,
                options.backend, "'; build it with PID_WITH_ONNXRUNTIME or PID_WITH_TENSORRT on");
     static_cast<void>(bundle);
     static_cast<void>(manifest);
-    refuse("expected a backend of onnxruntime, tensorrt, tensorrt-rtx, but got ", shown(options.backend),
-           "; choose one of these");
+    refuse("expected a backend of onnxruntime, tensorrt, tensorrt-rtx, but got ",
+           shown(options.backend), "; choose one of these");
 }
 
 Device parse_device(const std::string& device) {
