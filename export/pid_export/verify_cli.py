@@ -1,6 +1,8 @@
 """`pid-verify`: is this bundle right?"""
 
+import contextlib
 import gc
+import importlib.util
 from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -16,13 +18,19 @@ from pid_runtime.command import console
 from pid_runtime.decoder import Bundle
 
 if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
+
+    from pid_export.golden import Golden
+    from pid_export.golden_captions import GoldenCaptions
     from pid_export.verify import Comparison
+    from pid_pipelines.captions import CaptionEncoder
 
 _EXAMPLES = """\
 examples:
   pid-verify flux-4k --backend onnxruntime
       every stage, then a whole decode, against the reference network
   pid-verify --golden tests/golden/*.safetensors --backend onnxruntime
+  pid-verify --golden tests/golden/captions/*.safetensors --encoder tests/golden/captions/encoder
 """
 
 
@@ -38,6 +46,9 @@ def _parser() -> console.ArgumentParser:
     parser.add_argument("bundle", type=Path, nargs="?", metavar="BUNDLE")
     parser.add_argument(
         "--golden", type=Path, nargs="+", metavar="FILE", help="golden files instead of a bundle"
+    )
+    parser.add_argument(
+        "--encoder", metavar="ID_OR_DIR", help="of golden files of captions, as of pid-caption"
     )
     parser.add_argument("--backend", default="onnxruntime", help=", ".join(BACKENDS))
     parser.add_argument(
@@ -68,42 +79,36 @@ def _verify(args: Namespace) -> int:
         )
     if args.seed < 0:
         raise ExportInputError(f"expected a seed of at least 0, but got {args.seed}")
-    return _verify_golden(args) if args.golden else _verify_bundle(args)
+    if args.golden:
+        return _verify_golden(args)
+    if args.encoder is not None:
+        raise ExportInputError("expected --encoder with --golden, but got a bundle; drop it")
+    return _verify_bundle(args)
 
 
 def _verify_golden(args: Namespace) -> int:
-    from pid_export.golden import (
-        TOLERANCE,
-        open_program,
-        program_error,
-        read_golden,
-        reference_error,
-        tolerance_here,
-    )
+    from pid_export.golden import TOLERANCE, Golden, read_golden
+    from pid_export.golden_captions import is_captions, read_captions
 
-    golden_files = [read_golden(path) for path in args.golden]
+    golden_files = [
+        read_captions(path) if is_captions(path) else read_golden(path) for path in args.golden
+    ]
+    decodes = [each for each in golden_files if isinstance(each, Golden)]
+    if (args.encoder is None) != (len(decodes) == len(golden_files)):
+        got = "none" if args.encoder is None else f"{args.encoder} for files of decodes"
+        fix = "drop it" if args.encoder is not None else "the small one lies beside the files"
+        raise ExportInputError(f"expected --encoder for files of captions, but got {got}; {fix}")
     rows: list[dict[str, Any]] = []
-    with console.progress("Verifying", len(golden_files), quiet=args.quiet) as advance:
+    with (
+        console.progress("Verifying", len(golden_files), quiet=args.quiet) as advance,
+        _caption_encoder(args.encoder) as encoder,
+    ):
         for golden in golden_files:
-            with open_program(golden, args.backend, args.device) as decoder:
-                errors = {"program": program_error(golden, decoder)}
-            tolerance = TOLERANCE
-            if errors["program"] > TOLERANCE:
-                device = args.device if args.backend == "torch" else None
-                tolerance = tolerance_here(golden, device or "cpu")
-            passed = errors["program"] <= tolerance
-            if args.backend == "torch":
-                errors["reference"] = reference_error(golden)
-                passed = passed and errors["reference"] <= TOLERANCE
-            rows.append(
-                {
-                    "file": str(golden.path),
-                    "max_abs_error": max(errors.values()),
-                    "tolerance": tolerance,
-                    "passed": passed,
-                    "errors": errors,
-                }
-            )
+            if isinstance(golden, Golden):
+                rows.append(_golden_decode(golden, args))
+            else:
+                assert encoder is not None
+                rows.append(_golden_captions(golden, encoder))
             advance(1)
     lines = [
         f"{'ok  ' if row['passed'] else 'FAIL'} {row['max_abs_error']:.2e}  {row['file']}"
@@ -111,10 +116,71 @@ def _verify_golden(args: Namespace) -> int:
     ]
     console.emit(
         {"backend": args.backend, "tolerance": TOLERANCE, "files": rows},
-        "\n".join([*lines, f"tolerance {TOLERANCE:.0e}, float32, {args.backend}"]),
+        "\n".join([*lines, _tolerances(rows, args.backend, decodes=bool(decodes))]),
         as_json=args.json,
     )
     return 0 if all(row["passed"] for row in rows) else 1
+
+
+def _caption_encoder(encoder: str | None) -> "AbstractContextManager[CaptionEncoder | None]":
+    """In float32, as the files are; nothing where none is wanted."""
+    if encoder is None:
+        return contextlib.nullcontext()
+    for package in ("tokenizers", "transformers", "diffusers"):
+        if importlib.util.find_spec(package) is None:
+            raise ExportInputError(
+                f"expected the package {package!r} for captions, but it is not installed; pip "
+                "install 'pid-trt[pipelines]'"
+            )
+    from pid_pipelines.captions import CaptionEncoder
+
+    return CaptionEncoder(encoder, dtype="fp32", width=None)
+
+
+def _golden_captions(golden: "GoldenCaptions", encoder: "CaptionEncoder") -> dict[str, Any]:
+    from pid_export.golden_captions import TOLERANCE, caption_error
+
+    error = caption_error(golden, encoder)
+    return _row(golden.path, {"encoder": error}, TOLERANCE, error <= TOLERANCE)
+
+
+def _golden_decode(golden: "Golden", args: Namespace) -> dict[str, Any]:
+    from pid_export.golden import (
+        TOLERANCE,
+        open_program,
+        program_error,
+        reference_error,
+        tolerance_here,
+    )
+
+    with open_program(golden, args.backend, args.device) as decoder:
+        errors = {"program": program_error(golden, decoder)}
+    tolerance = TOLERANCE
+    if errors["program"] > TOLERANCE:
+        device = args.device if args.backend == "torch" else None
+        tolerance = tolerance_here(golden, device or "cpu")
+    passed = errors["program"] <= tolerance
+    if args.backend == "torch":
+        errors["reference"] = reference_error(golden)
+        passed = passed and errors["reference"] <= TOLERANCE
+    return _row(golden.path, errors, tolerance, passed)
+
+
+def _row(path: Path, errors: dict[str, float], tolerance: float, passed: bool) -> dict[str, Any]:
+    return {
+        "file": str(path),
+        "max_abs_error": max(errors.values()),
+        "tolerance": tolerance,
+        "passed": passed,
+        "errors": errors,
+    }
+
+
+def _tolerances(rows: Sequence[dict[str, Any]], backend: str, *, decodes: bool) -> str:
+    least = min(row["tolerance"] for row in rows)
+    most = max(row["tolerance"] for row in rows)
+    shown = f"{least:.0e}" if least == most else f"{least:.0e} to {most:.0e}"
+    return f"tolerance {shown}, float32{f', {backend}' if decodes else ''}"
 
 
 def _verify_bundle(args: Namespace) -> int:

@@ -104,6 +104,48 @@ def test_every_step_counts(tmp_path: Path) -> None:
 # pid-verify --golden
 
 
+CAPTIONS = sorted((GOLDEN / "captions").glob("*.safetensors"))
+ENCODER = GOLDEN / "captions" / "encoder"
+
+
+def test_captions(run_command: RunCommand) -> None:
+    code, out, _ = run_command(main, "--golden", *CAPTIONS, "--encoder", ENCODER, "--json")
+    rows = json.loads(out)["files"]
+    assert code == 0 and [row["file"] for row in rows] == list(map(str, CAPTIONS))
+    assert all(row["passed"] is True and row["max_abs_error"] <= 1e-5 for row in rows)
+    assert max(row["max_abs_error"] for row in rows) > 0
+    files = (SMALLEST, CAPTIONS[0])
+    code, out, _ = run_command(main, "--golden", *files, "--encoder", ENCODER)
+    assert code == 0 and out.splitlines()[-1] == "tolerance 1e-05 to 2e-04, float32, onnxruntime"
+
+
+def test_captions_that_are_off_fail(run_command: RunCommand, tmp_path: Path) -> None:
+    arrays = load_file(CAPTIONS[0])
+    with safe_open(CAPTIONS[0], "np") as file:
+        about = file.metadata()
+    arrays["out/embedding"][2, 3, 4] += 3e-5
+    save_file(arrays, tmp_path / "off.safetensors", about)
+    arguments = ("--golden", tmp_path / "off.safetensors", "--encoder", ENCODER)
+    code, out, _ = run_command(main, *arguments)
+    assert code == 1 and out.startswith("FAIL")
+
+
+def test_captions_need_their_encoder(refusal: Refusal, tmp_path: Path) -> None:
+    assert "expected --encoder for files of captions, but got none" in refusal(
+        main, "--golden", CAPTIONS[0]
+    )
+    assert "for files of decodes; drop it" in refusal(
+        main, "--golden", SMALLEST, "--encoder", ENCODER
+    )
+    assert "expected --encoder with --golden, but got a bundle" in refusal(
+        main, tmp_path, "--encoder", ENCODER
+    )
+    save_file({"out/embedding": np.zeros((1, 3, 4), np.float32)}, tmp_path / "bare.safetensors")
+    assert "expected a golden file of captions" in refusal(
+        main, "--golden", tmp_path / "bare.safetensors", "--encoder", ENCODER
+    )
+
+
 @pytest.mark.parametrize("backend", HOST_BACKENDS)
 def test_json_lists_every_file(run_command: RunCommand, backend: str) -> None:
     files = [file for file in FILES if file.stem.startswith("flux_2k_steps")]
