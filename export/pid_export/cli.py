@@ -31,6 +31,8 @@ examples:
   pid-export --space flux --variant 2kto4k -o flux-4k
       download the released checkpoint (the weights' licence is non-commercial) and export it
   pid-export --space sd3 --variant 2k --checkpoint model_ema_bf16.pth --precision bf16 -o sd3-2k
+  pid-export --caption-encoder Efficient-Large-Model/gemma-2-2b-it -o captioner
+      the language model of captions as a graph, so that pid-caption needs no torch
   pid-export --space flux --variant 2k --config small.json --random-weights 0 -o small
       the network of a space with other dimensions, such as {"hidden_size": 256, "num_heads": 4}
 
@@ -61,6 +63,12 @@ def _parser() -> console.ArgumentParser:
         metavar="FILE.json",
         help="other dimensions than the space's own, or than those of flux 2k (v1); the members "
         "of this JSON object are described below",
+    )
+    what.add_argument(
+        "--caption-encoder",
+        metavar="ID_OR_DIR",
+        help="instead of a decoder the language model of its captions, for pid-caption "
+        "--encoder: Efficient-Large-Model/gemma-2-2b-it, or a folder",
     )
     weights = parser.add_argument_group("weights (default: nano's own, others from the hub)")
     weights.add_argument(
@@ -107,6 +115,9 @@ def _export(args: Namespace) -> None:
         return
     if args.output is None:
         raise ExportInputError("expected -o FOLDER for the new bundle, but got none; add it")
+    if args.caption_encoder is not None:
+        _export_captioner(args)
+        return
     config, checkpoint = _network(args)
     check_new(args.output)
     # Loading torch takes seconds: not before the arguments are known to make sense.
@@ -158,6 +169,39 @@ def _export(args: Namespace) -> None:
         f"{args.output}: {manifest.model['name']}, {manifest.precision}, {total / 1e9:.2f} GB, "
         f"{len(manifest.graphs)} graphs, {seconds:.0f} s\narena per image: {arenas}; the weights, "
         "and what the backend works in, come on top: docs/memory.md"
+    )
+    console.emit(result, text, as_json=args.json)
+
+
+def _export_captioner(args: Namespace) -> None:
+    for name in ("space", "variant", "config", "checkpoint", "random_weights"):
+        if getattr(args, name) is not None:
+            raise ExportInputError(
+                f"expected no --{name.replace('_', '-')} with --caption-encoder, which is a "
+                "language model's, but got one; drop it"
+            )
+    check_new(args.output)
+    console.need_packages(("transformers", "diffusers", "tokenizers"), "pipelines")
+    from pid_export.captioner import export_captioner
+
+    begin = time.monotonic()
+    with console.progress("Exporting", 1.0, quiet=args.quiet) as advance:
+        captioner = export_captioner(args.caption_encoder, args.output, args.precision, advance)
+    seconds = time.monotonic() - begin
+    total = sum(file.bytes for file in captioner.files.values())
+    result = {
+        "captioner": str(args.output),
+        "encoder": captioner.encoder,
+        "revision": captioner.revision,
+        "precision": captioner.precision,
+        "width": captioner.width,
+        "bytes": total,
+        "seconds": round(seconds, 1),
+        "peak_rss_bytes": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
+    }
+    text = (
+        f"{args.output}: {captioner.encoder}, {captioner.precision}, {total / 1e9:.2f} GB, "
+        f"{seconds:.0f} s"
     )
     console.emit(result, text, as_json=args.json)
 

@@ -73,7 +73,7 @@ class GraphExporter:
         used = (network.used, self._precision) if network.used else ()
         key = repr((spec.stage, spec.options, spec.inputs, spec.outputs, used))
         if key not in self._traces:
-            with _interrupts_held():
+            with interrupts_held():
                 self._traces[key] = _trace(spec, stage, longest_text)
         return self._traces[key]
 
@@ -90,7 +90,7 @@ class _Used:
 
 
 @contextlib.contextmanager
-def _interrupts_held() -> Generator[None, None, None]:
+def interrupts_held() -> Generator[None, None, None]:
     """Let Ctrl-C and SIGTERM wait until the block ends.
 
     torch calls Python back from C++ when it traces, and a `KeyboardInterrupt` raised there may end

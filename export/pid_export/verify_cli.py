@@ -2,7 +2,6 @@
 
 import contextlib
 import gc
-import importlib.util
 from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -126,12 +125,7 @@ def _caption_encoder(encoder: str | None) -> "AbstractContextManager[CaptionEnco
     """In float32, as the files are; nothing where none is wanted."""
     if encoder is None:
         return contextlib.nullcontext()
-    for package in ("tokenizers", "transformers", "diffusers"):
-        if importlib.util.find_spec(package) is None:
-            raise ExportInputError(
-                f"expected the package {package!r} for captions, but it is not installed; pip "
-                "install 'pid-trt[pipelines]'"
-            )
+    console.need_packages(("tokenizers",), "captions")
     from pid_pipelines.captions import CaptionEncoder
 
     return CaptionEncoder(encoder, dtype="fp32", width=None)

@@ -50,10 +50,15 @@ output:
     how.add_argument(
         "--encoder",
         metavar="ID_OR_DIR",
-        help="repository or folder (default: Efficient-Large-Model/gemma-2-2b-it)",
+        help="repository, folder, or a captioner by pid-export --caption-encoder, which needs no "
+        "torch (default: Efficient-Large-Model/gemma-2-2b-it)",
     )
-    how.add_argument("--dtype", choices=("fp32", "fp16", "bf16"), default="bf16")
-    how.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N")
+    how.add_argument(
+        "--dtype", choices=("fp32", "fp16", "bf16"), help="(default: bf16; of a captioner its own)"
+    )
+    how.add_argument(
+        "--device", default="cpu", help="cpu, cuda, cuda:N, or for a captioner another provider"
+    )
     how.add_argument("--no-cache", action="store_true", help="neither look for captions nor keep")
     parser.add_argument(
         "-o",
@@ -68,8 +73,6 @@ output:
 
 
 def _caption(arguments: Namespace) -> None:
-    from transformers.utils import logging as transformers_logging
-
     from pid_pipelines.caption_cache import CaptionCache
     from pid_pipelines.captions import DEFAULT_ENCODER, LENGTH, WIDTH, CaptionEncoder, rounded
 
@@ -79,7 +82,6 @@ def _caption(arguments: Namespace) -> None:
     if arguments.bundle is not None:
         network = read_manifest(arguments.bundle, verify=False).network
         length, width = network["text_max_length"], network["text_dim"]
-    transformers_logging.disable_progress_bar()  # there is one of our own
     cache = None if arguments.no_cache else CaptionCache()
     all_texts = texts if arguments.negative is None else [*texts, arguments.negative]
     encoder = CaptionEncoder(
@@ -94,12 +96,12 @@ def _caption(arguments: Namespace) -> None:
         console.progress("Encoding", len(all_texts), quiet=arguments.quiet) as advance,
     ):
         captions = encoder.encode(all_texts, length, progress=advance)
-    values: Any = rounded(captions, arguments.dtype)
+    values: Any = rounded(captions, encoder.dtype)
     negative = {} if arguments.negative is None else {"negative": values[-1]}
     about = {
         "encoder": encoder.name,
         "revision": encoder.revision,
-        "dtype": arguments.dtype,
+        "dtype": encoder.dtype,
     }
     if arguments.negative is not None:
         about["negative"] = arguments.negative
@@ -113,7 +115,7 @@ def _caption(arguments: Namespace) -> None:
         **about,
     }
     count = "1 caption" if len(texts) == 1 else f"{len(texts)} captions"
-    text = f"{arguments.output}: {count} of {length} tokens x {encoder.width}, {arguments.dtype}"
+    text = f"{arguments.output}: {count} of {length} tokens x {encoder.width}, {encoder.dtype}"
     console.emit(result, text, as_json=arguments.json)
 
 

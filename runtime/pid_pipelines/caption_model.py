@@ -28,16 +28,18 @@ class ModelStates:
         return states.last_hidden_state.float().cpu().numpy()
 
 
-def load_states(folder: Path, name: str, dtype: str, device: str) -> ModelStates:
-    """Load an encoder; name: what to call it in messages. dtype: fp32, fp16 or bf16.
+def load_model(folder: Path, name: str, dtype: str) -> Any:
+    """Load an encoder on the CPU; name: what to call it in messages. dtype: fp32, fp16 or bf16.
 
     Attention is computed as it stands ("eager"): Gemma-2 caps its scores, which fused kernels of
     torch do not. Raises `PipelineInputError` for what transformers cannot load.
     """
     from transformers import AutoModel
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()  # commands have one of their own
     try:
-        model: Any = AutoModel.from_pretrained(
+        return AutoModel.from_pretrained(
             folder, dtype=_DTYPES[dtype], attn_implementation="eager", local_files_only=True
         )
     except Exception as error:  # classes of transformers, safetensors, the hub and others
@@ -48,6 +50,11 @@ def load_states(folder: Path, name: str, dtype: str, device: str) -> ModelStates
             f"expected {name} to be a language model that transformers loads, but got: {reason}; "
             "save it again with transformers"
         ) from error
+
+
+def load_states(folder: Path, name: str, dtype: str, device: str) -> ModelStates:
+    """An encoder on a device of torch; the rest as of `load_model`."""
+    model = load_model(folder, name, dtype)
     try:
         return ModelStates(model.eval().to(device), device)
     except (RuntimeError, AssertionError) as error:

@@ -11,15 +11,17 @@ import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pid_pipelines.caption_cache import CaptionCache
 from pid_pipelines.caption_tokens import TOKENIZER, CaptionTokenizer, Tokens, instruction
+from pid_pipelines.captioner import CAPTIONER_FILE, Captioner, GraphStates, read_captioner
 from pid_pipelines.errors import PipelineInputError
 from pid_ref.hub import why_not
+from pid_runtime.backends.memory import trim_heap
 
 Floats = NDArray[np.float32]
 
@@ -62,23 +64,35 @@ class CaptionEncoder:
         self,
         encoder: str | Path = DEFAULT_ENCODER,
         *,
-        dtype: Dtype = "bf16",
+        dtype: Dtype | None = None,
         device: str = "cpu",
         cache: CaptionCache | None = None,
         width: int | None = WIDTH,
     ) -> None:
-        """encoder: a folder as transformers saves it, or a repository of the hub.
+        """encoder: a folder as transformers saves it, a repository of the hub, or a captioner.
 
-        dtype: what it computes in; it was trained in bf16. device: torch's name of it. cache: None
-        keeps nothing. width: channels that the decoder wants; None for any.
+        dtype: what it computes in; None for bf16, in which it was trained, and of a captioner for
+        what it was exported in. device: torch's name of it, or ONNX Runtime's for a captioner.
+        cache: None keeps nothing. width: channels that the decoder wants; None for any.
         Raises `PipelineInputError` for an encoder that cannot be had or has another width.
         """
-        if dtype not in DTYPES:
+        if dtype not in (None, *DTYPES):
             raise PipelineInputError(f"expected dtype {' or '.join(DTYPES)}, but got {dtype!r}")
-        self.name, self.dtype = str(encoder), dtype
-        self._folder, self.revision = _find(encoder)
+        self.name = str(encoder)
+        self._folder, self.revision = find_encoder(encoder)
         self._device, self._cache = device, cache
-        self.width = _width_of(self._folder)
+        self._captioner: Captioner | None = None
+        if (self._folder / CAPTIONER_FILE).is_file():
+            self._captioner = read_captioner(self._folder)
+            if dtype not in (None, self._captioner.precision):
+                raise PipelineInputError(
+                    f"expected {self._captioner.precision}, which {encoder} was exported in, but "
+                    f"got {dtype}; leave it out, or export another"
+                )
+            dtype, self.width = cast(Dtype, self._captioner.precision), self._captioner.width
+        else:
+            self.width = width_of(self._folder)
+        self.dtype: Dtype = dtype or "bf16"
         if width is not None and self.width != width:
             raise PipelineInputError(
                 f"expected an encoder of hidden size {width}, which the decoder's captions have, "
@@ -116,7 +130,7 @@ class CaptionEncoder:
         missing = [text for text, caption in found.items() if caption is None]
         progress(len(texts) - len(missing))
         if missing:
-            tokenizer = CaptionTokenizer(self._folder, "" if plain else instruction())
+            tokenizer = CaptionTokenizer(self._folder, "" if plain else self._instruction())
             states = self._load()
             for start in range(0, len(missing), _BATCH):
                 batch = missing[start : start + _BATCH]
@@ -144,9 +158,13 @@ class CaptionEncoder:
         self._is_open = False
         if self._states is None:
             return
-        self._states = None
+        states, self._states = self._states, None
+        if isinstance(states, GraphStates):
+            states.close()
+        del states
         gc.collect()
-        if self._device.startswith("cuda"):
+        trim_heap()
+        if self._captioner is None and self._device.startswith("cuda"):
             import torch
 
             torch.cuda.empty_cache()
@@ -170,7 +188,12 @@ class CaptionEncoder:
         """In the precision that it was computed in, which takes less room."""
         return rounded(caption, self.dtype)
 
+    def _instruction(self) -> str:
+        return instruction() if self._captioner is None else self._captioner.instruction
+
     def _load(self) -> States:
+        if self._states is None and self._captioner is not None:
+            self._states = GraphStates(self._folder, self._captioner, self._device)
         if self._states is None:
             from pid_pipelines.caption_model import load_states
 
@@ -186,8 +209,11 @@ def rounded(caption: Floats, dtype: str) -> NDArray[Any]:
     return caption.astype(kinds[dtype])
 
 
-def _find(encoder: str | Path) -> tuple[Path, str]:
-    """The folder of an encoder, fetched if need be, and what tells its contents from others."""
+def find_encoder(encoder: str | Path) -> tuple[Path, str]:
+    """The folder of an encoder, fetched if need be, and what tells its contents from others.
+
+    Raises `PipelineInputError` for one that cannot be had.
+    """
     folder = Path(encoder).expanduser()
     if folder.is_dir():
         return folder, f"sha256:{_digest(folder)}"
@@ -219,7 +245,8 @@ def _digest(folder: Path) -> str:
     return digest.hexdigest()
 
 
-def _width_of(folder: Path) -> int:
+def width_of(folder: Path) -> int:
+    """Channels of an encoder's states. Raises `PipelineInputError` for a folder without one."""
     path = folder / "config.json"
     try:
         config = json.loads(path.read_text("utf-8"))

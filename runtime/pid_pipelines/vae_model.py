@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from pid_pipelines.errors import PipelineInputError
 from pid_pipelines.vae_files import find_vae, read_vae
 from pid_pipelines.vaes import VAES, Vae
+from pid_runtime.backends.memory import trim_heap
 from pid_runtime.errors import memory_shortage
 
 Floats = NDArray[np.float32]
@@ -149,5 +150,6 @@ class LoadedVae:
         """Give the model's memory back; nothing can be encoded afterwards."""
         self._model = None
         gc.collect()
+        trim_heap()
         if self._device.startswith("cuda"):
             torch.cuda.empty_cache()

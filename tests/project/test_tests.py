@@ -40,6 +40,7 @@ ELSEWHERE = {
     ),
     "pipelines/test_vae_files.py": "runtime/pid_pipelines: vaes",
     "pipelines/test_upscale_cli.py": "runtime/pid_pipelines: upscale_codecs upscale_jobs",
+    "export/test_captioner.py": "runtime/pid_pipelines: captioner",
     "export/test_cli.py": "export/pid_export: bundle graphs",
     "export/test_fold.py": "export/pid_export: program",
     "export/test_verify_cli.py": "export/pid_export: reference verify",

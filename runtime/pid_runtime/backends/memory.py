@@ -1,5 +1,6 @@
 """The memory a decoder works in: the host's, or a device's."""
 
+import ctypes
 from typing import Any, Protocol
 
 import ml_dtypes
@@ -144,3 +145,13 @@ def _writable(array: NDArray[Any]) -> NDArray[Any]:
     interface["data"] = (interface["data"][0], False)
     holder = type("Memory", (), {"__array_interface__": interface, "owner": array})()
     return np.asarray(holder)
+
+
+def trim_heap() -> None:
+    """Return to the system what the C library keeps of memory that was freed; glibc alone can.
+
+    It keeps blocks below 32 MB, as weights are, while anything above them is in use.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)

@@ -71,51 +71,18 @@ class LoadedSessions:
         self.provider = find_provider(provider)
         self.manifest = manifest
         self.on_host = self.provider == PROVIDERS["cpu"]
-        if self.on_host and manifest.precision == "bf16":
-            raise PidRuntimeError(
-                "ONNX Runtime's CPU provider has no bf16 kernels; export with --precision fp32, or "
-                "use --backend torch"
-            )
+        check_precision(self.provider, manifest.precision, "use --backend torch")
         self.sessions: dict[str, ort.InferenceSession] = {}
         self._bundle, self._device_id, self._threads = bundle, device_id, threads
 
     def load(self) -> None:
-        options = ort.SessionOptions()
-        # On the host every error is raised; a GPU's provider logs what it lacks, and is left out.
-        options.log_severity_level = 4 if self.on_host else 3
-        options.intra_op_num_threads = self._threads or core_count()
-        options.add_session_config_entry("session.force_spinning_stop", "1")
-        scratch.use_shared_arena(options)
-        providers: list[Any] | None = [self.provider]
-        if self.provider in PLUGINS:
-            options.add_provider_for_devices([_plugin_device(self.provider, self._device_id)], {})
-            providers = None  # they are in the options
-        elif not self.on_host:
-            gpu = {"device_id": str(self._device_id)}
-            kinds = dict.fromkeys((self.provider, PROVIDERS["cuda"]))
-            providers = [*((kind, gpu) for kind in kinds), PROVIDERS["cpu"]]
         for name, graph in self.manifest.graphs.items():
             file = graph.file
             if graph.contrib_file is not None and self.provider in CONTRIB_PROVIDERS:
                 file = graph.contrib_file
-            try:
-                self.sessions[name] = ort.InferenceSession(
-                    self._bundle / file, options, providers, enable_fallback=0
-                )
-            except Exception as error:
-                if memory_shortage(error) is not None:
-                    raise
-                reason = str(error).splitlines()[0]
-                raise PidRuntimeError(f"{self.provider} cannot load {file}: {reason}") from error
-            loaded = self.sessions[name].get_providers()
-            if (
-                providers and self.provider not in loaded
-            ):  # ONNX Runtime logs why, and goes on without
-                raise PidRuntimeError(
-                    f"expected {self.provider} to run {file}, but ONNX Runtime took "
-                    f"{', '.join(loaded)}; nvidia-smi should show a GPU and a driver as new as "
-                    "this ONNX Runtime's CUDA"
-                )
+            self.sessions[name] = open_session(
+                self._bundle / file, self.provider, self._device_id, self._threads
+            )
 
     def memory(self) -> "HostMemory | OrtMemory":
         return HostMemory() if self.on_host else OrtMemory("cuda", self._device_id)
@@ -214,6 +181,53 @@ class OrtMemory:
 
     def fill_normal(self, tensor: RawTensor, seed: int, draw: int) -> None:
         self.write(tensor, standard_normal(seed, draw, math.prod(tensor.shape)))
+
+
+def check_precision(provider: str, precision: str, otherwise: str) -> None:
+    """Raise `PidRuntimeError` for a precision that a provider has no kernels for."""
+    if provider == PROVIDERS["cpu"] and precision == "bf16":
+        raise PidRuntimeError(
+            "ONNX Runtime's CPU provider has no bf16 kernels; export with --precision fp32, or "
+            f"{otherwise}"
+        )
+
+
+def open_session(
+    path: Path, provider: str, device_id: int = 0, threads: int | None = None
+) -> ort.InferenceSession:
+    """A graph in ONNX Runtime, on a provider by its full name, in the shared scratch arena.
+
+    Raises `PidRuntimeError` when the provider does not load, or not this graph.
+    """
+    on_host = provider == PROVIDERS["cpu"]
+    options = ort.SessionOptions()
+    # On the host every error is raised; a GPU's provider logs what it lacks, and is left out.
+    options.log_severity_level = 4 if on_host else 3
+    options.intra_op_num_threads = threads or core_count()
+    options.add_session_config_entry("session.force_spinning_stop", "1")
+    scratch.use_shared_arena(options)
+    providers: list[Any] | None = [provider]
+    if provider in PLUGINS:
+        options.add_provider_for_devices([_plugin_device(provider, device_id)], {})
+        providers = None  # they are in the options
+    elif not on_host:
+        gpu = {"device_id": str(device_id)}
+        kinds = dict.fromkeys((provider, PROVIDERS["cuda"]))
+        providers = [*((kind, gpu) for kind in kinds), PROVIDERS["cpu"]]
+    try:
+        session = ort.InferenceSession(path, options, providers, enable_fallback=0)
+    except Exception as error:
+        if memory_shortage(error) is not None:
+            raise
+        reason = str(error).splitlines()[0]
+        raise PidRuntimeError(f"{provider} cannot load {path.name}: {reason}") from error
+    loaded = session.get_providers()
+    if providers and provider not in loaded:  # ONNX Runtime logs why, and goes on without
+        raise PidRuntimeError(
+            f"expected {provider} to run {path.name}, but ONNX Runtime took {', '.join(loaded)}; "
+            "nvidia-smi should show a GPU and a driver as new as this ONNX Runtime's CUDA"
+        )
+    return session
 
 
 def find_provider(name: str) -> str:

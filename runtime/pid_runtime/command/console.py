@@ -12,6 +12,7 @@ Results go to stdout by `emit`, everything else to stderr. Exit codes: what the 
 import argparse
 import contextlib
 import errno
+import importlib.util
 import json
 import logging
 import math
@@ -117,6 +118,16 @@ def run(
         if isinstance(error, ModuleNotFoundError) and (missing := _missing(error, extra)):
             return _fail(parser.prog, missing)
         raise
+
+
+def need_packages(packages: Sequence[str], extra: str) -> None:
+    """Raise `PidRuntimeError` for a package that is not installed, naming the extra that has it."""
+    for package in packages:
+        if importlib.util.find_spec(package) is None:
+            raise PidRuntimeError(
+                f"expected the package {package!r}, but it is not installed; pip install "
+                f"'pid-trt[{extra}]'"
+            )
 
 
 def read_size(text: str) -> tuple[int, int]:
