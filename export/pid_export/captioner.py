@@ -81,7 +81,10 @@ def export_captioner(
 
 
 class _States(torch.nn.Module):
-    """The model with its last hidden states alone as result."""
+    """The model with its last hidden states alone as result, in float32.
+
+    NumPy has no bfloat16, in which ONNX Runtime could not hand them out.
+    """
 
     def __init__(self, model: Any) -> None:
         super().__init__()
@@ -89,7 +92,7 @@ class _States(torch.nn.Module):
 
     def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
         found = self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
-        return found.last_hidden_state
+        return found.last_hidden_state.float()
 
 
 def _traced(model: torch.nn.Module) -> torch.onnx.ONNXProgram:

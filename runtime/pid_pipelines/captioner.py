@@ -2,7 +2,7 @@
 transformers. `pid-export --caption-encoder` makes them.
 
 A folder of `captioner.json`, the graph and its weights, and the model's tokenizer. The graph takes
-`input_ids` and `attention_mask`, int64 `[B, n]`, and gives `states`, `[B, n, width]`.
+`input_ids` and `attention_mask`, int64 `[B, n]`, and gives `states`, float32 `[B, n, width]`.
 """
 
 import json
@@ -53,6 +53,11 @@ class Captioner:
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), indent=1)
+
+
+def is_captioner(encoder: str | Path) -> bool:
+    """Whether an encoder, which may be a repository's name, is the folder of a captioner."""
+    return (Path(encoder).expanduser() / CAPTIONER_FILE).is_file()
 
 
 def read_captioner(folder: Path) -> Captioner:

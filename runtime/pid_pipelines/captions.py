@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from pid_pipelines.caption_cache import CaptionCache
 from pid_pipelines.caption_tokens import TOKENIZER, CaptionTokenizer, Tokens, instruction
-from pid_pipelines.captioner import CAPTIONER_FILE, Captioner, GraphStates, read_captioner
+from pid_pipelines.captioner import Captioner, GraphStates, is_captioner, read_captioner
 from pid_pipelines.errors import PipelineInputError
 from pid_ref.hub import why_not
 from pid_runtime.backends.memory import trim_heap
@@ -82,12 +82,12 @@ class CaptionEncoder:
         self._folder, self.revision = find_encoder(encoder)
         self._device, self._cache = device, cache
         self._captioner: Captioner | None = None
-        if (self._folder / CAPTIONER_FILE).is_file():
+        if is_captioner(self._folder):
             self._captioner = read_captioner(self._folder)
             if dtype not in (None, self._captioner.precision):
                 raise PipelineInputError(
                     f"expected {self._captioner.precision}, which {encoder} was exported in, but "
-                    f"got {dtype}; leave it out, or export another"
+                    f"got {dtype}; leave it out, or export another with --precision {dtype}"
                 )
             dtype, self.width = cast(Dtype, self._captioner.precision), self._captioner.width
         else:
@@ -135,7 +135,9 @@ class CaptionEncoder:
             for start in range(0, len(missing), _BATCH):
                 batch = missing[start : start + _BATCH]
                 tokens = tokenizer(batch, length)
-                for text, caption in zip(batch, tokens.select(states(tokens)), strict=True):
+                captions = tokens.select(states(tokens))
+                self._check_finite(captions)
+                for text, caption in zip(batch, captions, strict=True):
                     found[text] = caption
                     if self._cache is not None:
                         self._cache.put(self._key(text, length, plain), self._rounded(caption))
@@ -168,6 +170,15 @@ class CaptionEncoder:
             import torch
 
             torch.cuda.empty_cache()
+
+    def _check_finite(self, captions: Floats) -> None:
+        """Raise `PipelineInputError` for embeddings that no decoder could use."""
+        if not np.isfinite(captions).all():
+            fix = "take bf16 or fp32" if self.dtype == "fp16" else "its weights are broken"
+            raise PipelineInputError(
+                f"expected finite caption embeddings, but {self.name} in {self.dtype} made NaN or "
+                f"infinity; {fix}"
+            )
 
     def _known(self, text: str, length: int, plain: bool) -> Floats | None:
         if self._cache is None:

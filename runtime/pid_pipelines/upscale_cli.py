@@ -273,7 +273,7 @@ class _Run:
         network = self._manifest.network
         encoder = CaptionEncoder(
             self._arguments.encoder or DEFAULT_ENCODER,
-            device=self._torch_device(),
+            device=self._captions_device(),
             cache=CaptionCache(),
             width=network["text_dim"],
         )
@@ -392,6 +392,20 @@ class _Run:
 
     def _progress(self, label: str, total: float) -> Any:
         return console.progress(label, total, quiet=self._arguments.quiet)
+
+    def _captions_device(self) -> str:
+        """Where captions are encoded: a captioner, by ONNX Runtime, on the GPU that decodes."""
+        from pid_pipelines.captioner import is_captioner
+
+        encoder = self._arguments.encoder
+        if encoder is None or not is_captioner(encoder):
+            return self._torch_device()
+        device = device_name(self._arguments.backend, self._arguments.device)
+        if self._arguments.backend == "onnxruntime":
+            return device
+        from pid_runtime.backends.onnxruntime import is_installed
+
+        return device if device.startswith("cuda") and is_installed("cuda") else "cpu"
 
     def _torch_device(self) -> str:
         """Where torch encodes: on the GPU that decodes, if torch has it."""

@@ -83,13 +83,25 @@ def test_other_precisions(precision: str, tmp_path: Path) -> None:
     folder = tmp_path / "captioner"
     export_captioner(ENCODER, folder, precision)
     kind = {"fp16": onnx.TensorProto.FLOAT16, "bf16": onnx.TensorProto.BFLOAT16}[precision]
-    model = onnx.load(folder / "captioner.onnx", load_external_data=False)
-    assert model.graph.output[0].type.tensor_type.elem_type == kind
+    graph = onnx.load(folder / "captioner.onnx", load_external_data=False).graph
+    assert kind in {tensor.data_type for tensor in graph.initializer}
+    assert graph.output[0].type.tensor_type.elem_type == onnx.TensorProto.FLOAT  # for NumPy
     if precision == "fp16":
         assert 0 < np.abs(encoded(folder) - encoded(ENCODER, dtype="fp32")).max() < 0.05
         return
     with pytest.raises(PidRuntimeError, match="no bf16 kernels; export with --precision fp32"):
         encoded(folder)
+
+
+def test_a_window_shorter_than_the_text(tmp_path: Path) -> None:
+    """Of half of the layers, in which tokens see no further; a real one is longer."""
+    encoder = shutil.copytree(ENCODER, tmp_path / "encoder")
+    config = encoder / "config.json"
+    config.write_text(config.read_text().replace('window": 4096', 'window": 200'))
+    export_captioner(encoder, tmp_path / "captioner")
+    wanted = encoded(encoder, 300, dtype="fp32")
+    np.testing.assert_allclose(encoded(tmp_path / "captioner", 300), wanted, rtol=0, atol=1e-4)
+    assert np.abs(wanted - encoded(ENCODER, 300, dtype="fp32")).max() > 0.1
 
 
 def test_captions_without_torch(captioner_once: Path, tmp_path: Path) -> None:
@@ -173,11 +185,16 @@ def test_what_cannot_be_exported(refusal: Refusal, tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["encoder"]
 
 
-def test_tensorrt_builds_it(captioner_once: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_tensorrt_builds_it(captioner_once: Path, tmp_path: Path, precision: str) -> None:
     pytest.importorskip("tensorrt_rtx", reason="pip install 'pid-trt[tensorrt-rtx]'")
+    captioner = captioner_once
+    if precision != "fp32":
+        captioner = tmp_path / "captioner"
+        export_captioner(ENCODER, captioner, precision)
     shapes = {"min": "[1,300]", "opt": "[1,600]", "max": "[4,1000]"}
     command = [str(Path(sys.executable).with_name("polygraphy")), "convert"]
-    command += [str(captioner_once / "captioner.onnx"), "--convert-to", "trt"]
+    command += [str(captioner / "captioner.onnx"), "--convert-to", "trt"]
     for name, shape in shapes.items():
         ports = [f"{port}:{shape}" for port in ("input_ids", "attention_mask")]
         command += [f"--trt-{name}-shapes", *ports]

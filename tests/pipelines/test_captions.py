@@ -335,6 +335,19 @@ def test_a_repository_is_named_by_its_commit(
         assert encoder.encode(["a"], 12).shape == (1, 12, 32)
 
 
+@pytest.mark.parametrize(("dtype", "fix"), [("fp16", "take bf16 or fp32"), ("fp32", "are broken")])
+def test_states_that_are_not_finite(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, dtype: str, fix: str
+) -> None:
+    def load(*_: Any) -> Any:
+        return lambda tokens: np.full((*tokens.ids.shape, 32), np.nan, np.float32)
+
+    monkeypatch.setattr(caption_model, "load_states", load)
+    message = refusal(["a"], 12, dtype=dtype, cache=CaptionCache(tmp_path / "cache"))
+    assert f"{ENCODER} in {dtype} made NaN or infinity; " in message and fix in message
+    assert not (tmp_path / "cache").exists()
+
+
 def test_another_instruction_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(caption_tokens, "INSTRUCTION_SHA256", "0")
     assert "expected diffusers with the instruction" in refusal(["a"], 12)

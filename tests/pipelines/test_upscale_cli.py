@@ -17,6 +17,7 @@ from fakes.autoencoders import small_model, small_spec
 from pid_pipelines import upscale_cli, vae_model
 from pid_pipelines.caption_cache import CaptionCache
 from pid_pipelines.captions import CaptionEncoder
+from pid_pipelines.errors import PipelineInputError
 from pid_pipelines.upscale_cli import main
 from pid_pipelines.upscale_codecs import open_codec
 from pid_pipelines.upscale_jobs import Frame, Photo, read_manifest_lines
@@ -129,6 +130,31 @@ def test_a_caption_file_and_torch(
         options = (*options[:4], "--caption", tmp_path / f"{name}.safetensors", "-o", image)
         code, _, err = run_command(main, *options, "--overwrite")
         assert code == 2 and message in err and err.count("\n") == 1
+
+
+def test_a_captioner_runs_where_the_decoder_does(
+    bundle: Path,
+    vae: Path,
+    run_command: RunCommand,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    devices: list[str] = []
+
+    def refuse(_encoder: object, *, device: str, **_: Any) -> Any:
+        devices.append(device)
+        raise PipelineInputError("enough")
+
+    monkeypatch.setattr("pid_pipelines.captions.CaptionEncoder", refuse)
+    captioner = tmp_path / "captioner"
+    captioner.mkdir()
+    (captioner / "captioner.json").touch()
+    photo = save(tmp_path / "boat.png", 16, 16)
+    options = (bundle, photo, "--vae", vae, "--prompt", "a", "--device", "CPUExecutionProvider")
+    for encoder in (captioner, ENCODER):
+        arguments = (*options, "--encoder", encoder, "-o", tmp_path / "larger.png")
+        assert run_command(main, *arguments)[::2] == (2, "pid-upscale: enough\n")
+    assert devices == ["CPUExecutionProvider", "cpu"]
 
 
 def test_a_manifest_in_which_a_photo_cannot_be_read(
