@@ -4,9 +4,7 @@ pid_pipelines.captioner says what is in the folder, and runs it.
 """
 
 import gc
-import logging
 import shutil
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,8 +12,8 @@ from typing import Any
 import onnx
 import torch
 
-from pid_export.graphs import ExportError, interrupts_held
-from pid_export.onnx_ports import OPSET
+from pid_export.graphs import ExportError
+from pid_export.traced_model import save_graph, trace
 from pid_pipelines.caption_model import load_model
 from pid_pipelines.caption_tokens import TOKENIZER, CaptionTokenizer, instruction
 from pid_pipelines.captioner import (
@@ -24,11 +22,11 @@ from pid_pipelines.captioner import (
     GRAPH_FILE,
     WEIGHTS_FILE,
     Captioner,
-    CaptionerFile,
 )
 from pid_pipelines.captions import DTYPES, find_encoder, width_of
 from pid_pipelines.errors import PipelineInputError
-from pid_runtime.bundle.files import check_new, check_space, file_sha256, whole_folder, write_whole
+from pid_pipelines.graph_files import files_of
+from pid_runtime.bundle.files import check_new, check_space, whole_folder, write_whole
 
 INPUTS = ("input_ids", "attention_mask")
 
@@ -59,20 +57,19 @@ def export_captioner(
     needed = sum(each.numel() * each.element_size() for each in model.parameters())
     with whole_folder(output) as aside:
         check_space(aside, needed, "the captioner", "choose another place with -o")
-        with interrupts_held():
-            program = _traced(model)
+        sample = torch.ones((2, 37), dtype=torch.int64)
+        dims = {0: torch.export.Dim("B"), 1: torch.export.Dim("n")}
+        program = trace(
+            _States(model), dict.fromkeys(INPUTS, sample), dict.fromkeys(INPUTS, dims), "states"
+        )
         advance(0.4)
-        program.save(aside / GRAPH_FILE, external_data=True)
+        graph = save_graph(program, aside / GRAPH_FILE)
         del program, model
         gc.collect()
         advance(0.3)
-        _finish(aside / GRAPH_FILE, width)
+        _check(graph, width)
         shutil.copyfile(folder / TOKENIZER, aside / TOKENIZER)
-        names = (GRAPH_FILE, WEIGHTS_FILE, TOKENIZER)
-        files = {
-            name: CaptionerFile((aside / name).stat().st_size, file_sha256(aside / name))
-            for name in names
-        }
+        files = files_of(aside, (GRAPH_FILE, WEIGHTS_FILE, TOKENIZER))
         name = folder.name if folder == Path(encoder).expanduser() else str(encoder)
         captioner = Captioner(FORMAT_VERSION, name, revision, precision, width, text, files)
         write_whole(aside / CAPTIONER_FILE, captioner.to_json() + "\n")
@@ -95,46 +92,9 @@ class _States(torch.nn.Module):
         return found.last_hidden_state.float()
 
 
-def _traced(model: torch.nn.Module) -> torch.onnx.ONNXProgram:
-    """The graph, for any batch and any number of tokens."""
-    sample = {name: torch.ones((2, 37), dtype=torch.int64) for name in INPUTS}
-    dims = {0: torch.export.Dim("B"), 1: torch.export.Dim("n")}
-    quiet = logging.getLogger("torch.onnx")
-    level = quiet.level
-    quiet.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings(), torch.no_grad():
-            warnings.simplefilter("ignore")
-            program = torch.onnx.export(
-                _States(model).eval(),
-                (),
-                kwargs=sample,
-                dynamo=True,
-                opset_version=OPSET,
-                output_names=["states"],
-                dynamic_shapes=dict.fromkeys(INPUTS, dims),
-                optimize=True,
-                verbose=False,
-            )
-    finally:
-        quiet.setLevel(level)
-    if program is None:
-        raise ExportError("torch exported nothing for the caption encoder")
-    return program
-
-
-def _finish(path: Path, width: int) -> None:
-    """Take out of a graph what torch says of the machine and the code that it was traced on.
-
-    Raises `ExportError` unless it has the ports it must have, of dynamic sizes.
-    """
-    model = onnx.load(path, load_external_data=False)
+def _check(model: onnx.ModelProto, width: int) -> None:
+    """Raise `ExportError` unless a graph has the ports it must have, of dynamic sizes."""
     graph = model.graph
-    for each in (model, graph, *graph.node, *graph.value_info, *graph.input, *graph.output):
-        del each.metadata_props[:]
-    for node in graph.node:
-        node.doc_string = ""
-    write_whole(path, model.SerializeToString(deterministic=True))
     ports = {
         port.name: [each.dim_param or each.dim_value for each in port.type.tensor_type.shape.dim]
         for port in (*graph.input, *graph.output)

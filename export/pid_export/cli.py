@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from pid_export.errors import ExportInputError
 from pid_ref.config import PidConfig
 from pid_ref.errors import PidInputError
-from pid_ref.registry import CHECKPOINTS, Checkpoint, find_checkpoint
+from pid_ref.registry import CHECKPOINTS, Checkpoint, find_checkpoint, find_space
 from pid_ref.trained_sizes import trained_sizes
 from pid_runtime.bundle.files import check_new, file_sha256
 from pid_runtime.command import console
@@ -33,6 +33,8 @@ examples:
   pid-export --space sd3 --variant 2k --checkpoint model_ema_bf16.pth --precision bf16 -o sd3-2k
   pid-export --caption-encoder Efficient-Large-Model/gemma-2-2b-it -o captioner
       the language model of captions as a graph, so that pid-caption needs no torch
+  pid-export --space flux --vae ae.safetensors -o flux-vae
+      the autoencoder of a space as graphs, so that pid-upscale needs no torch
   pid-export --space flux --variant 2k --config small.json --random-weights 0 -o small
       the network of a space with other dimensions, such as {"hidden_size": 256, "num_heads": 4}
 
@@ -69,6 +71,14 @@ def _parser() -> console.ArgumentParser:
         metavar="ID_OR_DIR",
         help="instead of a decoder the language model of its captions, for pid-caption "
         "--encoder: Efficient-Large-Model/gemma-2-2b-it, or a folder",
+    )
+    what.add_argument(
+        "--vae",
+        nargs="?",
+        const="",
+        metavar="ID_OR_DIR_OR_FILE",
+        help="instead of a decoder the autoencoder of --space, for pid-upscale --vae: a "
+        "repository, a folder or a file (default: NVIDIA's)",
     )
     weights = parser.add_argument_group("weights (default: nano's own, others from the hub)")
     weights.add_argument(
@@ -115,6 +125,9 @@ def _export(args: Namespace) -> None:
         return
     if args.output is None:
         raise ExportInputError("expected -o FOLDER for the new bundle, but got none; add it")
+    if args.vae is not None:
+        _export_vae(args)
+        return
     if args.caption_encoder is not None:
         _export_captioner(args)
         return
@@ -173,13 +186,47 @@ def _export(args: Namespace) -> None:
     console.emit(result, text, as_json=args.json)
 
 
-def _export_captioner(args: Namespace) -> None:
-    for name in ("space", "variant", "config", "checkpoint", "random_weights"):
+def _export_vae(args: Namespace) -> None:
+    _refuse_others(args, "vae", "caption_encoder", "variant", "config", "checkpoint")
+    if args.space is None:
+        raise ExportInputError("expected --space with --vae, but got none; add the space it is of")
+    if args.precision != "fp32":
+        raise ExportInputError(
+            f"expected --precision fp32 for an autoencoder, but got {args.precision!r}; drop it"
+        )
+    check_new(args.output)
+    console.need_packages(("diffusers",), "pipelines")
+    from pid_export.vae import export_vae
+
+    begin = time.monotonic()
+    with console.progress("Exporting", 1.0, quiet=args.quiet) as advance:
+        vae = export_vae(find_space(args.space).name, args.vae or None, args.output, advance)
+    seconds = time.monotonic() - begin
+    total = sum(file.bytes for file in vae.files.values())
+    result = {
+        "vae": str(args.output),
+        "space": vae.space,
+        "source": vae.source,
+        "bytes": total,
+        "seconds": round(seconds, 1),
+        "peak_rss_bytes": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
+    }
+    text = f"{args.output}: autoencoder of {vae.space}, {total / 1e9:.2f} GB, {seconds:.0f} s"
+    console.emit(result, text, as_json=args.json)
+
+
+def _refuse_others(args: Namespace, chosen: str, *others: str) -> None:
+    """Raise `ExportInputError` for an option that does not go with another."""
+    for name in (*others, "random_weights"):
         if getattr(args, name) is not None:
             raise ExportInputError(
-                f"expected no --{name.replace('_', '-')} with --caption-encoder, which is a "
-                "language model's, but got one; drop it"
+                f"expected no --{name.replace('_', '-')} with --{chosen.replace('_', '-')}, but "
+                "got one; drop it"
             )
+
+
+def _export_captioner(args: Namespace) -> None:
+    _refuse_others(args, "caption_encoder", "space", "variant", "config", "checkpoint")
     check_new(args.output)
     console.need_packages(("transformers", "diffusers", "tokenizers"), "pipelines")
     from pid_export.captioner import export_captioner

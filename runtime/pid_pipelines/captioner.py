@@ -8,15 +8,12 @@ A folder of `captioner.json`, the graph and its weights, and the model's tokeniz
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pid_pipelines.caption_tokens import Tokens
-from pid_pipelines.errors import PipelineInputError
-from pid_runtime.bundle.files import file_sha256
-from pid_runtime.bundle.json_reader import read_member
+from pid_pipelines.graph_files import GraphFile, Graphs, read_description
 
 CAPTIONER_FILE = "captioner.json"
 GRAPH_FILE = "captioner.onnx"
@@ -24,14 +21,6 @@ WEIGHTS_FILE = "captioner.onnx.data"
 
 FORMAT_VERSION = (1, 0)
 """Major and minor: of another major a captioner is not read."""
-
-
-@dataclass(frozen=True)
-class CaptionerFile:
-    """A file of a captioner."""
-
-    bytes: int
-    sha256: str
 
 
 @dataclass(frozen=True)
@@ -49,7 +38,7 @@ class Captioner:
     """Channels of an embedding."""
     instruction: str
     """The text in front of every caption."""
-    files: dict[str, CaptionerFile]
+    files: dict[str, GraphFile]
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), indent=1)
@@ -61,65 +50,27 @@ def is_captioner(encoder: str | Path) -> bool:
 
 
 def read_captioner(folder: Path) -> Captioner:
-    """What a captioner says of itself; its files are looked for, and not yet read.
-
-    Raises `PipelineInputError` for one of another format, or a file that is not there or cut.
-    """
+    """What a captioner says of itself. Raises `PipelineInputError` as `read_description` does."""
     path = folder / CAPTIONER_FILE
-    try:
-        raw: Any = json.loads(path.read_text("utf-8"))
-        if not isinstance(raw, dict) or raw.get("format_version", [0])[0] != FORMAT_VERSION[0]:
-            raise ValueError(f"it is not of format {FORMAT_VERSION[0]}")
-        captioner = read_member(Captioner, raw, CAPTIONER_FILE)
-    except (OSError, ValueError, TypeError, LookupError) as error:
-        raise PipelineInputError(
-            f"expected a captioner, as pid-export --caption-encoder makes it, but cannot read "
-            f"{path}: {error}; export it again"
-        ) from None
-    for name, file in captioner.files.items():
-        found = folder / name
-        size = found.stat().st_size if found.is_file() else None
-        if size != file.bytes:
-            got = "it is missing" if size is None else f"it has {size}"
-            raise PipelineInputError(
-                f"expected {file.bytes} bytes in {found}, but {got}; export the captioner again"
-            )
-    return captioner
+    return read_description(Captioner, path, FORMAT_VERSION[0], "a captioner", "--caption-encoder")
 
 
 class GraphStates:
     """The last hidden states of a captioner's model, by ONNX Runtime."""
 
     def __init__(self, folder: Path, captioner: Captioner, device: str) -> None:
-        """device: cpu, cuda or cuda:N, or a provider of ONNX Runtime.
+        """device: as of `Graphs`. Raises `PidRuntimeError` for one that lacks the precision."""
+        from pid_runtime.backends.onnxruntime import check_precision, find_provider
 
-        Raises `PipelineInputError` for files that were altered, and `PidRuntimeError` for a
-        provider that is not there.
-        """
-        from pid_runtime.backends import onnxruntime, scratch
-
-        for name, file in captioner.files.items():
-            if file_sha256(folder / name) != file.sha256:
-                raise PipelineInputError(
-                    f"expected the captioner as it was exported, but {folder / name} was altered; "
-                    "export it again"
-                )
-        name, _, ordinal = device.partition(":")
-        provider = onnxruntime.find_provider(name)
-        onnxruntime.check_precision(provider, captioner.precision, "run it on a GPU")
-        self._session = onnxruntime.open_session(
-            folder / GRAPH_FILE, provider, int(ordinal) if ordinal.isdecimal() else 0
-        )
-        self._give_back = scratch.give_back
+        provider = find_provider(device.partition(":")[0])
+        check_precision(provider, captioner.precision, "run it on a GPU")
+        self._graphs = Graphs(folder, captioner.files, device)
 
     def __call__(self, tokens: Tokens) -> NDArray[np.float32]:
         """States `[B, n, D]`, float32."""
-        (states,) = self._session.run(
-            ["states"], {"input_ids": tokens.ids, "attention_mask": tokens.mask}
-        )
-        return np.asarray(states, np.float32)
+        inputs = {"input_ids": tokens.ids, "attention_mask": tokens.mask}
+        return self._graphs.run(GRAPH_FILE, inputs)
 
     def close(self) -> None:
-        """Give the memory back that the session works in."""
-        del self._session
-        self._give_back()
+        """Give the memory back."""
+        self._graphs.close()

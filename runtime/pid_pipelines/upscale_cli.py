@@ -94,8 +94,8 @@ def _parser() -> console.ArgumentParser:
     add(
         "--vae",
         metavar="ID_OR_DIR_OR_FILE",
-        help="the space's autoencoder: a repository, a folder of diffusers, or a file "
-        "(default: NVIDIA's)",
+        help="the space's autoencoder: a repository, a folder of diffusers or pid-export --vae, "
+        "or a file (default: NVIDIA's)",
     )
     captions = parser.add_mutually_exclusive_group()
     captions.add_argument("--prompt", metavar="TEXT", help="what is to be seen, encoded here")
@@ -412,8 +412,10 @@ class _Run:
         device = device_name(self._arguments.backend, self._arguments.device)
         if not device.startswith("cuda"):
             return "cpu"
-        import torch
-
+        try:
+            import torch
+        except ImportError:
+            return device  # graphs run there without
         if torch.cuda.is_available():
             return device
         _log.info("torch has no CUDA here: photos and captions are encoded on the CPU")

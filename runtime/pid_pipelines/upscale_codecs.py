@@ -7,6 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pid_pipelines.errors import PipelineInputError
+from pid_pipelines.vae_graphs import VAE_FILE, OnnxVae
 from pid_pipelines.vaes import VAES
 from pid_runtime.bundle.manifest import Manifest
 from pid_runtime.nano import codec
@@ -61,7 +62,8 @@ def pixels_per_latent(manifest: Manifest) -> int:
 
 
 def open_codec(manifest: Manifest, vae: str | Path | None, device: str) -> Codec:
-    """What encodes photos for a bundle; vae and device as of `load_vae`.
+    """What encodes photos for a bundle; vae and device as of `load_vae`, or vae the folder of
+    one that pid-export made graphs of.
 
     Raises `PipelineInputError` for an autoencoder that does not belong to the bundle.
     """
@@ -72,6 +74,8 @@ def open_codec(manifest: Manifest, vae: str | Path | None, device: str) -> Codec
                 "drop it"
             )
         return BundleCodec(manifest)
+    if vae is not None and (Path(vae).expanduser() / VAE_FILE).is_file():
+        return OnnxVae(Path(vae).expanduser(), str(manifest.model["space"]), device)
     from pid_pipelines.vae_model import load_vae
 
     return load_vae(str(manifest.model["space"]), vae, device)

@@ -12,17 +12,11 @@ from numpy.typing import NDArray
 
 from pid_pipelines.errors import PipelineInputError
 from pid_pipelines.vae_files import find_vae, read_vae
-from pid_pipelines.vaes import VAES, Vae
+from pid_pipelines.vaes import Vae, check_image, check_latent, spec_of
 from pid_runtime.backends.memory import trim_heap
 from pid_runtime.errors import memory_shortage
 
 Floats = NDArray[np.float32]
-
-OTHER_ENCODERS = {
-    "dinov2": "the RAE's encoder, DINOv2 with registers",
-    "siglip": "Scale-RAE's encoder, SigLIP 2",
-}
-"""Of spaces whose latents are not made by a class of diffusers."""
 
 
 def load_vae(space: str, source: str | Path | None = None, device: str = "cpu") -> "LoadedVae":
@@ -35,15 +29,7 @@ def load_vae(space: str, source: str | Path | None = None, device: str = "cpu") 
     Raises `PipelineInputError` for a space without one, for what is no autoencoder, and for that
     of another space.
     """
-    spec = VAES.get(space)
-    if spec is None:
-        known = f"expected a latent space with an autoencoder here ({', '.join(VAES)}), but got "
-        if space in OTHER_ENCODERS:
-            raise PipelineInputError(
-                f"{known}{space}, whose latents another model ({OTHER_ENCODERS[space]}) makes; "
-                "encode with it, and give the latents to pid-decode"
-            )
-        raise PipelineInputError(f"{known}{space!r}; take a bundle of one of these")
+    spec = spec_of(space)
     found = find_vae(space, spec.file, source)
     model = read_vae(space, spec, found)
     try:
@@ -107,11 +93,7 @@ class LoadedVae:
         The mean of what the encoder says, without its spread, so the same each time.
         Raises `PipelineInputError` unless H and W are multiples of `down`.
         """
-        if image.ndim != 4 or image.shape[1] != 3 or any(s % self.down for s in image.shape[2:]):
-            raise PipelineInputError(
-                f"expected images [B, 3, H, W] with H and W multiples of {self.down}, but got "
-                f"{list(image.shape)}; crop or pad them"
-            )
+        check_image(image, self.down)
         return self._run(
             lambda model, x: (encode_mean(self._spec.kind, model, x) - self._shift) * self._factor,
             image,
@@ -119,10 +101,7 @@ class LoadedVae:
 
     def decode(self, latent: Floats) -> Floats:
         """Images `[B, 3, H, W]`, about [-1, 1], of normalised latents `[B, C, h, w]`."""
-        if latent.ndim != 4 or latent.shape[1] != self._spec.channels:
-            raise PipelineInputError(
-                f"expected latents [B, {self._spec.channels}, h, w], but got {list(latent.shape)}"
-            )
+        check_latent(latent, self.channels)
         return self._run(
             lambda model, z: decode_raw(self._spec.kind, model, z / self._factor + self._shift),
             latent,

@@ -4,6 +4,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
+from pid_pipelines.errors import PipelineInputError
 from pid_ref.registry import SPACES
 
 
@@ -60,3 +64,40 @@ VAES = {
     "qwenimage": _vae("AutoencoderKLQwenImage", "qwenimage", "checkpoints/QwenImage_VAE_2d.pth"),
 }
 """By latent space; the autoencoders of other spaces are not in diffusers."""
+
+OTHER_ENCODERS = {
+    "dinov2": "the RAE's encoder, DINOv2 with registers",
+    "siglip": "Scale-RAE's encoder, SigLIP 2",
+}
+"""Of spaces whose latents are not made by a class of diffusers."""
+
+
+def spec_of(space: str) -> Vae:
+    """The autoencoder of a space. Raises `PipelineInputError` for a space without one."""
+    spec = VAES.get(space)
+    if spec is not None:
+        return spec
+    known = f"expected a latent space with an autoencoder here ({', '.join(VAES)}), but got "
+    if space in OTHER_ENCODERS:
+        raise PipelineInputError(
+            f"{known}{space}, whose latents another model ({OTHER_ENCODERS[space]}) makes; "
+            "encode with it, and give the latents to pid-decode"
+        )
+    raise PipelineInputError(f"{known}{space!r}; take a bundle of one of these")
+
+
+def check_image(image: NDArray[np.float32], down: int) -> None:
+    """Raise `PipelineInputError` unless images are `[B, 3, H, W]` with multiples of `down`."""
+    if image.ndim != 4 or image.shape[1] != 3 or any(side % down for side in image.shape[2:]):
+        raise PipelineInputError(
+            f"expected images [B, 3, H, W] with H and W multiples of {down}, but got "
+            f"{list(image.shape)}; crop or pad them"
+        )
+
+
+def check_latent(latent: NDArray[np.float32], channels: int) -> None:
+    """Raise `PipelineInputError` unless latents are `[B, channels, h, w]`."""
+    if latent.ndim != 4 or latent.shape[1] != channels:
+        raise PipelineInputError(
+            f"expected latents [B, {channels}, h, w], but got {list(latent.shape)}"
+        )

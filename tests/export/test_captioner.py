@@ -160,7 +160,7 @@ def test_what_is_wrong_with_a_captioner(captioner: Path) -> None:
     weights.write_bytes(whole[:-1])
     assert f"expected {len(whole)} bytes in {weights}, but it has {len(whole) - 1}" in refused()
     weights.unlink()
-    assert "but it is missing; export the captioner again" in refused()
+    assert "but it is missing; export it again" in refused()
     path = captioner / CAPTIONER_FILE
     said = json.loads(path.read_text())
     for text in ("", "[]", json.dumps(said | {"format_version": [2, 0]}), json.dumps({"a": 1})):

@@ -14,7 +14,7 @@ from PIL import Image
 from safetensors.numpy import save_file
 
 from fakes.autoencoders import small_model, small_spec
-from pid_pipelines import upscale_cli, vae_model
+from pid_pipelines import upscale_cli, vae_model, vaes
 from pid_pipelines.caption_cache import CaptionCache
 from pid_pipelines.captions import CaptionEncoder
 from pid_pipelines.errors import PipelineInputError
@@ -49,7 +49,7 @@ def bundle(edit_bundle: EditBundle) -> Path:
 @pytest.fixture(autouse=True)
 def vae(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """A folder of a small autoencoder of flux, which is taken for the released one's size."""
-    monkeypatch.setitem(vae_model.VAES, "flux", small_spec("flux"))
+    monkeypatch.setitem(vaes.VAES, "flux", small_spec("flux"))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     small_model("flux").save_pretrained(tmp_path / "vae")
     return tmp_path / "vae"

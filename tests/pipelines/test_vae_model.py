@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from fakes.autoencoders import SMALL, small_model, small_spec
-from pid_pipelines import vae_model
+from pid_pipelines import vaes
 from pid_pipelines.errors import PipelineInputError
 from pid_pipelines.vae_model import LoadedVae, load_vae, normalization
 from pid_pipelines.vaes import VAES
@@ -109,7 +109,7 @@ def test_spaces_and_devices_that_are_not_there(
     ):
         with pytest.raises(PipelineInputError, match=message):
             load_vae(space)
-    monkeypatch.setitem(vae_model.VAES, "flux", small_spec("flux"))
+    monkeypatch.setitem(vaes.VAES, "flux", small_spec("flux"))
     small_model("flux").save_pretrained(tmp_path)
     for device in ("nowhere", "cuda:9"):
         with pytest.raises(PipelineInputError, match="expected a device of torch") as error:

@@ -40,7 +40,10 @@ ELSEWHERE = {
     ),
     "pipelines/test_vae_files.py": "runtime/pid_pipelines: vaes",
     "pipelines/test_upscale_cli.py": "runtime/pid_pipelines: upscale_codecs upscale_jobs",
-    "export/test_captioner.py": "runtime/pid_pipelines: captioner",
+    "export/test_captioner.py": (
+        "runtime/pid_pipelines: captioner graph_files; export/pid_export: traced_model"
+    ),
+    "export/test_vae.py": "runtime/pid_pipelines: vae_graphs",
     "export/test_cli.py": "export/pid_export: bundle graphs",
     "export/test_fold.py": "export/pid_export: program",
     "export/test_verify_cli.py": "export/pid_export: reference verify",
