@@ -25,6 +25,7 @@ from pid_pipelines.upscale_jobs import (
     read_manifest_lines,
     without_existing,
 )
+from pid_pipelines.vae_graphs import is_exported
 from pid_runtime.backends.choice import device_name
 from pid_runtime.bundle.folder import read_manifest
 from pid_runtime.bundle.manifest import Manifest
@@ -238,8 +239,10 @@ class _Run:
         latents: dict[Path, Floats] = {}
         if not any(job.pictures for job in self.jobs):
             return latents
-        device = self._torch_device()
-        codec = open_codec(self._manifest, self._arguments.vae, device)
+        vae = self._arguments.vae
+        needs_torch = self._manifest.codec is None and not is_exported(vae)
+        device = self._torch_device() if needs_torch else self._graph_device()
+        codec = open_codec(self._manifest, vae, device)
         with contextlib.closing(codec), self._progress("Encoding", len(self.jobs)) as advance:
             for job in self.jobs:
                 with self._reporting(job.photo):
@@ -394,12 +397,15 @@ class _Run:
         return console.progress(label, total, quiet=self._arguments.quiet)
 
     def _captions_device(self) -> str:
-        """Where captions are encoded: a captioner, by ONNX Runtime, on the GPU that decodes."""
+        """Where captions are encoded."""
         from pid_pipelines.captioner import is_captioner
 
         encoder = self._arguments.encoder
-        if encoder is None or not is_captioner(encoder):
-            return self._torch_device()
+        is_graph = encoder is not None and is_captioner(encoder)
+        return self._graph_device() if is_graph else self._torch_device()
+
+    def _graph_device(self) -> str:
+        """Where ONNX Runtime encodes: on the GPU that decodes, if it has CUDA."""
         device = device_name(self._arguments.backend, self._arguments.device)
         if self._arguments.backend == "onnxruntime":
             return device
@@ -412,10 +418,8 @@ class _Run:
         device = device_name(self._arguments.backend, self._arguments.device)
         if not device.startswith("cuda"):
             return "cpu"
-        try:
-            import torch
-        except ImportError:
-            return device  # graphs run there without
+        import torch
+
         if torch.cuda.is_available():
             return device
         _log.info("torch has no CUDA here: photos and captions are encoded on the CPU")

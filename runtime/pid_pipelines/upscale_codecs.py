@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pid_pipelines.errors import PipelineInputError
-from pid_pipelines.vae_graphs import VAE_FILE, OnnxVae
+from pid_pipelines.vae_graphs import OnnxVae, is_exported
 from pid_pipelines.vaes import VAES
 from pid_runtime.bundle.manifest import Manifest
 from pid_runtime.nano import codec
@@ -74,7 +74,7 @@ def open_codec(manifest: Manifest, vae: str | Path | None, device: str) -> Codec
                 "drop it"
             )
         return BundleCodec(manifest)
-    if vae is not None and (Path(vae).expanduser() / VAE_FILE).is_file():
+    if vae is not None and is_exported(vae):
         return OnnxVae(Path(vae).expanduser(), str(manifest.model["space"]), device)
     from pid_pipelines.vae_model import load_vae
 

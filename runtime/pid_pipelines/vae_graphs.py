@@ -45,6 +45,11 @@ class VaeGraphs:
         return json.dumps(asdict(self), indent=1)
 
 
+def is_exported(vae: str | Path | None) -> bool:
+    """Whether an autoencoder, which may be a repository's name, is a folder of graphs."""
+    return vae is not None and (Path(vae).expanduser() / VAE_FILE).is_file()
+
+
 def read_vae_graphs(folder: Path, space: str | None = None) -> VaeGraphs:
     """What an exported autoencoder says of itself.
 
