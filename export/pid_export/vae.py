@@ -17,8 +17,8 @@ from pid_pipelines.vae_graphs import (
     VAE_FILE,
     VaeGraphs,
 )
-from pid_pipelines.vae_model import decode_raw, encode_mean, normalization, spec_of
-from pid_pipelines.vaes import Vae
+from pid_pipelines.vae_model import decode_raw, encode_mean, normalization
+from pid_pipelines.vaes import Vae, spec_of
 from pid_runtime.bundle.files import check_new, check_space, whole_folder, write_whole
 
 LARGEST_SIDE = 4096
