@@ -15,7 +15,7 @@ import torch
 from pid_export.graphs import ExportError
 from pid_export.traced_model import save_graph, trace
 from pid_pipelines.caption_model import load_model
-from pid_pipelines.caption_tokens import TOKENIZER, CaptionTokenizer, instruction
+from pid_pipelines.caption_tokens import TOKENIZER_FILES, CaptionTokenizer, instruction
 from pid_pipelines.captioner import (
     CAPTIONER_FILE,
     FORMAT_VERSION,
@@ -68,8 +68,10 @@ def export_captioner(
         gc.collect()
         advance(0.3)
         _check(graph, width)
-        shutil.copyfile(folder / TOKENIZER, aside / TOKENIZER)
-        files = files_of(aside, (GRAPH_FILE, WEIGHTS_FILE, TOKENIZER))
+        tokenizer = [name for name in TOKENIZER_FILES if (folder / name).is_file()]
+        for name in tokenizer:
+            shutil.copyfile(folder / name, aside / name)
+        files = files_of(aside, (GRAPH_FILE, WEIGHTS_FILE, *tokenizer))
         name = folder.name if folder == Path(encoder).expanduser() else str(encoder)
         captioner = Captioner(FORMAT_VERSION, name, revision, precision, width, text, files)
         write_whole(aside / CAPTIONER_FILE, captioner.to_json() + "\n")

@@ -20,6 +20,10 @@ from tokenizers import Tokenizer
 from pid_pipelines.errors import PipelineInputError
 
 TOKENIZER = "tokenizer.json"
+_CONFIG = "tokenizer_config.json"
+
+TOKENIZER_FILES = (TOKENIZER, _CONFIG)
+"""All that is read of a tokenizer; the second one need not be there."""
 
 INSTRUCTION_SHA256 = "62b9ab89eebb0ac5ee4d264bf96bf19d2b81f504bc3852500efeaf5a34d638b1"
 """Of the instruction in UTF-8, which is the one that the decoders were trained with."""
@@ -116,7 +120,7 @@ class CaptionTokenizer:
     def _beginning(self, folder: Path) -> int:
         """The token every text begins with, which some tokenizers leave to their users."""
         name = "<bos>"
-        config = folder / "tokenizer_config.json"
+        config = folder / _CONFIG
         if config.is_file():
             given = json.loads(config.read_text("utf-8")).get("bos_token", name)
             name = given["content"] if isinstance(given, dict) else given

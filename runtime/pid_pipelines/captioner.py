@@ -12,8 +12,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from pid_pipelines.caption_tokens import Tokens
-from pid_pipelines.graph_files import GraphFile, Graphs, read_description
+from pid_pipelines.caption_tokens import TOKENIZER_FILES, Tokens
+from pid_pipelines.graph_files import GraphFile, Graphs, check_unaltered, read_description
+from pid_runtime.backends.choice import split_device
 
 CAPTIONER_FILE = "captioner.json"
 GRAPH_FILE = "captioner.onnx"
@@ -59,11 +60,17 @@ class GraphStates:
     """The last hidden states of a captioner's model, by ONNX Runtime."""
 
     def __init__(self, folder: Path, captioner: Captioner, device: str) -> None:
-        """device: as of `Graphs`. Raises `PidRuntimeError` for one that lacks the precision."""
+        """device: as of `Graphs`.
+
+        Raises `PidRuntimeError` for a device that is none or lacks the precision, and
+        `PipelineInputError` for a tokenizer that was altered.
+        """
         from pid_runtime.backends.onnxruntime import check_precision, find_provider
 
-        provider = find_provider(device.partition(":")[0])
+        provider = find_provider(split_device(device)[0])
         check_precision(provider, captioner.precision, "run it on a GPU")
+        tokenizer = [name for name in captioner.files if name in TOKENIZER_FILES]
+        check_unaltered(folder, captioner.files, tokenizer)
         self._graphs = Graphs(folder, captioner.files, device)
 
     def __call__(self, tokens: Tokens) -> NDArray[np.float32]:

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pid_pipelines.errors import PipelineInputError
+from pid_runtime.backends.choice import split_device
 from pid_runtime.bundle.files import file_sha256
 from pid_runtime.bundle.json_reader import read_member
 
@@ -68,6 +69,15 @@ def read_description(kind: type[_Kind], path: Path, major: int, what: str, optio
     return description
 
 
+def check_unaltered(folder: Path, files: Mapping[str, GraphFile], names: Iterable[str]) -> None:
+    """Raise `PipelineInputError` for the first of these files that is not as it was exported."""
+    for name in names:
+        if file_sha256(folder / name) != files[name].sha256:
+            raise PipelineInputError(
+                f"expected {folder} as it was exported, but {name} was altered; export it again"
+            )
+
+
 class Graphs:
     """Graphs of such a folder in ONNX Runtime, opened when first run."""
 
@@ -90,15 +100,10 @@ class Graphs:
     def _open(self, name: str) -> Any:
         from pid_runtime.backends.onnxruntime import find_provider, open_session
 
-        for file in (each for each in self._files if each.startswith(name)):  # weights lie beside
-            if file_sha256(self._folder / file) != self._files[file].sha256:
-                raise PipelineInputError(
-                    f"expected {self._folder} as it was exported, but {file} was altered; export "
-                    "it again"
-                )
-        kind, _, ordinal = self._device.partition(":")
-        device_id = int(ordinal) if ordinal.isdecimal() else 0
-        return open_session(self._folder / name, find_provider(kind), device_id)
+        own = [each for each in self._files if each.startswith(name)]  # weights lie beside
+        check_unaltered(self._folder, self._files, own)
+        provider, device_id = split_device(self._device)
+        return open_session(self._folder / name, find_provider(provider), device_id)
 
     def close(self) -> None:
         """Give the memory back that the graphs are and work in."""

@@ -66,7 +66,8 @@ def test_what_the_command_writes(run_command: RunCommand, tmp_path: Path) -> Non
     code, out, _ = run_command(main, "--caption-encoder", ENCODER, "-o", folder, "--json")
     result = json.loads(out)
     assert code == 0 and result["encoder"] == "encoder" and result["width"] == 32
-    names = {"captioner.json", "captioner.onnx", "captioner.onnx.data", "tokenizer.json"}
+    names = {"captioner.json", "captioner.onnx", "captioner.onnx.data"}
+    names |= {"tokenizer.json", "tokenizer_config.json"}
     assert {path.name for path in folder.iterdir()} == names
     said = read_captioner(folder)
     assert said.precision == "fp32" and said.revision == result["revision"]
@@ -93,6 +94,16 @@ def test_other_precisions(precision: str, tmp_path: Path) -> None:
         encoded(folder)
 
 
+def test_the_beginning_is_what_the_tokenizer_says(tmp_path: Path) -> None:
+    encoder = shutil.copytree(ENCODER, tmp_path / "encoder")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        file = encoder / name
+        file.write_text(file.read_text().replace("<bos>", "<s>"))
+    export_captioner(encoder, tmp_path / "captioner")
+    wanted = encoded(ENCODER, dtype="fp32")
+    np.testing.assert_allclose(encoded(tmp_path / "captioner"), wanted, rtol=0, atol=1e-4)
+
+
 def test_a_window_shorter_than_the_text(tmp_path: Path) -> None:
     """Of half of the layers, in which tokens see no further; a real one is longer."""
     encoder = shutil.copytree(ENCODER, tmp_path / "encoder")
@@ -102,6 +113,11 @@ def test_a_window_shorter_than_the_text(tmp_path: Path) -> None:
     wanted = encoded(encoder, 300, dtype="fp32")
     np.testing.assert_allclose(encoded(tmp_path / "captioner", 300), wanted, rtol=0, atol=1e-4)
     assert np.abs(wanted - encoded(ENCODER, 300, dtype="fp32")).max() > 0.1
+
+
+def test_a_device_that_is_none(captioner_once: Path) -> None:
+    with pytest.raises(PidRuntimeError, match="expected a device such as cuda:0, but got 'cpu:x'"):
+        encoded(captioner_once, device="cpu:x")
 
 
 def test_captions_without_torch(captioner_once: Path, tmp_path: Path) -> None:
@@ -153,6 +169,11 @@ def test_what_is_wrong_with_a_captioner(captioner: Path) -> None:
         return str(caught.value)
 
     assert "expected fp32, which" in refused(dtype="bf16")
+    tokenizer = captioner / "tokenizer.json"
+    text = tokenizer.read_text()
+    tokenizer.write_text(text.replace('"<unk>"', '"<nuk>"'))
+    assert "tokenizer.json was altered; export it again" in refused()
+    tokenizer.write_text(text)
     weights = captioner / "captioner.onnx.data"
     whole = weights.read_bytes()
     weights.write_bytes(bytes([whole[0] ^ 1]) + whole[1:])

@@ -39,6 +39,17 @@ def device_name(backend: str, device: object) -> str:
     raise PidRuntimeError(f"expected a device by name, such as cpu or cuda:0, but got {device!r}")
 
 
+def split_device(device: str) -> tuple[str, int]:
+    """A device of ONNX Runtime, such as cuda:0, as its provider and its number, 0 if it has none.
+
+    Raises `PidRuntimeError` for a number that is none.
+    """
+    provider, colon, ordinal = device.partition(":")
+    if colon and not (ordinal.isascii() and ordinal.isdecimal()):
+        raise PidRuntimeError(f"expected a device such as cuda:0, but got {device!r}")
+    return provider, int(ordinal or 0)
+
+
 def choose_graphs(
     bundle: Path,
     manifest: Manifest,
@@ -71,10 +82,8 @@ def choose_graphs(
                 f"{INSTALL_ONNXRUNTIME}"
             ) from None
 
-        provider, colon, ordinal = device.partition(":")
-        if colon and not (ordinal.isascii() and ordinal.isdecimal()):
-            raise PidRuntimeError(f"expected a device such as cuda:0, but got {device!r}")
-        return LoadedSessions(bundle, manifest, provider, int(ordinal or 0), threads)
+        provider, ordinal = split_device(device)
+        return LoadedSessions(bundle, manifest, provider, ordinal, threads)
     if backend == "torch":
         try:
             from pid_runtime.backends.torch import LoadedStages
