@@ -19,6 +19,11 @@ class Normalization:
     factor: tuple[float, ...]
     shift: tuple[float, ...]
 
+    @property
+    def is_identity(self) -> bool:
+        """Whether nothing is done."""
+        return set(self.factor) == {1.0} and set(self.shift) == {0.0}
+
     def apply(self, z: NDArray[np.float32]) -> NDArray[np.float32]:
         """Normalised latents of raw ones `[B, C, h, w]`, float32."""
         factor, shift = (
@@ -59,6 +64,19 @@ def noisy(
         noise = standard_normal(image_seed(seed, b), LATENT_DRAW, each.size)
         each += np.float32(sigma) * noise.reshape(each.shape)
     return result
+
+
+def unpacked(
+    tokens: NDArray[np.float32], height: int, width: int, patch: int
+) -> NDArray[np.float32]:
+    """Latents `[B, C, height, width]` of tokens `[B, n, C patch^2]`, as generators pack them.
+
+    A token has `patch` x `patch` latent pixels, channel by channel; tokens lie row by row.
+    """
+    batch, _, depth = tokens.shape
+    channels = depth // patch**2
+    grid = tokens.reshape(batch, height // patch, width // patch, channels, patch, patch)
+    return grid.transpose(0, 3, 1, 4, 2, 5).reshape(batch, channels, height, width)
 
 
 def latents_of(manifest: Manifest) -> str:

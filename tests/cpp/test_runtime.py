@@ -1244,6 +1244,7 @@ def test_a_library_has_the_flavor_that_engine_sets_have(
 
 
 FLAGS_OF_ONE = {
+    "--latent-form": "C++ reads normalised latents, and those of ComfyUI",
     "--provider-library": "Python finds plug-in providers by their packages",
 }
 """Flags that one of the two commands does not have, and why."""

@@ -33,7 +33,7 @@ ELSEWHERE = {
     ),
     "runtime/command/test_decode_cli.py": (
         "runtime/pid_runtime: __main__ latents command/decode_jobs command/decode_options"
-        " command/latent_files"
+        " command/latent_files command/torch_files"
     ),
     "pipelines/test_captions.py": (
         "runtime/pid_pipelines: caption_cache caption_model caption_tokens"

@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import itertools
+import logging
 import time
 from argparse import Namespace
 from collections.abc import Callable, Sequence
@@ -38,11 +39,13 @@ from pid_runtime.command.decode_options import (
     open_decoder,
 )
 from pid_runtime.command.images import save_image, sheet_size, side_by_side
-from pid_runtime.command.latent_files import LATENT_SUFFIXES
+from pid_runtime.command.latent_files import FORMS, LATENT_SUFFIXES, LatentForm
 from pid_runtime.decoder import Decoder
 from pid_runtime.errors import NotFiniteError, PidRuntimeError
 from pid_runtime.latents import spread_warning
 from pid_runtime.request import check_schedule
+
+_log = logging.getLogger(__name__)
 
 Pixels = NDArray[np.uint8]
 
@@ -59,6 +62,9 @@ files:
   Image b of a file is decoded with seed + b, so a file gives the same images alone or among
   others. Names, sizes and types of all inputs are checked before the first decode. Images appear
   whole or not at all.
+  .npy files, and tensors by torch.save, are read too. --latent-form says what a file does not:
+  raw, as a VAE's encoder gives it, or packed, tokens [B, n, width] of a square picture or of
+  another, packed:1024x768.
 
   Photos go to pid-upscale, which encodes them first.
 """
@@ -89,6 +95,13 @@ def _parser() -> argparse.ArgumentParser:
         "--captions", type=Path, metavar="DIR", help="a folder of captions named as the inputs"
     )
     add("--latent-key", metavar="NAME", help="the latent's tensor, if it has another name")
+    add(
+        "--latent-form",
+        type=_form,
+        default=LatentForm(),
+        metavar="FORM",
+        help=f"{', '.join(FORMS)}; packed:1024x768 says of which picture (default: auto)",
+    )
     add("--caption-key", metavar="NAME", help="the caption's tensor, if it has another name")
     add(
         "--sigma",
@@ -108,6 +121,7 @@ def _decode(arguments: Namespace) -> None:
     settings = Settings(
         arguments.latent_key,
         arguments.caption_key,
+        arguments.latent_form,
         arguments.sigma,
         arguments.seed,
         arguments.steps,
@@ -156,6 +170,8 @@ def _run(
     tiles: list[tuple[str, Pixels]] = []
     for source, group in itertools.groupby(jobs, lambda job: job.source):
         inputs = source.read(decoder.manifest, settings)
+        if inputs.note is not None:
+            _log.info("%s: %s", source.path, inputs.note)
         for job in group:
             own = inputs.image(job.index)
             request = request_of(decoder.manifest, own, settings, job.seed)
@@ -255,6 +271,18 @@ def _check_kinds(arguments: Namespace, *, many: bool) -> None:
         folder = getattr(arguments, name)
         if folder is not None and not folder.is_dir():
             raise PidRuntimeError(f"expected a folder for --{name}, but {folder} is none")
+
+
+def _form(text: str) -> LatentForm:
+    kind, colon, size = text.partition(":")
+    if kind not in FORMS or (colon and kind != "packed"):
+        raise argparse.ArgumentTypeError(
+            f"expected {', '.join(FORMS)} or packed:1024x768, but got {text!r}"
+        )
+    try:
+        return LatentForm(kind, console.read_size(size) if colon else None)
+    except PidRuntimeError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def _namer(arguments: Namespace, many: bool) -> Callable[[Source], Path]:

@@ -1,7 +1,7 @@
 """What `pid-decode` is to do: found and checked before the first decode, by sizes and headers."""
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +12,7 @@ from pid_runtime.command.images import check_image_path, check_image_size
 from pid_runtime.command.latent_files import (
     CAPTION_SUFFIX,
     LATENT_SUFFIXES,
+    LatentForm,
     StoredTensor,
     open_caption_file,
     open_latent_file,
@@ -32,6 +33,8 @@ class Settings:
     """Name of the latent's tensor; None to find it."""
     caption_key: str | None = None
     """Name of the caption's tensor in a caption file; None to find it."""
+    latent_form: LatentForm = field(default_factory=LatentForm)
+    """What the latents are."""
     sigma: float | None = None
     """Noise level, in place of what the files say; None for theirs, or 0."""
     seed: int = 0
@@ -61,7 +64,11 @@ class Source:
 
     def _inputs(self, manifest: Manifest, settings: Settings, values: Values) -> "Inputs":
         file = open_latent_file(
-            self.path, manifest, settings.latent_key, embedded_caption=self.caption is None
+            self.path,
+            manifest,
+            settings.latent_key,
+            form=settings.latent_form,
+            embedded_caption=self.caption is None,
         )
         sigma = np.zeros(1, np.float32) if file.sigma is None else file.sigma.read()
         if settings.sigma is not None:
@@ -69,7 +76,8 @@ class Source:
         caption = file.caption
         if self.caption is not None:
             caption = open_caption_file(self.caption, settings.caption_key)
-        return Inputs(values(file.latent), None if caption is None else values(caption), sigma)
+        latent, embedding = values(file.latent), None if caption is None else values(caption)
+        return Inputs(latent, embedding, sigma, file.note)
 
 
 @dataclass(frozen=True)
@@ -82,6 +90,8 @@ class Inputs:
     """`[B, T, D]`, `[1, T, D]` for all, or None."""
     sigma: NDArray[np.float32]
     """`[B]`, or `[1]` for all."""
+    note: str | None = None
+    """What was done to the latent; None for nothing."""
 
     def image(self, index: int) -> "Inputs":
         """What belongs to one image of the batch."""

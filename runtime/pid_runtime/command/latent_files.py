@@ -1,8 +1,10 @@
-"""Latents and caption embeddings in safetensors files, read without torch."""
+"""Latents and caption embeddings in files, read without torch but for those that torch wrote."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -10,10 +12,14 @@ from safetensors import SafetensorError, safe_open
 
 from pid_runtime.bundle.manifest import Manifest
 from pid_runtime.errors import PidRuntimeError
-from pid_runtime.latents import Normalization, comfyui_normalization, may_be_tokens
+from pid_runtime.latents import Normalization, comfyui_normalization, may_be_tokens, unpacked
 
-LATENT_SUFFIXES = (".safetensors", ".latent")
+LATENT_SUFFIXES = (".safetensors", ".latent", ".npy", ".pt")
 """Of latent files; the second is ComfyUI's."""
+
+FORMS = ("auto", "normalised", "raw", "packed")
+"""What a latent may be: what its file says, as the bundle takes it, as a VAE's encoder gives it, or
+tokens of a normalised one."""
 
 CAPTION_SUFFIX = ".safetensors"
 
@@ -23,12 +29,9 @@ LATENT, CAPTION, SIGMA = "latent", "caption", "sigma"
 _COMFYUI_LATENT, _COMFYUI_MARK = "latent_tensor", "latent_format_version_0"
 """Names of tensors in ComfyUI's latent files: the raw latent, and an empty one that says so."""
 
-_OTHER_FORMATS = {
-    b"\x93NUMPY": "a NumPy file",
-    b"PK\x03\x04": "a ZIP archive, as torch.save and numpy.savez write",
-    b"\x80": "a pickle",
-}
-"""What begins as no safetensors file does."""
+_NUMPY = b"\x93NUMPY"
+_TORCH = (b"PK\x03\x04", b"\x80")
+"""How files that are none of safetensors begin: NumPy's, and those of torch.save, old and new."""
 
 _LONGEST_HEADER = 100_000_000
 """Bytes of the header of a safetensors file, whose number it begins with."""
@@ -43,6 +46,17 @@ _Header = Mapping[str, tuple[str, tuple[int, ...]]]
 
 
 @dataclass(frozen=True)
+class LatentForm:
+    """What latents in files are, as somebody who knows says."""
+
+    kind: str = "auto"
+    """One of `FORMS`."""
+    size: tuple[int, int] | None = None
+    """Of packed ones width and height in pixels of the picture that they are of; None for one that
+    is square."""
+
+
+@dataclass(frozen=True)
 class StoredTensor:
     """A tensor of a safetensors file, of which only the header has been read."""
 
@@ -52,12 +66,20 @@ class StoredTensor:
     """As the decoder takes it, with a batch axis; the file's own where that is not clear."""
     normalization: Normalization | None = None
     """What is to be done to its values; None for nothing."""
+    patch: int = 0
+    """Of tokens the latent pixels along a side of one; 0 for latents that are not packed."""
 
     def read(self) -> _Floats:
         """Its values in float32. Raises `PidRuntimeError` for NaN, or a file that changed."""
         try:
-            with safe_open(self.path, "np") as file:
-                values: _Floats = file.get_tensor(self.name).astype(np.float32)
+            arrays = _other_arrays(self.path)
+            if arrays is not None:
+                values: _Floats = arrays[self.name].astype(np.float32)
+            else:
+                with safe_open(self.path, "np") as file:
+                    values = file.get_tensor(self.name).astype(np.float32)
+            if self.patch:
+                values = unpacked(values, self.shape[2], self.shape[3], self.patch)
             values = values.reshape(self.shape)
         except (OSError, SafetensorError, ValueError) as error:
             raise PidRuntimeError(f"cannot read {self.path}: {error}") from None
@@ -83,28 +105,42 @@ class LatentFile:
     """`[B, T, D]` or `[1, T, D]`."""
     sigma: StoredTensor | None
     """`[B]` or `[1]`."""
+    note: str | None = None
+    """What is done to the latent when it is read; None for nothing."""
 
 
 def open_latent_file(
-    path: Path, manifest: Manifest, key: str | None = None, *, embedded_caption: bool = True
+    path: Path,
+    manifest: Manifest,
+    key: str | None = None,
+    *,
+    form: LatentForm = LatentForm(),
+    embedded_caption: bool = True,
 ) -> LatentFile:
     """Find a latent `[C, h, w]` or `[B, C, h, w]`, and the caption and sigma beside it.
 
     The latent is the tensor called `key`; without one, the tensor called "latent", or the only one
     that is neither "caption" `[T, D]` or `[B, T, D]` nor "sigma" (a number or one per image). That
     of ComfyUI's files is known, and normalised when it is read. An axis of one frame,
-    `[B, C, 1, h, w]`, is left out. Each is float32, float16 or bfloat16.
-    manifest: of the bundle that is to decode it. embedded_caption: look for "caption".
+    `[B, C, 1, h, w]`, is left out. Each is float32, float16 or bfloat16. A NumPy file is a latent;
+    one of torch.save is a tensor, or a dictionary of them, of which nothing else is unpickled.
+    manifest: of the bundle that is to decode it. form: what the latent is. embedded_caption: look
+    for "caption".
     Raises `PidRuntimeError` for a file that cannot be read or holds something else.
     """
     header = _read_header(path)
-    latent = _find_latent(path, header, manifest, key)
+    latent = _find_latent(path, header, manifest, key, form)
     caption = sigma = None
     if embedded_caption and CAPTION in header:
         caption = _find_caption(path, header, CAPTION)
     if SIGMA in header:
         sigma = _find(path, header, SIGMA, (0, 1), "[] or [B]")
-    return LatentFile(latent, caption, sigma)
+    note = None
+    if latent.normalization is not None:
+        note = "raw latents, normalised as this bundle takes them"
+    elif latent.patch:
+        note = f"tokens, unpacked to {list(latent.shape)}"
+    return LatentFile(latent, caption, sigma, note)
 
 
 def open_caption_file(path: Path, key: str | None = None) -> StoredTensor:
@@ -121,7 +157,9 @@ def _read_header(path: Path) -> _Header:
     """What a file holds, in the order of names; raises for anything but a whole one."""
     if not path.is_file():
         raise PidRuntimeError(f"expected a safetensors file, but {path} is none; check the path")
-    _refuse_other_formats(path)
+    arrays = _other_arrays(path)
+    if arrays is not None:
+        return {name: (_dtype(array), array.shape) for name, array in arrays.items()}
     try:
         with safe_open(path, "np") as file:
             parts = {name: file.get_slice(name) for name in sorted(file.keys())}
@@ -132,15 +170,43 @@ def _read_header(path: Path) -> _Header:
         ) from None
 
 
-def _refuse_other_formats(path: Path) -> None:
+def _other_arrays(path: Path) -> dict[str, NDArray[Any]] | None:
+    """The tensors of a file of NumPy or torch, by name; None for any other file.
+
+    Raises `PidRuntimeError` for one that cannot be read without running what is in it.
+    """
     with path.open("rb") as file:
         start = file.read(8)
-    for signature, kind in _OTHER_FORMATS.items():
-        if start.startswith(signature) and int.from_bytes(start, "little") > _LONGEST_HEADER:
-            raise PidRuntimeError(
-                f"expected {path} to be a safetensors file, but got {kind}; save its array as "
-                "'latent' with save_file of the safetensors package"
-            )
+    if int.from_bytes(start, "little") <= _LONGEST_HEADER:  # a safetensors file's header
+        return None
+    try:
+        if start.startswith(_NUMPY):
+            return {LATENT: np.load(path, mmap_mode="r", allow_pickle=False)}
+        if start.startswith(_TORCH):
+            from pid_runtime.command.torch_files import read_tensors
+
+            return read_tensors(path)
+    except ImportError:
+        raise PidRuntimeError(
+            f"expected PyTorch to read {path}, which torch.save wrote, but it is not installed; "
+            "pip install 'pid-trt[torch]', or save its tensor with save_file of the safetensors "
+            "package"
+        ) from None
+    except PidRuntimeError:
+        raise
+    except Exception as error:  # torch raises almost anything for what it does not read
+        reason = str(error).partition("\n")[0][:100]
+        raise PidRuntimeError(
+            f"expected an array or tensors in {path}, but cannot read it: {reason}; save them "
+            "with save_file of the safetensors package"
+        ) from error
+    return None
+
+
+def _dtype(array: NDArray[Any]) -> str:
+    """What safetensors calls the type of an array that is read as float32."""
+    kinds = {"float16": "F16", "float32": "F32", "float64": "F32"}
+    return kinds.get(str(array.dtype), str(array.dtype))
 
 
 def _choose(path: Path, names: _Header, role: str, key: str | None, option: str) -> str:
@@ -163,27 +229,58 @@ def _choose(path: Path, names: _Header, role: str, key: str | None, option: str)
     return others[0]
 
 
-def _find_latent(path: Path, header: _Header, manifest: Manifest, key: str | None) -> StoredTensor:
+def _find_latent(
+    path: Path, header: _Header, manifest: Manifest, key: str | None, form: LatentForm
+) -> StoredTensor:
     is_comfyui = _COMFYUI_LATENT in header and _COMFYUI_MARK in header
     if is_comfyui and key is None:
         key = _COMFYUI_LATENT
     key = _choose(path, header, LATENT, key, "--latent-key")
     shape = _floats(path, header, key)
     latent = StoredTensor(path, key, shape)
+    if form.kind == "packed":
+        return _packed(latent, manifest, form)
     if len(shape) == 3 and shape[0] == manifest.network["latent_channels"]:
-        if not may_be_tokens(manifest, shape):
+        if form.kind != "auto" or not may_be_tokens(manifest, shape):
             latent = replace(latent, shape=(1, *shape))
     elif len(shape) == 5 and shape[2] == 1:
         latent = replace(latent, shape=(*shape[:2], *shape[3:]))
-    if not (is_comfyui and key == _COMFYUI_LATENT):
+    is_raw = is_comfyui and key == _COMFYUI_LATENT
+    if form.kind == "normalised" or (form.kind == "auto" and not is_raw):
         return latent
     rule = comfyui_normalization(manifest)
-    if rule is None:
+    if rule is None or (form.kind == "raw" and rule.is_identity):
+        whose = "ComfyUI's raw one" if is_raw else "a raw one"
         raise PidRuntimeError(
-            f"expected {path} to hold a normalised latent, but got ComfyUI's raw one, and this "
+            f"expected {path} to hold a normalised latent, but got {whose}, and this "
             "bundle does not say how to normalise it; normalise it and save it as 'latent'"
         )
     return replace(latent, normalization=rule)
+
+
+def _packed(latent: StoredTensor, manifest: Manifest, form: LatentForm) -> StoredTensor:
+    """Tokens, to be unpacked. Raises `PidRuntimeError` for what cannot be tokens of this bundle."""
+    network, shape = manifest.network, latent.shape
+    channels, width = network["latent_channels"], manifest.model.get("token_width")
+    if width is None or len(shape) != 3 or shape[2] != width:
+        wanted = f"tokens [B, n, {width}]" if width else "a bundle whose latents are ever packed"
+        raise PidRuntimeError(
+            f"expected {wanted} in {latent.path}, but got {list(shape)}; change --latent-form"
+        )
+    patch = math.isqrt(width // channels)
+    if form.size is None:
+        side = math.isqrt(shape[1]) * patch
+        rows, columns = side, side
+    else:
+        columns, rows = (side // network["latent_down"] for side in form.size)
+    if rows * columns != shape[1] * patch**2 or rows % patch or columns % patch:
+        asked = "a square" if form.size is None else "x".join(map(str, form.size))
+        raise PidRuntimeError(
+            f"expected tokens of {asked}, but {latent.path} has {shape[1]}, of {patch}x{patch} "
+            f"latent pixels of {network['latent_down']} pixels each; give the size of the picture "
+            "that was generated, as --latent-form packed:1024x768"
+        )
+    return replace(latent, shape=(shape[0], channels, rows, columns), patch=patch)
 
 
 def _find_caption(path: Path, header: _Header, name: str) -> StoredTensor:

@@ -1,6 +1,7 @@
 """`pid-decode` as a user meets it: files in, files out, one line for every mistake."""
 
 import hashlib
+import io
 import json
 import logging
 import os
@@ -15,13 +16,17 @@ import pytest
 import torch
 from numpy.typing import NDArray
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from pid_runtime import __version__
 from pid_runtime.backends.memory import HostMemory
+from pid_runtime.bundle.folder import read_manifest
 from pid_runtime.command import images
 from pid_runtime.command.decode_cli import main
+from pid_runtime.command.latent_files import LatentForm, open_latent_file
 from pid_runtime.decoder import Decoder
+from pid_runtime.errors import PidRuntimeError
+from places import GOLDEN
 
 CHANNELS, TEXT, DIM = 16, 12, 32
 
@@ -69,7 +74,7 @@ class Work:
         """Pixels of an image decoded without complaint."""
         self.image.unlink(missing_ok=True)
         chosen = ("--latent", latent or self.latent, "-o", self.image, *arguments)
-        code, _, err = self.run(*chosen, bundle=bundle)
+        code, _, err = self.run("--quiet", *chosen, bundle=bundle)
         assert (code, err) == (0, "")
         return pixels(self.image)
 
@@ -537,9 +542,10 @@ def test_latents_of_comfyui(work: Work, edit_bundle: EditBundle) -> None:
     folder.mkdir()
     latent.rename(folder / latent.name)
     code, _, err = work.run("--latents", folder, *arguments, "-o", folder, bundle=bundle)
-    assert (code, err) == (0, "")
-    np.testing.assert_array_equal(pixels(folder / "raw.png"), image)
     latent = folder / latent.name
+    note = f"{latent}: raw latents, normalised as this bundle takes them\n"
+    assert (code, err) == (0, note)
+    np.testing.assert_array_equal(pixels(folder / "raw.png"), image)
     assert "does not say how to normalise it" in work.mistake(latent=latent)
     rule["factor"] = factor[:3]
     bundle = edit_bundle(lambda manifest: manifest["model"].update(comfyui_latent=rule))
@@ -596,14 +602,6 @@ def test_files_that_are_no_latents(work: Work) -> None:
     assert f"but {work.folder / 'missing'} is none; " in work.mistake(
         latent=work.folder / "missing"
     )
-    array, archive, pickle = (work.folder / name for name in ("a.npy", "a.pt", "old.pt"))
-    np.save(array, LATENT.numpy())
-    torch.save(LATENT, archive)
-    torch.save(LATENT, pickle, _use_new_zipfile_serialization=False)
-    for path, kind in ((array, "a NumPy file"), (archive, "a ZIP archive"), (pickle, "a pickle")):
-        refused = work.mistake(latent=path)
-        assert f"expected {path} to be a safetensors file, but got {kind}" in refused
-        assert "save its array as 'latent' with save_file of the safetensors package" in refused
     several = work.file("several", a=LATENT, b=LATENT)
     none = work.file("none", caption=CAPTION)
     assert "or one named 'latent', in " in work.mistake(latent=several)
@@ -612,6 +610,111 @@ def test_files_that_are_no_latents(work: Work) -> None:
     assert "but got caption; choose with" in work.mistake(latent=none)
     assert "expected a tensor 'c' in " in work.mistake("--latent-key", "c", latent=several)
     assert "change --caption-key" in work.mistake("--caption-key", "c")
+
+
+def test_files_of_numpy_and_torch(work: Work) -> None:
+    one = ("--caption", work.caption, "-o", work.image, "--overwrite")
+    assert work.run("--latent", work.latent, *one)[0] == 0
+    wanted = work.image.read_bytes()
+    array, archive, old, named = (
+        work.folder / name for name in ("a.npy", "a.pt", "old.pt", "named.pt")
+    )
+    np.save(array, LATENT.numpy())
+    torch.save(LATENT, archive)
+    torch.save(LATENT, old, _use_new_zipfile_serialization=False)
+    torch.save({"samples": LATENT[None], "step": 3}, named)
+    for path in (array, archive, old, named):
+        code, _, err = work.run("--latent", path, *one)
+        assert (code, err) == (0, "")
+        with Image.open(work.image) as image, Image.open(io.BytesIO(wanted)) as other:
+            np.testing.assert_array_equal(np.asarray(image), np.asarray(other))
+
+
+def test_files_of_numpy_and_torch_that_hold_more(
+    work: Work, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Evil:
+        def __reduce__(self) -> tuple[Any, ...]:
+            return Path.touch, (work.folder / "touched",)
+
+    objects, evil, archive = (work.folder / name for name in ("o.npy", "evil.pt", "a.npz"))
+    np.save(objects, np.array([Evil()], object))
+    torch.save({"latent": Evil()}, evil)
+    np.savez(archive, LATENT.numpy())
+    for path in (objects, evil, archive):
+        assert f"expected an array or tensors in {path}, but cannot" in work.mistake(latent=path)
+    assert not (work.folder / "touched").exists()
+    numbers = work.folder / "numbers.npy"
+    np.save(numbers, np.zeros((16, 2, 3), np.int32))
+    assert "but got int32; convert it to float32" in work.mistake(latent=numbers)
+    torch.save(LATENT, evil)
+    monkeypatch.setitem(sys.modules, "torch", None)
+    assert "expected PyTorch to read" in work.mistake(latent=evil)
+
+
+LATENTS = GOLDEN / "latents" / "diffusers_latents.safetensors"
+
+
+@pytest.mark.parametrize(
+    ("backbone", "channels", "down", "width"),
+    [("flux", 16, 8, 64), ("qwenimage", 16, 8, 64), ("flux2", 128, 16, 128)],
+)
+def test_packed_latents_are_unpacked_as_diffusers_does(
+    backbone: str, channels: int, down: int, width: int, edit_bundle: EditBundle, tmp_path: Path
+) -> None:
+    golden = load_file(LATENTS)
+    path = tmp_path / "packed.safetensors"
+    save_file({"latent": golden[f"{backbone}/pipeline_output"].contiguous()}, path)
+    manifest = read_manifest(edit_bundle(), verify=False)
+    manifest.network.update(latent_channels=channels, latent_down=down)
+    manifest.model["token_width"] = width
+    file = open_latent_file(path, manifest, form=LatentForm("packed", (96, 64)))
+    np.testing.assert_allclose(
+        file.latent.read(), golden[f"{backbone}/latent"].numpy(), rtol=0, atol=1e-6
+    )
+    assert file.note == f"tokens, unpacked to {list(golden[f'{backbone}/latent'].shape)}"
+    with pytest.raises(PidRuntimeError, match="expected tokens of a square, but "):
+        open_latent_file(path, manifest, form=LatentForm("packed"))
+    with pytest.raises(PidRuntimeError, match=r"of 64x64, but .* has 24, of "):
+        open_latent_file(path, manifest, form=LatentForm("packed", (64, 64)))
+
+
+def test_the_form_of_a_latent(work: Work, edit_bundle: EditBundle) -> None:
+    rule = {"factor": [0.5], "shift": [0.25]}
+    model = {"space": "flux", "comfyui_latent": rule, "token_width": 64, "captioned": False}
+    bundle = edit_bundle(lambda manifest: manifest.update(model=model))
+    raw = work.file("raw", latent=LATENT / 0.5 + 0.25)
+    square = LATENT[:, :2, :2]
+    tokens = square.reshape(16, 1, 2, 1, 2).permute(1, 3, 0, 2, 4).reshape(1, 1, 64)
+    made: dict[str, Any] = {}
+    for name, path, form in (
+        ("plain", work.file("plain", latent=LATENT), "auto"),
+        ("normalised", work.file("plain", latent=LATENT), "normalised"),
+        ("raw", raw, "raw"),
+        ("square", work.file("square", latent=square), "auto"),
+        ("packed", work.file("packed", latent=tokens), "packed"),
+        ("sized", work.file("packed", latent=tokens), "packed:16x16"),
+    ):
+        options = ("--latent", path, "-o", work.image, "--overwrite", "--latent-form", form)
+        code, _, err = work.run(*options, bundle=bundle)
+        assert code == 0
+        assert ("raw latents, normalised" in err) == (name == "raw")
+        assert ("tokens, unpacked to [1, 16, 2, 2]" in err) == (name in ("packed", "sized"))
+        with Image.open(work.image) as image:
+            made[name] = np.asarray(image).astype(int)
+    np.testing.assert_array_equal(made["normalised"], made["plain"])
+    assert np.abs(made["raw"] - made["plain"]).max() <= 1
+    np.testing.assert_array_equal(made["packed"], made["square"])
+    np.testing.assert_array_equal(made["sized"], made["square"])
+    plain = edit_bundle()
+    for form, message in (
+        ("raw", "but got a raw one, and this bundle does not say how to normalise it"),
+        ("packed", "expected a bundle whose latents are ever packed"),
+        ("tokens", "expected auto, normalised, raw, packed or packed:1024x768, but got 'tokens'"),
+        ("raw:16x16", "but got 'raw:16x16'"),
+        ("packed:16", "expected a size such as 512x512, but got '16'"),
+    ):
+        assert message in work.mistake("--latent-form", form, bundle=plain)
 
 
 def test_sigma_beside_the_latent_that_does_not_fit(work: Work) -> None:
