@@ -648,6 +648,7 @@ def test_files_of_numpy_and_torch_that_hold_more(
     np.save(numbers, np.zeros((16, 2, 3), np.int32))
     assert "but got int32; convert it to float32" in work.mistake(latent=numbers)
     torch.save(LATENT, evil)
+    monkeypatch.delitem(sys.modules, "pid_runtime.command.torch_files")
     monkeypatch.setitem(sys.modules, "torch", None)
     assert "expected PyTorch to read" in work.mistake(latent=evil)
 
