@@ -119,7 +119,7 @@ SPACES = {
     for space in (
         LatentSpace(
             name="flux",
-            aliases=("zimage", "zimage-turbo"),
+            aliases=("zimage", "zimage-turbo", "boogu-image"),
             channels=16,
             down=8,
             scale=4,

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from pid_export.golden import Golden
     from pid_export.golden_captions import GoldenCaptions
+    from pid_export.golden_latents import GoldenLatents
     from pid_export.verify import Comparison
     from pid_pipelines.captions import CaptionEncoder
 
@@ -30,6 +31,7 @@ examples:
       every stage, then a whole decode, against the reference network
   pid-verify --golden tests/golden/*.safetensors --backend onnxruntime
   pid-verify --golden tests/golden/captions/*.safetensors --encoder tests/golden/captions/encoder
+  pid-verify --golden tests/golden/latents/*.safetensors
 """
 
 
@@ -86,15 +88,13 @@ def _verify(args: Namespace) -> int:
 
 
 def _verify_golden(args: Namespace) -> int:
-    from pid_export.golden import TOLERANCE, Golden, read_golden
-    from pid_export.golden_captions import is_captions, read_captions
+    from pid_export.golden import TOLERANCE, Golden
+    from pid_export.golden_captions import GoldenCaptions
 
-    golden_files = [
-        read_captions(path) if is_captions(path) else read_golden(path) for path in args.golden
-    ]
-    decodes = [each for each in golden_files if isinstance(each, Golden)]
-    if (args.encoder is None) != (len(decodes) == len(golden_files)):
-        got = "none" if args.encoder is None else f"{args.encoder} for files of decodes"
+    golden_files = [_read_golden(path) for path in args.golden]
+    has_decodes = any(isinstance(each, Golden) for each in golden_files)
+    if (args.encoder is not None) != any(isinstance(each, GoldenCaptions) for each in golden_files):
+        got = "none" if args.encoder is None else f"{args.encoder} for files of others"
         fix = "drop it" if args.encoder is not None else "the small one lies beside the files"
         raise ExportInputError(f"expected --encoder for files of captions, but got {got}; {fix}")
     rows: list[dict[str, Any]] = []
@@ -105,9 +105,11 @@ def _verify_golden(args: Namespace) -> int:
         for golden in golden_files:
             if isinstance(golden, Golden):
                 rows.append(_golden_decode(golden, args))
-            else:
+            elif isinstance(golden, GoldenCaptions):
                 assert encoder is not None
                 rows.append(_golden_captions(golden, encoder))
+            else:
+                rows.append(_golden_latents(golden))
             advance(1)
     lines = [
         f"{'ok  ' if row['passed'] else 'FAIL'} {row['max_abs_error']:.2e}  {row['file']}"
@@ -115,10 +117,21 @@ def _verify_golden(args: Namespace) -> int:
     ]
     console.emit(
         {"backend": args.backend, "tolerance": TOLERANCE, "files": rows},
-        "\n".join([*lines, _tolerances(rows, args.backend, decodes=bool(decodes))]),
+        "\n".join([*lines, _tolerances(rows, args.backend, decodes=has_decodes)]),
         as_json=args.json,
     )
     return 0 if all(row["passed"] for row in rows) else 1
+
+
+def _read_golden(path: Path) -> "Golden | GoldenCaptions | GoldenLatents":
+    """A golden file of any kind, by the tensors that it has."""
+    from pid_export.golden import read_golden
+    from pid_export.golden_captions import is_captions, read_captions
+    from pid_export.golden_latents import is_latents, read_latents
+
+    if is_captions(path):
+        return read_captions(path)
+    return read_latents(path) if is_latents(path) else read_golden(path)
 
 
 def _caption_encoder(encoder: str | None) -> "AbstractContextManager[CaptionEncoder | None]":
@@ -136,6 +149,13 @@ def _golden_captions(golden: "GoldenCaptions", encoder: "CaptionEncoder") -> dic
 
     error = caption_error(golden, encoder)
     return _row(golden.path, {"encoder": error}, TOLERANCE, error <= TOLERANCE)
+
+
+def _golden_latents(golden: "GoldenLatents") -> dict[str, Any]:
+    from pid_export.golden_latents import TOLERANCE, latent_errors
+
+    errors = latent_errors(golden)
+    return _row(golden.path, errors, TOLERANCE, max(errors.values()) <= TOLERANCE)
 
 
 def _golden_decode(golden: "Golden", args: Namespace) -> dict[str, Any]:

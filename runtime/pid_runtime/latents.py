@@ -26,10 +26,16 @@ class Normalization:
 
     def apply(self, z: NDArray[np.float32]) -> NDArray[np.float32]:
         """Normalised latents of raw ones `[B, C, h, w]`, float32."""
-        factor, shift = (
-            np.array(values, np.float32)[:, None, None] for values in (self.factor, self.shift)
-        )
+        factor, shift = self._columns()
         return (z - shift) * factor
+
+    def undo(self, latent: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Raw latents, as a VAE's decoder takes them, of normalised ones `[B, C, h, w]`."""
+        factor, shift = self._columns()
+        return latent / factor + shift
+
+    def _columns(self) -> list[NDArray[np.float32]]:
+        return [np.array(values, np.float32)[:, None, None] for values in (self.factor, self.shift)]
 
 
 def comfyui_normalization(manifest: Manifest) -> Normalization | None:

@@ -134,7 +134,7 @@ def test_captions_need_their_encoder(refusal: Refusal, tmp_path: Path) -> None:
     assert "expected --encoder for files of captions, but got none" in refusal(
         main, "--golden", CAPTIONS[0]
     )
-    assert "for files of decodes; drop it" in refusal(
+    assert "for files of others; drop it" in refusal(
         main, "--golden", SMALLEST, "--encoder", ENCODER
     )
     assert "expected --encoder with --golden, but got a bundle" in refusal(
@@ -144,6 +144,44 @@ def test_captions_need_their_encoder(refusal: Refusal, tmp_path: Path) -> None:
     assert "expected a golden file of captions" in refusal(
         main, "--golden", tmp_path / "bare.safetensors", "--encoder", ENCODER
     )
+
+
+LATENTS = GOLDEN / "latents" / "diffusers_latents.safetensors"
+
+
+def test_latents(run_command: RunCommand) -> None:
+    code, out, _ = run_command(main, "--golden", LATENTS, "--json")
+    (row,) = json.loads(out)["files"]
+    names = {name for name in load_file(LATENTS) if not name.endswith(("_output", "bn_mean"))}
+    compared = {f"sdxl/trained_{kind}" for kind in ("latent", "sigma")} | {
+        name for name in names if name.endswith(("/latent", "/vae_input", "/step_latent"))
+    }
+    assert code == 0 and row["errors"].keys() == compared and len(compared) == 17
+    assert 0 < row["max_abs_error"] <= 1e-6
+    code, out, _ = run_command(main, "--golden", LATENTS, SMALLEST)
+    assert code == 0 and out.splitlines()[-1].startswith("tolerance 1e-06 to ")
+
+
+def test_latents_that_are_off_fail(
+    run_command: RunCommand, refusal: Refusal, tmp_path: Path
+) -> None:
+    with safe_open(LATENTS, "np") as file:
+        about = file.metadata()
+    path = tmp_path / "off.safetensors"
+    for name in ("flux/pipeline_output", "sdxl/euler_latent", "sd3/vae_input", "flux2/bn_var"):
+        arrays = load_file(LATENTS)
+        arrays[name] = np.array(arrays[name])
+        arrays[name].flat[5] += 1e-4
+        save_file(arrays, path, about)
+        code, out, _ = run_command(main, "--golden", path)
+        assert code == 1 and out.startswith("FAIL"), name
+    save_file(
+        {**load_file(LATENTS), "flux/pipeline_output": np.zeros((2, 9, 9), "f4")}, path, about
+    )
+    code, out, _ = run_command(main, "--golden", path)
+    assert code == 1 and out.startswith("FAIL inf")
+    save_file({"flux/pipeline_output": np.zeros((2, 24, 64), "f4")}, path)
+    assert "expected a golden file of latents" in refusal(main, "--golden", path)
 
 
 @pytest.mark.parametrize("backend", HOST_BACKENDS)

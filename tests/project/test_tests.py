@@ -61,7 +61,8 @@ ELSEWHERE = {
     "tools/test_train_nano.py": "tools: nano_crops",
     # On both backends every graph: the program of each golden file.
     "export/test_golden.py": (
-        "runtime/pid_runtime: backends/torch; export/pid_export: contrib golden_captions onnx_ports"
+        "runtime/pid_runtime: backends/torch; export/pid_export: contrib golden_captions"
+        " golden_latents onnx_ports"
     ),
 }
 """Test files, and the modules without one of their own that they test."""

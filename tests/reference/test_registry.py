@@ -151,7 +151,7 @@ def test_find_checkpoint_says_what_exists(
 
 def test_names_are_unambiguous() -> None:
     names = [name for space in SPACES.values() for name in space.names]
-    assert len(names) == len(set(names)) == 13
+    assert len(names) == len(set(names)) == 14
     assert not set(CHECKPOINTS) & set(REFUSED)
     pairs = [(checkpoint.space.name, checkpoint.variant) for checkpoint in CHECKPOINTS.values()]
     assert len(pairs) == len(set(pairs)) == 17
