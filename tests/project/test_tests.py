@@ -11,6 +11,7 @@ MIRRORS = {
     "pid_ref": "reference",
     "runtime/pid_runtime": "runtime",
     "runtime/pid_pipelines": "pipelines",
+    "runtime/pid_serve": "serve",
     "export/pid_export": "export",
     "engines/pid_engines": "engines",
     "bench/pid_bench": "bench",
@@ -40,6 +41,7 @@ ELSEWHERE = {
     ),
     "pipelines/test_vae_files.py": "runtime/pid_pipelines: vaes",
     "pipelines/test_upscale_cli.py": "runtime/pid_pipelines: upscale_codecs upscale_jobs",
+    "serve/test_app.py": "runtime/pid_serve: bodies cli workers",
     "export/test_captioner.py": (
         "runtime/pid_pipelines: captioner graph_files; export/pid_export: traced_model"
     ),

@@ -24,6 +24,7 @@ COMMANDS = {
     "pid-caption": (("--text", "a", "-o", "caption.safetensors"), "pipelines"),
     "pid-decode": (("{bundle}", "--latent", "{latent}", "-o", "image.png"), "cpu"),
     "pid-export": (("--space", "nano", "-o", "nano"), "export"),
+    "pid-serve": (("{bundle}",), "serve"),
     "pid-upscale": (("{bundle}", "{photo}", "-o", "image.png"), "pipelines"),
     "pid-verify": (("{bundle}",), "export"),
 }
@@ -130,7 +131,8 @@ def test_a_command_says_the_version_of_the_wheel(site: Path, tmp_path: Path) -> 
 
 def test_the_archives_hold_the_packages_and_nothing_else(site: Path, tmp_path: Path) -> None:
     own = {file.name for file in site.iterdir() if not file.is_symlink()}
-    packages = {"pid_ref", "pid_runtime", "pid_pipelines", "pid_export", "pid_engines", "pid_bench"}
+    others = {"pid_pipelines", "pid_serve", "pid_export", "pid_engines", "pid_bench"}
+    packages = {"pid_ref", "pid_runtime", *others}
     assert {name for name in own if not name.endswith(".dist-info")} == packages
     assert all((site / package / "py.typed").is_file() for package in packages)
     with tarfile.open(build(tmp_path, "sdist")) as archive:

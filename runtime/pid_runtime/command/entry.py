@@ -37,6 +37,11 @@ def pid_export() -> int:
     return _run("pid-export", "pid_export.cli")
 
 
+def pid_serve() -> int:
+    """`pid-serve`."""
+    return _run("pid-serve", "pid_serve.cli")
+
+
 def pid_upscale() -> int:
     """`pid-upscale`."""
     return _run("pid-upscale", "pid_pipelines.upscale_cli")

@@ -1,0 +1,1 @@
+"""Decoders behind HTTP: `pid-serve`."""
