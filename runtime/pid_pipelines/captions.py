@@ -155,9 +155,17 @@ class CaptionEncoder:
     ) -> None:
         self.close()
 
+    def has(self, texts: Sequence[str], length: int = LENGTH, *, plain: bool = False) -> bool:
+        """Whether all of these captions are in the cache, so that no model is needed."""
+        return all(self._known(text, length, plain) is not None for text in set(texts))
+
     def close(self) -> None:
         """Give the language model's memory back; nothing can be encoded afterwards."""
         self._is_open = False
+        self.unload()
+
+    def unload(self) -> None:
+        """Give the language model's memory back; the next caption loads it again."""
         if self._states is None:
             return
         states, self._states = self._states, None

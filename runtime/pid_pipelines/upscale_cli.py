@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from pid_pipelines.before_decoding import encode_captions, graph_device, torch_device
 from pid_pipelines.errors import PipelineInputError
 from pid_pipelines.upscale_codecs import open_codec, pixels_per_latent
 from pid_pipelines.upscale_jobs import (
@@ -26,7 +27,6 @@ from pid_pipelines.upscale_jobs import (
     without_existing,
 )
 from pid_pipelines.vae_graphs import is_exported
-from pid_runtime.backends.choice import device_name
 from pid_runtime.bundle.folder import read_manifest
 from pid_runtime.bundle.manifest import Manifest
 from pid_runtime.command import console
@@ -241,7 +241,8 @@ class _Run:
             return latents
         vae = self._arguments.vae
         needs_torch = self._manifest.codec is None and not is_exported(vae)
-        device = self._torch_device() if needs_torch else self._graph_device()
+        find = torch_device if needs_torch else graph_device
+        device = find(self._arguments.backend, self._arguments.device)
         codec = open_codec(self._manifest, vae, device)
         with contextlib.closing(codec), self._progress("Encoding", len(self.jobs)) as advance:
             for job in self.jobs:
@@ -270,19 +271,7 @@ class _Run:
         wanted = list(dict.fromkeys(text for text in texts if text is not None))
         if not wanted or self._manifest.model.get("captioned") is False:
             return lambda photo: None
-        from pid_pipelines.caption_cache import CaptionCache
-        from pid_pipelines.captions import DEFAULT_ENCODER, CaptionEncoder
-
-        network = self._manifest.network
-        encoder = CaptionEncoder(
-            self._arguments.encoder or DEFAULT_ENCODER,
-            device=self._captions_device(),
-            cache=CaptionCache(),
-            width=network["text_dim"],
-        )
-        with encoder, self._progress("Encoding captions", len(wanted)) as advance:
-            embeddings = encoder.encode(wanted, network["text_max_length"], progress=advance)
-        found = dict(zip(wanted, embeddings[:, None], strict=True))
+        found = encode_captions(self._arguments, self._manifest, wanted)
         return lambda photo: None if photo.prompt is None else found[photo.prompt]
 
     def decode(
@@ -395,35 +384,6 @@ class _Run:
 
     def _progress(self, label: str, total: float) -> Any:
         return console.progress(label, total, quiet=self._arguments.quiet)
-
-    def _captions_device(self) -> str:
-        """Where captions are encoded."""
-        from pid_pipelines.captioner import is_captioner
-
-        encoder = self._arguments.encoder
-        is_graph = encoder is not None and is_captioner(encoder)
-        return self._graph_device() if is_graph else self._torch_device()
-
-    def _graph_device(self) -> str:
-        """Where ONNX Runtime encodes: on the GPU that decodes, if it has CUDA."""
-        device = device_name(self._arguments.backend, self._arguments.device)
-        if self._arguments.backend == "onnxruntime":
-            return device
-        from pid_runtime.backends.onnxruntime import is_installed
-
-        return device if device.startswith("cuda") and is_installed("cuda") else "cpu"
-
-    def _torch_device(self) -> str:
-        """Where torch encodes: on the GPU that decodes, if torch has it."""
-        device = device_name(self._arguments.backend, self._arguments.device)
-        if not device.startswith("cuda"):
-            return "cpu"
-        import torch
-
-        if torch.cuda.is_available():
-            return device
-        _log.info("torch has no CUDA here: photos and captions are encoded on the CPU")
-        return "cpu"
 
 
 def _pixels(path: Path) -> NDArray[np.uint8]:

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
@@ -25,6 +26,7 @@ from pid_ref.registry import CODE_LICENSE, HUB_REPO, WEIGHTS_LICENSE
 _log = logging.getLogger("pid_pipelines")
 
 Tensors = dict[str, torch.Tensor]
+Floats = NDArray[np.float64]
 
 _PREFIXES = ("first_stage_model.", "vae.")
 """In front of the names where the autoencoder was cut from a larger file."""
@@ -132,22 +134,34 @@ def _read_folder(space: str, spec: Vae, path: Path) -> Any:
     return model
 
 
+def channels_of(spec: Vae, config: Mapping[str, Any]) -> int:
+    """Channels of the space that an autoencoder of this kind and configuration makes."""
+    return _packed(spec) * config["z_dim" if "z_dim" in config else "latent_channels"]
+
+
+def rule_of(spec: Vae, config: Mapping[str, Any]) -> tuple[Floats, Floats]:
+    """Factor and shift that a configuration names, of all channels or of each."""
+    if spec.kind == "AutoencoderKLQwenImage":
+        return 1 / np.array(config["latents_std"]), np.array(config["latents_mean"])
+    factor, shift = (config.get(name) or 0.0 for name in ("scaling_factor", "shift_factor"))
+    return np.array([factor]), np.array([shift])
+
+
+def is_rule_of(spec: Vae, config: Mapping[str, Any]) -> bool:
+    """Whether that is the space's; of statistics in the model nothing can be told."""
+    if spec.factor is None or spec.shift is None:
+        return True
+    pairs = zip(rule_of(spec, config), (spec.factor, spec.shift), strict=True)
+    return all(np.allclose(got, wanted, atol=_SAME) for got, wanted in pairs)
+
+
 def _check_config(space: str, spec: Vae, folder: Path, config: Mapping[str, Any]) -> None:
     """Raise `PipelineInputError` for channels or statistics of another space."""
-    channels = _packed(spec) * config["z_dim" if "z_dim" in config else "latent_channels"]
+    channels = channels_of(spec, config)
     if channels != spec.channels:
         raise _other_channels(space, spec, folder, channels)
-    if spec.factor is None or spec.shift is None:
-        return
-    if spec.kind == "AutoencoderKLQwenImage":
-        factor = 1 / np.array(config["latents_std"])
-        shift = np.array(config["latents_mean"])
-    else:
-        names = ("scaling_factor", "shift_factor")
-        factor, shift = (np.array([config.get(name) or 0.0]) for name in names)
-    if not (
-        np.allclose(factor, spec.factor, atol=_SAME) and np.allclose(shift, spec.shift, atol=_SAME)
-    ):
+    if spec.factor is not None and spec.shift is not None and not is_rule_of(spec, config):
+        factor, shift = rule_of(spec, config)
         said = f"factor {factor[0]:g}, shift {shift[0]:g}"
         wanted = f"factor {spec.factor[0]:g}, shift {spec.shift[0]:g}"
         raise PipelineInputError(

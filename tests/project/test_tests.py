@@ -40,7 +40,9 @@ ELSEWHERE = {
         "runtime/pid_pipelines: caption_cache caption_model caption_tokens"
     ),
     "pipelines/test_vae_files.py": "runtime/pid_pipelines: vaes",
-    "pipelines/test_upscale_cli.py": "runtime/pid_pipelines: upscale_codecs upscale_jobs",
+    "pipelines/test_upscale_cli.py": (
+        "runtime/pid_pipelines: before_decoding upscale_codecs upscale_jobs"
+    ),
     "serve/test_app.py": "runtime/pid_serve: bodies cli workers",
     "export/test_captioner.py": (
         "runtime/pid_pipelines: captioner graph_files; export/pid_export: traced_model"
