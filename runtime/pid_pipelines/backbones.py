@@ -5,7 +5,8 @@ from dataclasses import dataclass, field
 
 from pid_pipelines.errors import PipelineInputError
 from pid_pipelines.vaes import OTHER_ENCODERS
-from pid_ref.registry import find_space
+from pid_ref.registry import LatentSpace, find_space
+from pid_runtime.bundle.manifest import Manifest
 
 
 @dataclass(frozen=True)
@@ -117,3 +118,20 @@ def find_backbone(name: str) -> Backbone:
         f"expected a generator ({runnable}), but got {name!r}; of another model that shares a "
         "latent space give --model and the generator whose class it has"
     )
+
+
+def check_space(manifest: Manifest, space: LatentSpace, generator: str) -> None:
+    """Raise `PipelineInputError` unless a bundle decodes latents of this space.
+
+    generator: whose latents they are. Of a bundle that names no space the channels must do.
+    """
+    model = manifest.model.get("space")
+    channels = manifest.network["latent_channels"]
+    if model is None and channels == space.channels:
+        return
+    if model != space.name:
+        got = f"one of {model}" if model else f"one of {channels} channels"
+        raise PipelineInputError(
+            f"expected a bundle of {space.name}, whose latents {generator} makes, but got {got}; "
+            f"export one with pid-export --space {space.name}"
+        )

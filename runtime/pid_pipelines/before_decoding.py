@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pid_pipelines.captioner import is_captioner
 from pid_runtime.backends.choice import device_name
 from pid_runtime.bundle.manifest import Manifest
 from pid_runtime.command import console
@@ -44,6 +43,8 @@ def encode_captions(
 
 def captions_device(encoder: str | Path | None, backend: str, device: Any) -> str:
     """Where captions are encoded; backend and device: of the decoder."""
+    from pid_pipelines.captioner import is_captioner  # needs an extra, which --help does not
+
     is_graph = encoder is not None and is_captioner(encoder)
     return (graph_device if is_graph else torch_device)(backend, device)
 

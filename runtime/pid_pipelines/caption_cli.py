@@ -1,6 +1,5 @@
 """The command `pid-caption`: caption embeddings from text, for pid-decode."""
 
-import logging
 from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,11 +8,10 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save
 
+from pid_pipelines.prompts import read_prompts
 from pid_runtime.bundle.files import whole_folder, write_whole
 from pid_runtime.bundle.folder import read_manifest
 from pid_runtime.command import console
-
-_log = logging.getLogger("pid_pipelines")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -76,7 +74,8 @@ def _caption(arguments: Namespace) -> None:
     from pid_pipelines.caption_cache import CaptionCache
     from pid_pipelines.captions import DEFAULT_ENCODER, LENGTH, WIDTH, CaptionEncoder, rounded
 
-    texts = _texts(arguments)
+    file = arguments.prompt_file
+    texts = [arguments.text] if file is None else read_prompts(file)
     _check_output(arguments)
     length, width = LENGTH, WIDTH
     if arguments.bundle is not None:
@@ -117,31 +116,6 @@ def _caption(arguments: Namespace) -> None:
     count = "1 caption" if len(texts) == 1 else f"{len(texts)} captions"
     text = f"{arguments.output}: {count} of {length} tokens x {encoder.width}, {encoder.dtype}"
     console.emit(result, text, as_json=arguments.json)
-
-
-def _texts(arguments: Namespace) -> list[str]:
-    """The captions asked for. Raises `PipelineInputError` for a file without any."""
-    from pid_pipelines.errors import PipelineInputError
-
-    if arguments.prompt_file is None:
-        return [arguments.text]
-    path: Path = arguments.prompt_file
-    try:
-        lines = path.read_text("utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
-        raise PipelineInputError(
-            f"expected a text file of prompts, but got {path}: {reason}; give one prompt per line"
-        ) from None
-    texts = [line.strip() for line in lines if line.strip()]
-    if not texts:
-        raise PipelineInputError(
-            f"expected a prompt in each line, but {path} has none; give at least one"
-        )
-    if len(texts) < len(lines):
-        empty = len(lines) - len(texts)
-        _log.info("%d of %d lines of %s are empty and left out", empty, len(lines), path)
-    return texts
 
 
 def _check_output(arguments: Namespace) -> None:

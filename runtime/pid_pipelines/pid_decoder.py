@@ -11,14 +11,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pid_pipelines.backbones import BACKBONES
+from pid_pipelines.backbones import BACKBONES, check_space
 from pid_pipelines.before_decoding import captions_device
 from pid_pipelines.caption_cache import CaptionCache
 from pid_pipelines.captions import DEFAULT_ENCODER, CaptionEncoder
 from pid_pipelines.errors import PipelineInputError
 from pid_pipelines.generator_latents import pid_latent
 from pid_pipelines.generator_run import Catcher, size_of, to_numpy
-from pid_pipelines.generators import check_space, raw_rule, space_of
+from pid_pipelines.generators import raw_rule, space_of
 from pid_ref.registry import SPACES, LatentSpace
 from pid_runtime.bundle.folder import read_manifest
 from pid_runtime.decoder import Decoder

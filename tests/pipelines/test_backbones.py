@@ -1,14 +1,16 @@
 """The table of generators."""
 
 import inspect
+from pathlib import Path
 
 import diffusers
 import pytest
 
-from pid_pipelines.backbones import BACKBONES, find_backbone
+from pid_pipelines.backbones import BACKBONES, check_space, find_backbone
 from pid_pipelines.errors import PipelineInputError
 from pid_pipelines.vaes import VAES
 from pid_ref.registry import SPACES
+from pid_runtime.bundle.folder import read_manifest
 
 
 def test_every_generator_of_a_space_is_in_the_table() -> None:
@@ -36,3 +38,13 @@ def test_what_is_no_generator_here() -> None:
     ):
         with pytest.raises(PipelineInputError, match=message):
             find_backbone(name)
+
+
+def test_a_bundle_of_another_space(golden_bundle: Path) -> None:
+    manifest = read_manifest(golden_bundle, verify=False)
+    check_space(manifest, SPACES["flux"], "FluxPipeline")  # it names none, and has 16 channels
+    with pytest.raises(PipelineInputError, match=r"of sdxl, .* but got one of 16 channels; export"):
+        check_space(manifest, SPACES["sdxl"], "StableDiffusionXLPipeline")
+    manifest.model["space"] = "flux"
+    with pytest.raises(PipelineInputError, match="of sd3, whose latents X makes, but got one of f"):
+        check_space(manifest, SPACES["sd3"], "X")

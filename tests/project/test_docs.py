@@ -23,6 +23,7 @@ COMMANDS = {
     "pid-decode": "pid_runtime.command.decode_cli",
     "pid-doctor": "pid_runtime.command.doctor_cli",
     "pid-export": "pid_export.cli",
+    "pid-generate": "pid_pipelines.generate_cli",
     "pid-serve": "pid_serve.cli",
     "pid-upscale": "pid_pipelines.upscale_cli",
     "pid-verify": "pid_export.verify_cli",

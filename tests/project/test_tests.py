@@ -39,6 +39,8 @@ ELSEWHERE = {
     "pipelines/test_captions.py": (
         "runtime/pid_pipelines: caption_cache caption_model caption_tokens"
     ),
+    "pipelines/test_caption_cli.py": "runtime/pid_pipelines: prompts",
+    "pipelines/test_generate_cli.py": "runtime/pid_pipelines: generate_jobs",
     "pipelines/test_vae_files.py": "runtime/pid_pipelines: vaes",
     "pipelines/test_upscale_cli.py": (
         "runtime/pid_pipelines: before_decoding upscale_codecs upscale_jobs"

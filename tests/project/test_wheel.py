@@ -24,6 +24,10 @@ COMMANDS = {
     "pid-caption": (("--text", "a", "-o", "caption.safetensors"), "pipelines"),
     "pid-decode": (("{bundle}", "--latent", "{latent}", "-o", "image.png"), "cpu"),
     "pid-export": (("--space", "nano", "-o", "nano"), "export"),
+    "pid-generate": (
+        ("{bundle}", "--prompt", "a", "--size", "128x128", "--backbone", "flux", "-o", "image.png"),
+        "pipelines",
+    ),
     "pid-serve": (("{bundle}",), "serve"),
     "pid-upscale": (("{bundle}", "{photo}", "-o", "image.png"), "pipelines"),
     "pid-verify": (("{bundle}",), "export"),

@@ -37,6 +37,11 @@ def pid_export() -> int:
     return _run("pid-export", "pid_export.cli")
 
 
+def pid_generate() -> int:
+    """`pid-generate`."""
+    return _run("pid-generate", "pid_pipelines.generate_cli")
+
+
 def pid_serve() -> int:
     """`pid-serve`."""
     return _run("pid-serve", "pid_serve.cli")
