@@ -1,50 +1,100 @@
-"""The application: requests to workers and back."""
+"""The application: paths, and what requests to them are answered."""
 
 import asyncio
+import base64
 import contextlib
 import hmac
-import logging
-import queue
-import time
-from collections.abc import AsyncGenerator, Mapping
+import io
+import json
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any
 
 from fastapi import Depends, FastAPI, Form, HTTPException, Query, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, Response
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from fastapi.openapi.utils import get_openapi
+from fastapi.responses import JSONResponse, Response, StreamingResponse
+from fastapi_offline import FastAPIOffline
+from PIL import Image
+from prometheus_client import generate_latest
+from pydantic import ValidationError
+from pydantic.json_schema import models_json_schema
 
 from pid_runtime import __version__
-from pid_runtime.decoder import Decoder, Progress
-from pid_runtime.errors import NotFiniteError, OutOfMemoryError, PidRuntimeError
-from pid_runtime.request import check_request
 from pid_serve.bodies import (
     MEDIA_TYPES,
+    CaptionBody,
+    DecodeBody,
     DecodeSettings,
-    Settings,
-    TooManyPixelsError,
     UpscaleSettings,
-    encoded,
-    read_picture,
+    as_tensors,
     read_tensors,
 )
-from pid_serve.workers import CancelledError, Work, Workers
-
-_log = logging.getLogger(__name__)
+from pid_serve.guard import Guard
+from pid_serve.metrics import Metrics
+from pid_serve.service import Captions, Model, Report, Service, refusal, unfit
+from pid_serve.sessions import Step
 
 _POLL_SECONDS = 0.05
 """How often a request that waits looks whether its client is still there."""
 
-_PICTURES: dict[int | str, dict[str, Any]] = {
-    200: {"content": {kind: {} for kind in MEDIA_TYPES.values()}, "description": "the image"}
+_EVENTS = "text/event-stream"
+_JSON = "application/json"
+_SAFETENSORS = "application/octet-stream"
+
+_ERROR: dict[str, Any] = {"content": {_JSON: {"schema": {"$ref": "#/components/schemas/Refusal"}}}}
+_REFUSALS: dict[int | str, dict[str, Any]] = {
+    401: {**_ERROR, "description": "another token is expected"},
+    408: {**_ERROR, "description": "the body came too slowly"},
+    411: {**_ERROR, "description": "the body says no length"},
+    413: {**_ERROR, "description": "too many bytes or pixels"},
+    422: {**_ERROR, "description": "a field is wrong; loc names it"},
+    429: {**_ERROR, "description": "too many requests wait; Retry-After says for how long"},
+    503: {**_ERROR, "description": "no worker or no memory for it"},
+    504: {**_ERROR, "description": "it takes too long"},
 }
+_IMAGE: dict[int | str, dict[str, Any]] = {
+    200: {
+        "content": {kind: {} for kind in (*MEDIA_TYPES.values(), _EVENTS)},
+        "description": "the image, or with Accept: text/event-stream the steps and the image",
+    },
+    **_REFUSALS,
+}
+_BINARY = {"schema": {"type": "string", "format": "binary"}}
 _LATENT: dict[str, Any] = {
     "requestBody": {
         "required": True,
-        "content": {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}},
+        "content": {
+            _SAFETENSORS: _BINARY,
+            _JSON: {"schema": {"$ref": "#/components/schemas/DecodeBody"}},
+        },
     }
+}
+_REFUSAL: dict[str, Any] = {
+    "title": "Refusal",
+    "type": "object",
+    "required": ["detail"],
+    "properties": {
+        "detail": {
+            "anyOf": [
+                {"type": "string"},
+                {
+                    "type": "array",
+                    "items": {
+                        "type": "object",
+                        "required": ["loc", "msg"],
+                        "properties": {
+                            "loc": {
+                                "type": "array",
+                                "items": {"anyOf": [{"type": "string"}, {"type": "integer"}]},
+                            },
+                            "msg": {"type": "string"},
+                        },
+                    },
+                },
+            ]
+        }
+    },
 }
 
 
@@ -58,45 +108,51 @@ class Limits:
     """Most pixels of a picture that is sent."""
     seconds: float = 300.0
     """Most seconds from the body's end to the answer."""
-
-
-class _Metrics:
-    def __init__(self, models: Mapping[str, Workers]) -> None:
-        self.registry = CollectorRegistry()
-        self.requests = Counter(
-            "pid_requests", "answered", ["path", "status"], registry=self.registry
-        )
-        self.seconds = Histogram(
-            "pid_seconds", "in a decoder's thread, by stage", ["stage"], registry=self.registry
-        )
-        waiting = Gauge("pid_queue", "jobs that wait", ["model"], registry=self.registry)
-        for name, workers in models.items():
-            waiting.labels(name).set_function(lambda w=workers: w.waiting)
-
-    @contextlib.contextmanager
-    def stage(self, name: str) -> Any:
-        """Measure a block."""
-        begin = time.perf_counter()
-        yield
-        self.seconds.labels(name).observe(time.perf_counter() - begin)
+    upload_seconds: float = 60.0
+    """Most seconds until the body has come."""
+    bodies: int = 64
+    """Most bodies that are held at a time."""
 
 
 def make_app(
-    models: Mapping[str, Workers], limits: Limits = Limits(), token: str | None = None
+    models: Mapping[str, Model],
+    limits: Limits = Limits(),
+    token: str | None = None,
+    captions: Captions | None = None,
 ) -> FastAPI:
-    """An application that serves bundles by name, and closes them when it ends.
+    """An application that serves bundles by name, and closes their workers when it ends.
 
-    token: what clients must send as `Authorization: Bearer TOKEN`; None for nothing.
+    token: what clients must send as `Authorization: Bearer TOKEN`; None for nothing. captions:
+    workers that encode prompts; None where clients must send captions.
     """
+    pools = {**models, **({} if captions is None else {"captions": captions})}
 
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncGenerator[None, None]:
         yield
-        for workers in models.values():
-            await asyncio.to_thread(workers.close)
+        for pool in pools.values():
+            await asyncio.to_thread(pool.close)
 
-    app = FastAPI(title="pid-serve", version=__version__, lifespan=lifespan)
-    metrics = _Metrics(models)
+    app = FastAPIOffline(
+        redoc_url=None,
+        title="pid-serve",
+        version=__version__,
+        lifespan=lifespan,
+    )
+    metrics = Metrics(pools)
+    service = Service(models, captions, limits.pixels, metrics)
+
+    def openapi() -> dict[str, Any]:
+        if not app.openapi_schema:
+            schema = get_openapi(title=app.title, version=app.version, routes=app.routes)
+            _, own = models_json_schema(
+                [(DecodeBody, "validation")], ref_template="#/components/schemas/{model}"
+            )
+            schema["components"]["schemas"] |= {**own["$defs"], "Refusal": _REFUSAL}
+            app.openapi_schema = schema
+        return app.openapi_schema
+
+    app.openapi = openapi
 
     def check_token(request: Request) -> None:
         given = request.headers.get("authorization", "")
@@ -105,7 +161,17 @@ def make_app(
         ):
             raise HTTPException(401, "expected a bearer token", {"WWW-Authenticate": "Bearer"})
 
-    app.add_middleware(_Guard, most_bytes=limits.body_bytes, requests=metrics.requests)
+    guarded: dict[str, Any] = {
+        "dependencies": [Depends(check_token)],
+        "response_class": Response,
+    }
+    app.add_middleware(
+        Guard,
+        most_bytes=limits.body_bytes,
+        seconds=limits.upload_seconds,
+        most_bodies=limits.bodies,
+        requests=metrics.requests,
+    )
 
     @app.exception_handler(RequestValidationError)
     def invalid(  # pyright: ignore[reportUnusedFunction]
@@ -115,128 +181,101 @@ def make_app(
         detail = [{"loc": list(each["loc"]), "msg": each["msg"]} for each in error.errors()]
         return JSONResponse({"detail": detail}, 422)
 
-    def chosen(settings: Settings) -> Workers:
-        name = next(iter(models)) if settings.model is None else settings.model
-        if name not in models:
-            raise _unfit("model", f"expected one of {', '.join(models)}")
-        return models[name]
-
     async def answer(
-        request: Request, workers: Workers, work: Work, output: str, field: str
+        request: Request, make: Callable[[Report], Awaitable[bytes]], output: str, field: str
     ) -> Response:
+        """What `make` makes, when it is made or with its steps as events."""
+        if _EVENTS in request.headers.get("accept", ""):
+            return StreamingResponse(
+                _events(make, MEDIA_TYPES[output], limits.seconds, field),
+                media_type=_EVENTS,
+                headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"},
+            )
+        making = asyncio.ensure_future(_within(limits.seconds, make(lambda step: None)))
         try:
-            job = workers.submit(work)
-        except queue.Full:
-            raise HTTPException(
-                429, "expected a shorter queue; try again", {"Retry-After": "1"}
-            ) from None
-        waited = asyncio.wrap_future(job.result)
-        end = time.monotonic() + limits.seconds
-        try:
-            while not (await asyncio.wait({waited}, timeout=_POLL_SECONDS))[0]:
+            while not (await asyncio.wait({making}, timeout=_POLL_SECONDS))[0]:
                 if await request.is_disconnected():
                     return Response(status_code=499)
-                if time.monotonic() > end:
-                    raise HTTPException(504, f"expected an answer in {limits.seconds:g} s")
-            return Response(await waited, media_type=MEDIA_TYPES[output])
-        except HTTPException:
-            raise
-        except TooManyPixelsError as error:
-            raise HTTPException(413, str(error)) from None
-        except (OutOfMemoryError, MemoryError):
-            raise HTTPException(503, "expected enough memory; send a smaller request") from None
-        except NotFiniteError as error:
-            _log.error("%s", error)
-            raise HTTPException(500, "expected a finite image, but got NaN") from None
-        except PidRuntimeError as error:
-            raise _unfit(field, str(error)) from None
-        except Exception:  # noqa: BLE001  its text is for the log alone
-            _log.exception("a decode failed")
-            raise HTTPException(500, "expected an image, but the decode failed") from None
+            return Response(await making, media_type=MEDIA_TYPES[output])
+        except Exception as error:  # noqa: BLE001  each has its answer
+            raise refusal(error, field) from None
         finally:
-            job.cancel()
-            waited.add_done_callback(_take_error)
+            making.cancel()
 
-    @app.post(
-        "/v1/decode",
-        dependencies=[Depends(check_token)],
-        responses=_PICTURES,
-        response_class=Response,
-        openapi_extra=_LATENT,
-    )
+    @app.post("/v1/decode", **guarded, responses=_IMAGE, openapi_extra=_LATENT)
     async def decode(  # pyright: ignore[reportUnusedFunction]
         request: Request, settings: Annotated[DecodeSettings, Query()]
     ) -> Response:
-        """The image of a latent: a safetensors body with "latent", "caption" and "sigma"."""
-        body, workers = await request.body(), chosen(settings)
+        """The image of a latent: a safetensors body with "latent", "caption" and "sigma", and the
+        settings in the query; or JSON with all of them.
+        """
+        body = await request.body()
+        kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
 
-        def work(decoder: Decoder, progress: Progress) -> bytes:
-            tensors = read_tensors(body)
-            sigma = tensors.get("sigma", 0.0) if settings.sigma is None else settings.sigma
-            checked = check_request(
-                decoder.manifest,
-                tensors["latent"],
-                tensors.get("caption"),
-                sigma=sigma,
-                seed=settings.seed,
-                steps=settings.steps,
-            )
-            with metrics.stage("decode"):
-                pixels = decoder.run(checked, "uint8", progress=progress)[0]
-            with metrics.stage("encode"):
-                return encoded(pixels, settings.output)
+        async def make(report: Report) -> bytes:
+            given = await asyncio.to_thread(read_tensors, body)
+            return await service.decode(given, settings, report)
 
-        return await answer(request, workers, work, settings.output, "body")
+        async def make_of_json(report: Report) -> bytes:
+            return await service.decode(as_tensors(sent), sent, report)
 
-    @app.post(
-        "/v1/upscale",
-        dependencies=[Depends(check_token)],
-        responses=_PICTURES,
-        response_class=Response,
-    )
+        if kind != _JSON:
+            return await answer(request, make, settings.output, "body")
+        if request.query_params:
+            raise unfit("query", "expected the settings in the JSON, but got a query")
+        try:
+            sent = await asyncio.to_thread(DecodeBody.model_validate_json, body)
+        except ValidationError as error:
+            raise RequestValidationError(error.errors(include_url=False)) from None
+        return await answer(request, make_of_json, sent.output, "latent")
+
+    @app.post("/v1/upscale", **guarded, responses=_IMAGE)
     async def upscale(  # pyright: ignore[reportUnusedFunction]
         request: Request, settings: Annotated[UpscaleSettings, Form()]
     ) -> Response:
-        """A picture enlarged by a bundle that has a codec."""
-        body, workers = await settings.image.read(), chosen(settings)
+        """A picture enlarged, by a bundle whose latents this server can make."""
+        body = await settings.image.read()
 
-        def work(decoder: Decoder, progress: Progress) -> bytes:
-            with metrics.stage("read"):
-                picture = read_picture(body, limits.pixels)
-                latent = decoder.encode(picture, sigma=settings.sigma, seed=settings.seed)
-            checked = check_request(
-                decoder.manifest,
-                latent,
-                sigma=settings.sigma,
-                seed=settings.seed,
-                steps=settings.steps,
-            )
-            with metrics.stage("decode"):
-                pixels = decoder.run(checked, "uint8", progress=progress)[0]
-            with metrics.stage("encode"):
-                return encoded(pixels, settings.output)
+        async def make(report: Report) -> bytes:
+            return await service.upscale(body, settings, report)
 
-        return await answer(request, workers, work, settings.output, "image")
+        return await answer(request, make, settings.output, "image")
 
-    @app.get("/v1/models", dependencies=[Depends(check_token)])
+    @app.post(
+        "/v1/captions",
+        **guarded,
+        responses={
+            200: {"content": {_SAFETENSORS: {}}, "description": 'a tensor "caption" [B, T, D]'},
+            **_REFUSALS,
+        },
+    )
+    async def captions_(  # pyright: ignore[reportUnusedFunction]
+        request: Request, body: CaptionBody
+    ) -> Response:
+        """Captions of prompts, as safetensors: what `/v1/decode` takes, one at a time."""
+        return await answer(request, lambda _: service.captions(body), "safetensors", "prompts")
+
+    @app.get("/v1/models", dependencies=[Depends(check_token)], responses={401: _REFUSALS[401]})
     def models_(  # pyright: ignore[reportUnusedFunction]
     ) -> dict[str, Any]:
         """The bundles."""
-        return {"models": [_described(name, workers) for name, workers in models.items()]}
+        return {"models": [service.described(name) for name in models]}
 
     @app.get("/healthz")
     def healthz() -> dict[str, str]:  # pyright: ignore[reportUnusedFunction]
         """The process answers."""
         return {"status": "ok"}
 
-    @app.get("/readyz")
-    def readyz() -> dict[str, str]:  # pyright: ignore[reportUnusedFunction]
-        """Every decoder's thread runs; 503 otherwise."""
-        if not all(workers.is_alive() for workers in models.values()):
-            raise HTTPException(503, "expected every decoder to run")
-        return {"status": "ready"}
+    @app.get("/readyz", responses={503: {**_ERROR, "description": "a model has no worker"}})
+    def readyz() -> dict[str, Any]:  # pyright: ignore[reportUnusedFunction]
+        """Every model has a worker that runs; 503 otherwise."""
+        missing = [name for name, pool in pools.items() if not pool.ready]
+        if missing:
+            raise HTTPException(503, f"expected a worker for {', '.join(missing)}")
+        workers = {name: {"ready": pool.ready, "of": pool.size} for name, pool in pools.items()}
+        return {"status": "ready", "workers": workers}
 
-    @app.get("/metrics")
+    @app.get("/metrics", response_class=Response)
     def metrics_() -> Response:  # pyright: ignore[reportUnusedFunction]
         """Counts and seconds, for Prometheus."""
         return Response(generate_latest(metrics.registry), media_type="text/plain; version=0.0.4")
@@ -244,62 +283,42 @@ def make_app(
     return app
 
 
-class _Guard:
-    """Refuses bodies by their length, and counts answers.
-
-    Below the framework's own middleware, which would hide that a client hung up.
-    """
-
-    def __init__(self, app: ASGIApp, most_bytes: int, requests: Counter) -> None:
-        self._app, self._most, self._requests = app, most_bytes, requests
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
-
-        async def count(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                # A label for every path that is tried would grow for ever.
-                path = getattr(scope.get("route"), "path", "other")
-                self._requests.labels(path, str(message["status"])).inc()
-            await send(message)
-
-        refused = _refused_length(Request(scope), self._most)
-        await (refused or self._app)(scope, receive, count)
+async def _within(seconds: float, making: Awaitable[bytes]) -> bytes:
+    try:
+        return await asyncio.wait_for(making, seconds)
+    except asyncio.TimeoutError:
+        raise HTTPException(504, f"expected an answer in {seconds:g} s") from None
 
 
-def _refused_length(request: Request, most: int) -> Response | None:
-    """An answer to a body that is too long, or of which nobody says how long it is."""
-    if request.method not in ("POST", "PUT", "PATCH"):
+async def _events(
+    make: Callable[[Report], Awaitable[bytes]], media_type: str, seconds: float, field: str
+) -> AsyncIterator[str]:
+    """Events "step", and at last "image" or "error"."""
+    steps: asyncio.Queue[Step | None] = asyncio.Queue()
+    making = asyncio.ensure_future(_within(seconds, make(steps.put_nowait)))
+    making.add_done_callback(lambda _: steps.put_nowait(None))
+    try:
+        yield ": begun\n\n"  # so that the head of the answer is sent
+        while (step := await steps.get()) is not None:
+            yield _event("step", step=step.done, steps=step.steps, preview=_data_url(step))
+        try:
+            data = base64.b64encode(await making).decode()
+            yield _event("image", media_type=media_type, data=data)
+        except Exception as error:  # noqa: BLE001  each has its answer
+            refused = refusal(error, field)
+            yield _event("error", status=refused.status_code, detail=refused.detail)
+    finally:
+        making.cancel()
+
+
+def _event(name: str, **data: Any) -> str:
+    return f"event: {name}\ndata: {json.dumps(data)}\n\n"
+
+
+def _data_url(step: Step) -> str | None:
+    """A step's preview as a picture."""
+    if step.preview is None:
         return None
-    length = request.headers.get("content-length", "")
-    if not (length.isascii() and length.isdecimal()):
-        return JSONResponse({"detail": "expected a Content-Length"}, 411)
-    if int(length) > most:
-        return JSONResponse({"detail": f"expected a body of at most {most} bytes"}, 413)
-    return None
-
-
-def _unfit(field: str, message: str) -> HTTPException:
-    """As the framework says what is wrong with a field."""
-    return HTTPException(422, [{"loc": [field], "msg": message}])
-
-
-def _take_error(waited: "asyncio.Future[bytes]") -> None:
-    """Have read the error of a job that nobody waits for, or asyncio logs it."""
-    if not waited.cancelled() and not isinstance(waited.exception(), CancelledError | None):
-        _log.info("a request that has ended gave: %s", waited.exception())
-
-
-def _described(name: str, workers: Workers) -> dict[str, Any]:
-    manifest = workers.bundle.manifest
-    return {
-        "name": name,
-        "model": manifest.model.get("name"),
-        "precision": manifest.precision,
-        "latent_channels": manifest.network["latent_channels"],
-        "upscales": manifest.codec is not None,
-        "backend": workers.bundle.backend,
-        "device": workers.bundle.device,
-    }
+    file = io.BytesIO()
+    Image.fromarray(step.preview).save(file, "JPEG", quality=80)
+    return "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode()

@@ -1,8 +1,11 @@
 """What a request holds, as arrays and settings; nothing in it is trusted."""
 
+import base64
+import binascii
 import io
+import math
 import warnings
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from fastapi import UploadFile
@@ -12,7 +15,10 @@ from pydantic import BaseModel, ConfigDict, Field
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
+from pid_runtime.bundle.manifest import Manifest
 from pid_runtime.errors import PidRuntimeError
+from pid_runtime.nano.photos import padded, read_photo
+from pid_runtime.request import check_fits
 
 _NAMES = ("latent", "caption", "sigma")
 _PHOTOS = ("PNG", "JPEG", "WEBP", "TIFF", "BMP")
@@ -24,9 +30,19 @@ MEDIA_TYPES = {
     "safetensors": "application/octet-stream",
 }
 
+_OPTIONS: dict[str, dict[str, Any]] = {
+    "png": {"compress_level": 4},
+    "jpeg": {"quality": 95, "subsampling": 0},
+    "webp": {"quality": 95},
+}
+"""Of Pillow, as pid-decode writes files."""
+
 
 class TooManyPixelsError(PidRuntimeError):
     """A picture is larger than the server takes."""
+
+
+Prompt = Annotated[str, Field(min_length=1, max_length=4000)]
 
 
 class Settings(BaseModel):
@@ -37,20 +53,73 @@ class Settings(BaseModel):
     model: str | None = Field(None, max_length=200, description="name of a bundle; the first one")
     seed: int = Field(0, ge=0, le=2**64 - 1, description="of the first image")
     steps: int | None = Field(None, ge=1, le=4, description="1, 2 or 4; the bundle's default")
+    sigma: float | None = Field(
+        None, ge=0, le=1, description="noise level of the latent, or to add to a picture's"
+    )
+    prompt: Prompt | None = Field(None, description="what is to be seen, in place of a caption")
     output: Literal["png", "jpeg", "webp", "safetensors"] = "png"
+    preview: bool = Field(False, description="of the state after each step, in events")
 
 
 class DecodeSettings(Settings):
-    """Beside a latent."""
-
-    sigma: float | None = Field(None, ge=0, le=1, description="noise level; the body's, or 0")
+    """Beside a safetensors body."""
 
 
 class UpscaleSettings(Settings):
     """Beside a picture."""
 
     image: UploadFile = Field(description="PNG, JPEG, WebP, TIFF or BMP")
-    sigma: float = Field(0.0, ge=0, le=1, description="noise to add to its latent")
+
+
+class Tensor(BaseModel):
+    """An array in JSON."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    shape: list[Annotated[int, Field(ge=1, le=2**24)]] = Field(min_length=1, max_length=4)
+    dtype: Literal["float16", "float32"] = "float32"
+    data: str = Field(description="base64 of the values, little-endian, the last axis fastest")
+
+    def array(self, name: str) -> NDArray[Any]:
+        """The values. Raises `PidRuntimeError` for other than the shape says."""
+        try:
+            data = base64.b64decode(self.data, validate=True)
+        except (binascii.Error, ValueError):
+            raise PidRuntimeError(f"expected base64 as data of {name}; encode its bytes") from None
+        kind = np.dtype(self.dtype).newbyteorder("<")
+        wanted = math.prod(self.shape) * kind.itemsize
+        if len(data) != wanted:
+            raise PidRuntimeError(
+                f"expected {wanted} bytes of {self.dtype} {self.shape} as {name}, but got "
+                f"{len(data)}; send all of it"
+            )
+        return np.frombuffer(data, kind).reshape(self.shape)
+
+
+class DecodeBody(Settings):
+    """A latent and all settings, in JSON."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    latent: Tensor = Field(description="[C, h, w], normalised")
+    caption: Tensor | None = Field(None, description="[T, D]")
+
+
+class CaptionBody(BaseModel):
+    """Prompts to encode."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    prompts: list[Prompt] = Field(min_length=1, max_length=16)
+    model: str | None = Field(None, max_length=200, description="of which bundle; the first one")
+
+
+def as_tensors(body: DecodeBody) -> dict[str, NDArray[Any]]:
+    """As `read_tensors`, of JSON."""
+    tensors = {"latent": body.latent.array("latent")}
+    if body.caption is not None:
+        tensors["caption"] = body.caption.array("caption")
+    return _batched(tensors)
 
 
 def read_tensors(body: bytes) -> dict[str, NDArray[Any]]:
@@ -71,6 +140,11 @@ def read_tensors(body: bytes) -> dict[str, NDArray[Any]]:
         raise PidRuntimeError(
             f"expected a tensor latent, and at most caption and sigma, but got {names}; rename them"
         )
+    return _batched(tensors)
+
+
+def _batched(tensors: dict[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+    """With the axis of images in front, of which there is one."""
     latent = tensors["latent"]
     tensors["latent"] = latent[None] if latent.ndim == 3 else latent
     if tensors["latent"].shape[:1] != (1,):
@@ -82,25 +156,33 @@ def read_tensors(body: bytes) -> dict[str, NDArray[Any]]:
     return tensors
 
 
-def read_picture(body: bytes, most_pixels: int) -> Image.Image:
-    """A picture, of which only the head has been looked at when it is refused.
+def read_picture(
+    body: bytes, most_pixels: int, manifest: Manifest, multiple: int
+) -> tuple[NDArray[np.float32], tuple[int, int]]:
+    """A picture as `[1, 3, H, W]` in [-1, 1], padded to sides of `multiple`; and its own H and W.
 
-    Raises `TooManyPixelsError` above `most_pixels`, and `PidRuntimeError` for no picture.
+    Only its head has been looked at when it is refused: `TooManyPixelsError` above `most_pixels`,
+    and `PidRuntimeError` for no picture, or one that is too large for the bundle.
     """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             image = Image.open(io.BytesIO(body), formats=_PHOTOS)
-            if image.width * image.height <= most_pixels:
-                image.load()
-                return image
+            width, height = image.size
+            if width * height <= most_pixels:
+                # On its side or not, it has as many pixels.
+                check_fits(manifest, -(-height // multiple), -(-width // multiple))
+                photo = read_photo(image)
+                return padded(photo, multiple)[None], (photo.shape[1], photo.shape[2])
+    except PidRuntimeError:
+        raise
     except Exception as error:  # a damaged file fails its parser in almost any way
         raise PidRuntimeError(
             f"expected a whole picture ({', '.join(_PHOTOS)}), but got none; save it again"
         ) from error
     raise TooManyPixelsError(
-        f"expected a picture of at most {most_pixels} pixels, but got {image.width}x"
-        f"{image.height}; reduce it first"
+        f"expected a picture of at most {most_pixels} pixels, but got {width}x{height}; reduce it "
+        "first"
     )
 
 
@@ -112,9 +194,8 @@ def encoded(pixels: NDArray[np.uint8], output: str) -> bytes:
     if output == "safetensors":
         return save({"image": np.ascontiguousarray(pixels)})
     file = io.BytesIO()
-    options: dict[str, Any] = {"compress_level": 4} if output == "png" else {"quality": 95}
     try:
-        Image.fromarray(pixels).save(file, output.upper(), **options)
+        Image.fromarray(pixels).save(file, output.upper(), **_OPTIONS[output])
     except (OSError, ValueError):
         raise PidRuntimeError(
             f"expected an image that {output} holds, but got {pixels.shape[1]}x{pixels.shape[0]}; "

@@ -2,17 +2,24 @@
 
 import argparse
 import contextlib
+import math
 import os
 from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from pid_runtime.backends.choice import device_name
 from pid_runtime.command import console
 from pid_runtime.command.decode_options import add_backend_options, number
-from pid_runtime.decoder import Bundle
 from pid_runtime.errors import PidRuntimeError
 
+if TYPE_CHECKING:  # it needs an extra, which --help does not
+    from pid_serve.sessions import OpenDecoder
+
 TOKEN = "PID_SERVE_TOKEN"
+
+_MOST_CONNECTIONS = 512
 
 _EXAMPLES = f"""examples:
   pid-serve nano
@@ -34,12 +41,28 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("bundles", type=Path, nargs="+", metavar="BUNDLE", help="a bundle's folder")
     add("--host", default="127.0.0.1", help="the address to listen at; 0.0.0.0 for every one")
-    add("--port", type=_port, default=8000, help="the port to listen at")
-    add("--workers", type=_positive, default=1, metavar="N", help="decoders of each bundle")
+    add("--port", type=_port, default=8000, help="the port to listen at; 0 for a free one")
+    add(
+        "--workers",
+        type=_positive,
+        default=1,
+        metavar="N",
+        help="processes of each bundle on each device, each with the weights",
+    )
     add("--queue", type=_positive, default=16, metavar="N", help="requests that may wait")
+    add(
+        "--batch",
+        type=_positive,
+        default=1,
+        metavar="N",
+        help="requests of one size made at once; worth it where a GPU is not busy with one",
+    )
+    add("--encoder", metavar="ID_OR_DIR", help="encodes prompts, as pid-caption takes it")
+    add("--vae", metavar="ID_OR_DIR", help="encodes pictures, as pid-upscale takes it")
     add("--max-body", type=_positive, default=64, metavar="MIB", help="of a request")
     add("--max-pixels", type=_positive, default=2**24, metavar="N", help="of a picture sent")
     add("--timeout", type=number, default=300.0, metavar="S", help="seconds until an answer")
+    add("--upload-timeout", type=number, default=60.0, metavar="S", help="seconds for a body")
     add_backend_options(parser)
     return parser
 
@@ -48,47 +71,82 @@ def _serve(arguments: Namespace) -> None:
     import uvicorn
 
     from pid_serve.app import Limits, make_app
-    from pid_serve.workers import Workers
+    from pid_serve.listening import Protocol, bound_socket
+    from pid_serve.pool import Pool
+    from pid_serve.sessions import CaptionTask, DecodeTask, Floats, Made, OpenEncoder
 
     names = [path.resolve().name for path in arguments.bundles]
-    if len(set(names)) < len(names):
+    if len(set(names)) < len(names) or "captions" in names:
         raise PidRuntimeError(
-            f"expected bundles of different names, but got {', '.join(names)}; rename a folder"
+            f"expected bundles of different names, none of them captions, but got "
+            f"{', '.join(names)}; rename a folder"
         )
-    if not (0 < arguments.timeout < float("inf")):
-        raise PidRuntimeError(
-            f"expected a timeout above 0, but got {arguments.timeout:g}; change --timeout"
-        )
+    for option in ("timeout", "upload_timeout"):
+        if not (0 < (seconds := getattr(arguments, option)) < float("inf")):
+            name = option.replace("_", "-")
+            raise PidRuntimeError(f"expected seconds above 0, but got {seconds:g}; change --{name}")
+    if arguments.encoder is not None:
+        console.need_packages(("tokenizers",), "captions")
+    devices = _devices(arguments)
     with contextlib.ExitStack() as opened:
-        bundles = [opened.enter_context(_open(path, arguments)) for path in arguments.bundles]
-        models = {
-            name: Workers(bundle, arguments.workers, arguments.queue)
-            for name, bundle in zip(names, bundles, strict=True)
-        }
-        for workers in models.values():
-            opened.callback(workers.close)
-        limits = Limits(arguments.max_body * 2**20, arguments.max_pixels, arguments.timeout)
-        app = make_app(models, limits, os.environ.get(TOKEN) or None)
-        config = uvicorn.Config(
-            app, arguments.host, arguments.port, log_config=None, access_log=False
+        bound = opened.enter_context(bound_socket(arguments.host, arguments.port))
+        models: dict[str, Pool[DecodeTask, Made]] = {}
+        for name, path in zip(names, arguments.bundles, strict=True):
+            openers = [_opener(path, device, arguments) for device in devices]
+            pool = Pool[DecodeTask, Made](
+                openers * arguments.workers, arguments.queue, arguments.batch, DecodeTask.kind
+            )
+            opened.callback(pool.close)
+            models[name] = pool
+        captions = None
+        if arguments.encoder is not None:
+            opener = OpenEncoder(arguments.encoder, arguments.backend, devices[0])
+            captions = Pool[CaptionTask, Floats]([opener], arguments.queue)
+            opened.callback(captions.close)
+        limits = Limits(
+            arguments.max_body * 2**20,
+            arguments.max_pixels,
+            arguments.timeout,
+            arguments.upload_timeout,
         )
-        address = f"http://{arguments.host}:{arguments.port}"
+        app = make_app(models, limits, os.environ.get(TOKEN) or None, captions)
+        config = uvicorn.Config(
+            app,
+            http=Protocol,
+            ws="none",
+            log_config=None,
+            access_log=False,
+            limit_concurrency=_MOST_CONNECTIONS,
+            timeout_graceful_shutdown=math.ceil(arguments.timeout),
+        )
+        host = f"[{arguments.host}]" if ":" in arguments.host else arguments.host
+        address = f"http://{host}:{bound.getsockname()[1]}"
         result = {"address": address, "models": names}
         console.emit(result, f"Serving {', '.join(names)} at {address}", as_json=arguments.json)
         # uvicorn drains, and then raises the signal again.
         with contextlib.suppress(KeyboardInterrupt):
-            uvicorn.Server(config).run()
+            uvicorn.Server(config).run([bound])
 
 
-def _open(path: Path, arguments: Namespace) -> Bundle:
-    return Bundle.open(
+def _devices(arguments: Namespace) -> list[str]:
+    """Where workers run: every device that is named, or the backend's own."""
+    if arguments.device is None:
+        return [device_name(arguments.backend, None)]
+    return [name.strip() for name in arguments.device.split(",")]
+
+
+def _opener(path: Path, device: str, arguments: Namespace) -> "OpenDecoder":
+    from pid_serve.sessions import OpenDecoder
+
+    return OpenDecoder(
         path,
         arguments.backend,
-        arguments.device,
+        device,
         threads=arguments.threads,
         verify=not arguments.no_verify,
         engines=arguments.engines,
         cuda_graphs=not arguments.no_cuda_graphs,
+        vae=arguments.vae,
     )
 
 

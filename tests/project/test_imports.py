@@ -39,7 +39,7 @@ ALLOWED: dict[str, set[str]] = {
     "pid_ref": set(),
     "pid_runtime": set(),
     "pid_pipelines": {"pid_ref", "pid_runtime"},
-    "pid_serve": {"pid_runtime"},
+    "pid_serve": {"pid_pipelines", "pid_runtime"},
     "pid_export": {"pid_pipelines", "pid_ref", "pid_runtime"},
     "pid_engines": {"pid_export", "pid_ref", "pid_runtime"},
     "pid_bench": {"pid_engines", "pid_export", "pid_pipelines", "pid_ref", "pid_runtime"},

@@ -45,7 +45,7 @@ ELSEWHERE = {
     "pipelines/test_upscale_cli.py": (
         "runtime/pid_pipelines: before_decoding upscale_codecs upscale_jobs"
     ),
-    "serve/test_app.py": "runtime/pid_serve: bodies cli workers",
+    "serve/test_app.py": ("runtime/pid_serve: bodies cli guard listening metrics service sessions"),
     "export/test_captioner.py": (
         "runtime/pid_pipelines: captioner graph_files; export/pid_export: traced_model"
     ),

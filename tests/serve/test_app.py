@@ -1,104 +1,45 @@
 """`pid-serve`: a real server on loopback, and requests of every kind to it."""
 
+import base64
 import contextlib
-import http.client
 import io
 import json
 import os
 import random
+import re
 import signal
 import socket
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Generator, Iterator, Mapping
-from dataclasses import replace
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import uvicorn
+from numpy.typing import NDArray
 from PIL import Image
 from safetensors.numpy import load, save
 
-from pid_export.bundle import ExportOptions, export_bundle
-from pid_ref.checkpoint import state_shapes
-from pid_ref.registry import NANO
-from pid_ref.weights import RandomWeights
-from pid_runtime.decoder import Bundle, Decoder
-from pid_serve import cli
-from pid_serve.app import Limits, make_app
-from pid_serve.workers import Workers
+from fakes.sessions import OpenWords
+from pid_runtime.decoder import Decoder
+from pid_serve import cli, listening
+from pid_serve.app import Limits
+from pid_serve.pool import Pool
+from pid_serve.sessions import CaptionTask
+from serving import Answer, ask, ask_form, picture, pool, serving, wait_until
 
 LATENT = np.linspace(-1, 1, 16 * 2 * 3, dtype=np.float32).reshape(16, 2, 3)
 RunCommand = Callable[..., tuple[int, str, str]]
-Answer = tuple[int, Mapping[str, str], bytes]
-
-
-@pytest.fixture(scope="module")
-def nano(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Of random weights and fewer blocks, which are exported sooner."""
-    path = tmp_path_factory.mktemp("bundle") / "nano"
-    config = replace(NANO.config, patch_depth=1, pixel_depth=1)
-    weights = RandomWeights(state_shapes(config), 3)
-    options = ExportOptions(precision="fp32", buckets=(("tiny", 64),))
-    checkpoint = replace(NANO, config=config)
-    source = {"random_seed": 3}
-    export_bundle(path, config, weights, options, checkpoint=checkpoint, weights=source)
-    return path
-
-
-@contextlib.contextmanager
-def serving(models: Mapping[str, Workers], *options: Any) -> Generator[int]:
-    """Serve in a thread; gives the port."""
-    server = uvicorn.Server(
-        uvicorn.Config(make_app(models, *options), port=0, log_config=None, access_log=False)
-    )
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    try:
-        while not server.started:
-            assert thread.is_alive()
-            time.sleep(0.01)
-        yield server.servers[0].sockets[0].getsockname()[1]
-    finally:
-        server.should_exit = True
-        thread.join()
 
 
 @pytest.fixture(scope="module")
 def port(golden_bundle: Path, nano: Path) -> Iterator[int]:
-    models = {
-        "golden": Workers(Bundle.open(golden_bundle)),
-        "nano": Workers(Bundle.open(nano)),
-    }
+    models = {"golden": pool(golden_bundle), "nano": pool(nano)}
     with serving(models, Limits(2**20, 128 * 128)) as port:
         yield port
-
-
-def ask(port: int, method: str, path: str, body: bytes = b"", **headers: str) -> Answer:
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
-    with contextlib.closing(connection):
-        connection.request(method, path, body, headers)
-        answer = connection.getresponse()
-        return answer.status, {k.lower(): v for k, v in answer.getheaders()}, answer.read()
-
-
-def ask_form(port: int, image: bytes, **fields: str) -> Answer:
-    parts = [f'name="{name}"\r\n\r\n{value}'.encode() for name, value in fields.items()]
-    parts.append(b'name="image"; filename="a"\r\n\r\n' + image)
-    head = b"--sep\r\nContent-Disposition: form-data; "
-    body = b"".join(head + part + b"\r\n" for part in parts) + b"--sep--\r\n"
-    kind = {"Content-Type": "multipart/form-data; boundary=sep"}
-    return ask(port, "POST", "/v1/upscale", body, **kind)
-
-
-def picture(width: int, height: int) -> bytes:
-    file = io.BytesIO()
-    Image.radial_gradient("L").resize((width, height)).convert("RGB").save(file, "PNG")
-    return file.getvalue()
 
 
 def test_decodes_as_a_decoder_does(port: int, golden_bundle: Path) -> None:
@@ -208,60 +149,111 @@ def test_says_how_it_is(port: int) -> None:
     assert ask(port, "POST", "/v1/decode", save({"latent": LATENT}))[0] == 200
     text = ask(port, "GET", "/metrics")[2].decode()
     assert 'pid_requests_total{path="/v1/decode",status="200"}' in text
-    assert 'pid_seconds_count{stage="decode"}' in text and 'pid_queue{model="nano"} 0.0' in text
+    assert 'pid_seconds_count{stage="work"}' in text and 'pid_queue{model="nano"} 0.0' in text
     assert "/v1/upscale" in json.loads(ask(port, "GET", "/openapi.json")[2])["paths"]
 
 
-def test_a_full_queue_a_time_limit_and_clients_that_leave(golden_bundle: Path) -> None:
-    workers = Workers(Bundle.open(golden_bundle), queue_size=1)
-    begun, go_on = threading.Event(), threading.Event()
+@contextlib.contextmanager
+def stopped(pids: list[int]) -> Generator[None]:
+    """Processes that do nothing, until the end."""
+    for pid in pids:
+        os.kill(pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        for pid in pids:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGCONT)
 
-    def block(*_: object) -> bytes:
-        begun.set()
-        go_on.wait(10)
-        return b""
 
-    def wait_for_queue(count: int) -> None:
-        end = time.monotonic() + 20
-        while workers.waiting != count:
-            assert time.monotonic() < end
-            time.sleep(0.01)
+def asking(port: int, answers: list[Answer]) -> threading.Thread:
+    """A request for a decode, in a thread."""
 
-    with serving({"golden": workers}, Limits(seconds=0.3)) as port:
-        workers.submit(block)
-        assert begun.wait(20)
-        body = save({"latent": LATENT})
-        assert ask(port, "POST", "/v1/decode", body)[0] == 504
-        assert workers.waiting == 1  # given up, and not yet taken out
-        status, headers, _ = ask(port, "POST", "/v1/decode", body)
-        assert (status, headers["retry-after"]) == (429, "1")
-        go_on.set()
-        wait_for_queue(0)
+    def decode() -> None:
+        answers.append(ask(port, "POST", "/v1/decode", save({"latent": LATENT})))
+
+    thread = threading.Thread(target=decode)
+    thread.start()
+    return thread
+
+
+def test_a_full_queue_and_a_time_limit(golden_bundle: Path) -> None:
+    model, body = pool(golden_bundle, queue=1), save({"latent": LATENT})
+    with serving({"golden": model}, Limits(seconds=1.0)) as port:
+        assert ask(port, "POST", "/v1/decode", body)[0] == 200
+        answers: list[Answer] = []
+        with stopped(model.pids):
+            threads = [asking(port, answers), asking(port, answers)]
+            wait_until(lambda: model.waiting == 1)
+            status, headers, _ = ask(port, "POST", "/v1/decode", body)
+            assert (status, headers["retry-after"]) == (429, "1")
+            for thread in threads:
+                thread.join()
+            assert [answer[0] for answer in answers] == [504, 504]
+            assert model.waiting == 0
         assert ask(port, "POST", "/v1/decode", body)[0] == 200
         text = ask(port, "GET", "/metrics")[2].decode()
-        assert 'pid_seconds_count{stage="decode"} 1.0' in text  # what was given up was not decoded
-    assert not workers.is_alive()
+        assert 'pid_seconds_count{stage="encode"} 2.0' in text  # what was given up was not made
+    assert model.ready == 0
 
-    workers = Workers(Bundle.open(golden_bundle), queue_size=1)
-    begun.clear()
-    go_on.clear()
-    with serving({"golden": workers}) as port:
-        workers.submit(block)
-        assert begun.wait(20)
-        with socket.create_connection(("127.0.0.1", port)) as client:
-            head = f"POST /v1/decode HTTP/1.1\r\nHost: a\r\nContent-Length: {len(body)}\r\n\r\n"
+
+def test_a_client_that_leaves_takes_its_task_along(golden_bundle: Path) -> None:
+    model, body = pool(golden_bundle), save({"latent": LATENT})
+    head = f"POST /v1/decode HTTP/1.1\r\nHost: a\r\nContent-Length: {len(body)}\r\n\r\n"
+    with serving({"golden": model}) as port, stopped(model.pids):
+        clients = [socket.create_connection(("127.0.0.1", port)) for _ in range(2)]
+        for client in clients:  # one is begun, the other waits
             client.sendall(head.encode() + body)
-            wait_for_queue(1)
-        end = time.monotonic() + 20
-        while b'status="499"' not in ask(port, "GET", "/metrics")[2]:
-            assert time.monotonic() < end
-            time.sleep(0.02)
-        go_on.set()
-        assert ask(port, "POST", "/v1/decode", body)[0] in (200, 429)
+        wait_until(lambda: model.waiting == 1)
+        for client in clients:
+            client.close()
+        wait_until(lambda: model.waiting == 0)
+        wait_until(lambda: b'status="499"} 2.0' in ask(port, "GET", "/metrics")[2])
+
+
+def test_a_worker_that_is_killed_is_started_again(golden_bundle: Path) -> None:
+    model = pool(golden_bundle)
+    with serving({"golden": model}) as port:
+        answers: list[Answer] = []
+        with stopped(model.pids):
+            threads = [asking(port, answers), asking(port, answers)]
+            wait_until(lambda: model.waiting == 1)
+            os.kill(model.pids[0], signal.SIGKILL)
+            wait_until(lambda: ask(port, "GET", "/readyz")[0] == 503)
+            for thread in threads:
+                thread.join()
+        assert sorted(answer[0] for answer in answers) == [200, 503]
+        lost = next(headers for status, headers, _ in answers if status == 503)
+        assert lost["retry-after"] == "1"
+        assert json.loads(ask(port, "GET", "/readyz")[2])["workers"]["golden"] == {
+            "ready": 1,
+            "of": 1,
+        }
+        assert b'pid_worker_restarts{model="golden"} 1.0' in ask(port, "GET", "/metrics")[2]
+
+
+def test_heads_and_bodies_that_come_too_slowly(
+    port: int, golden_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(listening, "HEAD_SECONDS", 0.3)
+    slow = {"golden": pool(golden_bundle)}
+    with serving(slow, Limits(upload_seconds=0.3)) as port:
+        for begun in (b"", b"GET /healthz HTTP/1.1\r\n", b"GET / HTTP/1.1\r\nHost: a\r\n\r\nGET"):
+            with socket.create_connection(("127.0.0.1", port), timeout=10) as client:
+                client.sendall(begun)
+                while client.recv(2**16):
+                    pass  # until the server closes
+        with socket.create_connection(("127.0.0.1", port), timeout=10) as client:
+            client.sendall(b"POST /v1/decode HTTP/1.1\r\nHost: a\r\nContent-Length: 9\r\n\r\n1")
+            answer = b""
+            while part := client.recv(2**16):
+                answer += part
+            assert answer.startswith(b"HTTP/1.1 408") and b"within 0.3 s" in answer
+        assert ask(port, "POST", "/v1/decode", save({"latent": LATENT}))[0] == 200
 
 
 def test_tokens(golden_bundle: Path) -> None:
-    with serving({"golden": Workers(Bundle.open(golden_bundle))}, Limits(), "secret") as port:
+    with serving({"golden": pool(golden_bundle)}, Limits(), "secret") as port:
         assert ask(port, "GET", "/healthz")[0] == 200
         assert ask(port, "GET", "/v1/models")[0] == 401
         assert ask(port, "GET", "/v1/models", Authorization="Bearer secreu")[0] == 401
@@ -298,11 +290,159 @@ def test_the_command_answers_what_was_asked_before_it_ends(golden_bundle: Path) 
         assert answers == [200]
 
 
+def tensor(array: NDArray[Any]) -> dict[str, Any]:
+    data = base64.b64encode(array.tobytes()).decode()
+    return {"shape": list(array.shape), "dtype": str(array.dtype), "data": data}
+
+
+def ask_json(port: int, path: str, **sent: Any) -> Answer:
+    return ask(port, "POST", path, json.dumps(sent).encode(), Content_Type="application/json")
+
+
+def test_json_is_decoded_as_safetensors_are(port: int) -> None:
+    caption = np.linspace(-1, 1, 5 * 64, dtype=np.float32).reshape(5, -1)
+    with_caption = save({"latent": LATENT, "caption": caption})
+    width = json.loads(ask(port, "POST", "/v1/decode", with_caption)[2])
+    assert "caption" in str(width)
+    asked = {"sigma": 0.2, "seed": 7, "steps": 2, "output": "png"}
+    query = "&".join(f"{name}={value}" for name, value in asked.items())
+    wanted = ask(port, "POST", f"/v1/decode?{query}", save({"latent": LATENT}))
+    for array in (LATENT, LATENT[None]):
+        assert ask_json(port, "/v1/decode", latent=tensor(array), **asked)[2] == wanted[2]
+    half = ask_json(port, "/v1/decode", latent=tensor(LATENT.astype(np.float16)), **asked)
+    assert half[0] == 200 and half[2] != wanted[2]
+
+
+@pytest.mark.parametrize(
+    ("sent", "field"),
+    [
+        ({}, "latent"),
+        ({"latent": [1, 2]}, "latent"),
+        ({"latent": tensor(LATENT), "seed": "7"}, "seed"),
+        ({"latent": tensor(LATENT), "sigma": 2}, "sigma"),
+        ({"latent": tensor(LATENT), "colour": "red"}, "colour"),
+        ({"latent": {**tensor(LATENT), "dtype": "int8"}}, "dtype"),
+        ({"latent": {**tensor(LATENT), "data": "#"}}, "latent"),
+        ({"latent": {**tensor(LATENT), "data": "AAAA"}}, "latent"),
+        ({"latent": {**tensor(LATENT), "shape": [2**24] * 4}}, "latent"),
+        ({"latent": tensor(LATENT), "caption": tensor(LATENT)}, "latent"),
+        ({"latent": tensor(LATENT), "prompt": "a boat"}, "prompt"),
+    ],
+)
+def test_wrong_json_is_told_by_field(port: int, sent: dict[str, Any], field: str) -> None:
+    status, _, body = ask_json(port, "/v1/decode", **sent)
+    assert status == 422 and field in json.loads(body)["detail"][0]["loc"]
+
+
+def test_json_with_a_query_or_that_is_none(port: int) -> None:
+    for path, body in (("/v1/decode?seed=1", b"{}"), ("/v1/decode", b"{"), ("/v1/captions", b"{")):
+        assert ask(port, "POST", path, body, Content_Type="application/json")[0] == 422
+
+
+def events(answer: bytes) -> list[tuple[str, dict[str, Any]]]:
+    found: list[tuple[str, dict[str, Any]]] = []
+    for block in answer.decode().split("\n\n"):
+        lines = dict(line.split(": ", 1) for line in block.splitlines())
+        if "event" in lines:
+            found.append((lines["event"], json.loads(lines["data"])))
+    return found
+
+
+def test_events_tell_the_steps(port: int) -> None:
+    body, query = save({"latent": LATENT}), "/v1/decode?seed=7"
+    image = ask(port, "POST", query, body)[2]
+    wanted = {"media_type": "image/png", "data": base64.b64encode(image).decode()}
+    for more, has_preview in (("", False), ("&preview=true", True)):
+        status, headers, answer = ask(port, "POST", query + more, body, Accept="text/event-stream")
+        assert status == 200 and headers["content-type"].startswith("text/event-stream")
+        *steps, last = events(answer)
+        assert [(name, data["step"], data["steps"]) for name, data in steps] == [
+            ("step", step, 4) for step in range(1, 5)
+        ]
+        assert [data["preview"] is not None for _, data in steps] == [has_preview] * 4
+        assert last == ("image", wanted)
+    # After the last step the state is the image.
+    kind, _, data = steps[-1][1]["preview"].partition(",")
+    assert kind == "data:image/jpeg;base64"
+    seen = Image.open(io.BytesIO(base64.b64decode(data))).convert("L")  # JPEG halves colours
+    whole = Image.open(io.BytesIO(image)).convert("L").resize(seen.size, Image.Resampling.BOX)
+    assert np.abs(np.asarray(seen, float) - np.asarray(whole, float)).mean() < 12
+    refused = ask(port, "POST", "/v1/decode", b"none", Accept="text/event-stream")[2]
+    assert [(name, data["status"]) for name, data in events(refused)] == [("error", 422)]
+
+
+def test_a_batch_gives_the_pixels_of_each(golden_bundle: Path) -> None:
+    model = pool(golden_bundle, batch=4)
+    with serving({"golden": model}) as port:
+        alone = [
+            ask(port, "POST", f"/v1/decode?seed={seed}", save({"latent": LATENT}))[2]
+            for seed in range(5)
+        ]
+        found: dict[int, bytes] = {}
+
+        def decode(seed: int) -> None:
+            body = save({"latent": LATENT})
+            found[seed] = ask(port, "POST", f"/v1/decode?seed={seed}", body)[2]
+
+        threads = [threading.Thread(target=decode, args=[seed]) for seed in range(5)]
+        with stopped(model.pids):
+            for thread in threads:
+                thread.start()
+            wait_until(lambda: model.waiting >= 4)
+        for thread in threads:
+            thread.join()
+    assert len(set(alone)) == 5 and [found[seed] for seed in range(5)] == alone
+
+
+def test_prompts_are_encoded_by_a_captioner(golden_bundle: Path, nano: Path) -> None:
+    with Decoder.open(golden_bundle) as pid:
+        width, length = pid.manifest.network["text_dim"], pid.manifest.network["text_max_length"]
+        encoder = OpenWords(width)
+        caption = encoder().run([CaptionTask(("a boat",), length)], print)[0]
+        wanted = pid.decode(LATENT[None], caption, output="uint8")[0]
+        assert (wanted != pid.decode(LATENT[None], output="uint8")[0]).any()
+    models = {"golden": pool(golden_bundle), "nano": pool(nano)}
+    captions = Pool[CaptionTask, Any]([encoder])
+    with serving(models, captions=captions) as port:
+        asked = {"latent": tensor(LATENT), "prompt": "a boat", "output": "safetensors"}
+        for answer in (
+            ask_json(port, "/v1/decode", **asked),
+            ask(
+                port,
+                "POST",
+                "/v1/decode?prompt=a%20boat&output=safetensors",
+                save({"latent": LATENT}),
+            ),
+        ):
+            np.testing.assert_array_equal(load(answer[2])["image"], wanted)
+        status, _, body = ask_json(port, "/v1/captions", prompts=["a boat", "a house"])
+        assert status == 200 and load(body)["caption"].shape == (2, length, width)
+        np.testing.assert_array_equal(load(body)["caption"][:1], caption)
+        both = {**asked, "caption": tensor(caption[0])}
+        assert ask_json(port, "/v1/decode", **both)[0] == 422
+        refused = ask_json(port, "/v1/captions", prompts=["a boat"], model="nano")
+        assert refused[0] == 422 and b"without captions" in refused[2]
+
+
+def test_the_page_of_the_api_loads_nothing_from_elsewhere(port: int) -> None:
+    page = ask(port, "GET", "/docs")[2].decode()
+    found = re.findall(r'(?:src|href)="([^"]+)"', page)
+    assert len(found) >= 3 and all(link.startswith("/") for link in found)
+    assert all(ask(port, "GET", link)[0] == 200 for link in found)
+
+
 def test_what_the_command_refuses(golden_bundle: Path, run_command: RunCommand) -> None:
+    taken = socket.create_server(("127.0.0.1", 0))
+    port = str(taken.getsockname()[1])
     for given, message in (
-        ([str(golden_bundle), str(golden_bundle)], "expected bundles of different names"),
-        ([str(golden_bundle), "--timeout", "0"], "expected a timeout above 0"),
-        (["absent"], "absent"),
+        ([golden_bundle, golden_bundle], "expected bundles of different names"),
+        ([golden_bundle, "--timeout", "0"], "change --timeout"),
+        ([golden_bundle, "--upload-timeout", "nan"], "change --upload-timeout"),
+        ([golden_bundle, "--port", port], f"expected to listen at 127.0.0.1 port {port}, but got"),
+        ([golden_bundle, "--host", "no.such.host.invalid"], "change --host"),
+        ([golden_bundle, "--port", "0", "--device", "absent"], "absent"),
+        (["absent", "--port", "0"], "absent"),
     ):
         code, out, err = run_command(cli.main, *given)
-        assert (code, out) == (2, "") and message in err and err.count("\n") == 1
+        assert (code, out) == (2, "") and message in err and err.count("\n") == 1, err
+    taken.close()

@@ -95,7 +95,7 @@ def run(
     argcomplete.autocomplete(parser)  # ends the process if a shell asks
     try:
         arguments = parser.parse_args(argv)
-        _set_up_logging(quiet=getattr(arguments, "quiet", False))
+        set_up_logging(quiet=getattr(arguments, "quiet", False))
         _unwind_when_interrupted()
         return body(arguments) or 0
     except KeyboardInterrupt:
@@ -206,7 +206,8 @@ class _NoteHandler(logging.Handler):
         sys.stderr.write(f"{level}{record.getMessage()}\n")
 
 
-def _set_up_logging(*, quiet: bool) -> None:
+def set_up_logging(*, quiet: bool) -> None:
+    """Print records of our loggers on stderr: warnings, and unless `quiet` notes."""
     root = logging.getLogger()
     if not any(isinstance(handler, _NoteHandler) for handler in root.handlers):
         root.addHandler(_NoteHandler())

@@ -1,0 +1,199 @@
+"""What is done for a request: a task of what it holds, a worker for it, a file of the result."""
+
+import asyncio
+import logging
+import traceback
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+from fastapi import HTTPException
+from safetensors.numpy import save
+
+from pid_runtime.errors import NotFiniteError, OutOfMemoryError, PidRuntimeError
+from pid_runtime.request import check_request
+from pid_serve.bodies import (
+    CaptionBody,
+    Settings,
+    TooManyPixelsError,
+    UpscaleSettings,
+    encoded,
+    read_picture,
+)
+from pid_serve.metrics import Metrics
+from pid_serve.pool import Pool, QueueFullError, WorkerLostError
+from pid_serve.sessions import About, CaptionTask, DecodeTask, Floats, Made, Step
+
+_log = logging.getLogger(__name__)
+
+_AGAIN = {"Retry-After": "1"}
+
+Model = Pool[DecodeTask, Made]
+Captions = Pool[CaptionTask, Floats]
+Report = Callable[[Step], None]
+
+
+class Service:
+    """Decodes, enlarges and captions, by workers."""
+
+    def __init__(
+        self,
+        models: Mapping[str, Model],
+        captions: Captions | None,
+        most_pixels: int,
+        metrics: Metrics,
+    ) -> None:
+        self._models, self._captions = models, captions
+        self._most_pixels, self._metrics = most_pixels, metrics
+
+    async def decode(self, tensors: Mapping[str, Any], settings: Settings, report: Report) -> bytes:
+        """The image of a latent `[1, C, h, w]`, as a file."""
+        model = self._chosen(settings.model)
+        manifest = _about(model).manifest
+        caption = await self._caption(model, tensors.get("caption"), settings.prompt)
+        task = DecodeTask(
+            tensors["latent"],
+            None,
+            caption,
+            _number(tensors.get("sigma", 0.0) if settings.sigma is None else settings.sigma),
+            settings.seed,
+            settings.steps,
+            settings.preview,
+        )
+        check_request(
+            manifest,
+            task.latent,
+            task.caption,
+            sigma=task.sigma,
+            seed=task.seed,
+            steps=task.steps,
+        )
+        made = await model.run(task, report)
+        return await self._file(made.image, settings.output)
+
+    async def upscale(self, body: bytes, settings: UpscaleSettings, report: Report) -> bytes:
+        """A picture enlarged, as a file."""
+        model = self._chosen(settings.model)
+        about = _about(model)
+        if about.multiple is None:
+            raise unfit("model", "expected a model that enlarges pictures; it decodes latents")
+
+        def read() -> tuple[Floats, tuple[int, int]]:
+            with self._metrics.stage("read"):
+                return read_picture(body, self._most_pixels, about.manifest, about.multiple or 1)
+
+        photo, (height, width) = await asyncio.to_thread(read)
+        caption = await self._caption(model, None, settings.prompt)
+        task = DecodeTask(
+            None,
+            photo,
+            caption,
+            settings.sigma or 0.0,
+            settings.seed,
+            settings.steps,
+            settings.preview,
+        )
+        made = await model.run(task, report)
+        scale = made.image.shape[0] // photo.shape[2]
+        return await self._file(made.image[: scale * height, : scale * width], settings.output)
+
+    async def captions(self, body: CaptionBody) -> bytes:
+        """Captions of prompts, as safetensors."""
+        found = await self._encoded(self._chosen(body.model), tuple(body.prompts), "prompts")
+        return save({"caption": np.ascontiguousarray(found)})
+
+    def described(self, name: str) -> dict[str, Any]:
+        """What clients may know of a model."""
+        about = _about(self._models[name])
+        manifest = about.manifest
+        return {
+            "name": name,
+            "model": manifest.model.get("name"),
+            "precision": manifest.precision,
+            "latent_channels": manifest.network["latent_channels"],
+            "most_pixels": manifest.most_tokens * manifest.network["patch_size"] ** 2,
+            "steps": sorted(map(int, manifest.sampler.schedules)),
+            "upscales": about.multiple is not None,
+            "prompts": self._captions is not None and manifest.model.get("captioned") is not False,
+            "backend": about.backend,
+            "device": about.device,
+        }
+
+    def _chosen(self, name: str | None) -> Model:
+        if name is None:
+            return next(iter(self._models.values()))
+        if name not in self._models:
+            raise unfit("model", f"expected one of {', '.join(self._models)}")
+        return self._models[name]
+
+    async def _caption(self, model: Model, caption: Any, prompt: str | None) -> Any:
+        """A caption `[1, T, D]` that came, or of a prompt; None for neither."""
+        if prompt is None:
+            return caption
+        if caption is not None:
+            raise unfit("prompt", "expected a caption or a prompt, but got both; drop one")
+        return await self._encoded(model, (prompt,), "prompt")
+
+    async def _encoded(self, model: Model, texts: tuple[str, ...], field: str) -> Floats:
+        manifest = _about(model).manifest
+        if manifest.model.get("captioned") is False:
+            raise unfit(field, "expected no prompt, since the model was trained without captions")
+        if self._captions is None:
+            raise unfit(
+                field,
+                "expected a caption, since this server encodes no prompts; send the embedding, or "
+                "start it with --encoder",
+            )
+        width, wanted = self._captions.about, manifest.network["text_dim"]
+        if width != wanted:
+            raise unfit(
+                field, f"expected a model whose captions have {width} channels, not {wanted}"
+            )
+        return await self._captions.run(CaptionTask(texts, manifest.network["text_max_length"]))
+
+    async def _file(self, pixels: Any, output: str) -> bytes:
+        def encode() -> bytes:
+            with self._metrics.stage("encode"):
+                return encoded(pixels, output)
+
+        return await asyncio.to_thread(encode)
+
+
+def _about(model: Model) -> About:
+    return model.about
+
+
+def _number(sigma: Any) -> float:
+    """A noise level of a request's tensors. Raises `PidRuntimeError` for several, or none."""
+    array = np.asarray(sigma)
+    if array.size != 1 or array.dtype.kind not in "fiu":
+        raise PidRuntimeError(f"expected one number as sigma, but got shape {list(array.shape)}")
+    return float(array.reshape(()))
+
+
+def unfit(field: str, message: str) -> HTTPException:
+    """As the framework says what is wrong with a field."""
+    return HTTPException(422, [{"loc": [field], "msg": message}])
+
+
+def refusal(error: Exception, field: str) -> HTTPException:
+    """What a request that failed is answered; field: to be named if its input was at fault."""
+    if isinstance(error, HTTPException):
+        return error
+    if isinstance(error, QueueFullError):
+        return HTTPException(429, "expected a shorter queue; try again", _AGAIN)
+    if isinstance(error, WorkerLostError):
+        return HTTPException(
+            503, "expected a worker to end this, but it was lost; try again", _AGAIN
+        )
+    if isinstance(error, TooManyPixelsError):
+        return HTTPException(413, str(error))
+    if isinstance(error, OutOfMemoryError | MemoryError):
+        return HTTPException(503, "expected enough memory; send a smaller request")
+    if isinstance(error, NotFiniteError):
+        _log.error("%s", error)
+        return HTTPException(500, "expected a finite image, but got NaN")
+    if isinstance(error, PidRuntimeError):
+        return unfit(field, str(error))
+    _log.error("a request failed:\n%s", "".join(traceback.format_exception(error)))
+    return HTTPException(500, "expected an image, but the decode failed")
