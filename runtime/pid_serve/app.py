@@ -8,12 +8,14 @@ import io
 import json
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any
 
 from fastapi import Depends, FastAPI, Form, HTTPException, Query, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.openapi.utils import get_openapi
-from fastapi.responses import JSONResponse, Response, StreamingResponse
+from fastapi.responses import FileResponse, JSONResponse, Response, StreamingResponse
+from fastapi.staticfiles import StaticFiles
 from fastapi_offline import FastAPIOffline
 from PIL import Image
 from prometheus_client import generate_latest
@@ -32,7 +34,7 @@ from pid_serve.bodies import (
 )
 from pid_serve.guard import Guard
 from pid_serve.metrics import Metrics
-from pid_serve.service import Captions, Model, Report, Service, refusal, unfit
+from pid_serve.service import Captions, Files, Model, Report, Service, refusal, unfit
 from pid_serve.sessions import Step
 
 _POLL_SECONDS = 0.05
@@ -41,6 +43,15 @@ _POLL_SECONDS = 0.05
 _EVENTS = "text/event-stream"
 _JSON = "application/json"
 _SAFETENSORS = "application/octet-stream"
+
+_PAGE = Path(__file__).parent / "page"
+_PAGE_HEADERS = {
+    "Content-Security-Policy": (
+        "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob: data:; "
+        "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    ),
+    "Referrer-Policy": "no-referrer",
+}
 
 _ERROR: dict[str, Any] = {"content": {_JSON: {"schema": {"$ref": "#/components/schemas/Refusal"}}}}
 _REFUSALS: dict[int | str, dict[str, Any]] = {
@@ -182,7 +193,7 @@ def make_app(
         return JSONResponse({"detail": detail}, 422)
 
     async def answer(
-        request: Request, make: Callable[[Report], Awaitable[bytes]], output: str, field: str
+        request: Request, make: Callable[[Report], Awaitable[Files]], output: str, field: str
     ) -> Response:
         """What `make` makes, when it is made or with its steps as events."""
         if _EVENTS in request.headers.get("accept", ""):
@@ -196,7 +207,7 @@ def make_app(
             while not (await asyncio.wait({making}, timeout=_POLL_SECONDS))[0]:
                 if await request.is_disconnected():
                     return Response(status_code=499)
-            return Response(await making, media_type=MEDIA_TYPES[output])
+            return Response((await making).image, media_type=MEDIA_TYPES[output])
         except Exception as error:  # noqa: BLE001  each has its answer
             raise refusal(error, field) from None
         finally:
@@ -212,11 +223,11 @@ def make_app(
         body = await request.body()
         kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
 
-        async def make(report: Report) -> bytes:
+        async def make(report: Report) -> Files:
             given = await asyncio.to_thread(read_tensors, body)
             return await service.decode(given, settings, report)
 
-        async def make_of_json(report: Report) -> bytes:
+        async def make_of_json(report: Report) -> Files:
             return await service.decode(as_tensors(sent), sent, report)
 
         if kind != _JSON:
@@ -236,7 +247,7 @@ def make_app(
         """A picture enlarged, by a bundle whose latents this server can make."""
         body = await settings.image.read()
 
-        async def make(report: Report) -> bytes:
+        async def make(report: Report) -> Files:
             return await service.upscale(body, settings, report)
 
         return await answer(request, make, settings.output, "image")
@@ -254,6 +265,13 @@ def make_app(
     ) -> Response:
         """Captions of prompts, as safetensors: what `/v1/decode` takes, one at a time."""
         return await answer(request, lambda _: service.captions(body), "safetensors", "prompts")
+
+    @app.get("/", include_in_schema=False)
+    def page() -> Response:  # pyright: ignore[reportUnusedFunction]
+        """For people."""
+        return FileResponse(_PAGE / "index.html", headers=_PAGE_HEADERS)
+
+    app.mount("/page", StaticFiles(directory=_PAGE))
 
     @app.get("/v1/models", dependencies=[Depends(check_token)], responses={401: _REFUSALS[401]})
     def models_(  # pyright: ignore[reportUnusedFunction]
@@ -283,7 +301,7 @@ def make_app(
     return app
 
 
-async def _within(seconds: float, making: Awaitable[bytes]) -> bytes:
+async def _within(seconds: float, making: Awaitable[Files]) -> Files:
     try:
         return await asyncio.wait_for(making, seconds)
     except asyncio.TimeoutError:
@@ -291,9 +309,9 @@ async def _within(seconds: float, making: Awaitable[bytes]) -> bytes:
 
 
 async def _events(
-    make: Callable[[Report], Awaitable[bytes]], media_type: str, seconds: float, field: str
+    make: Callable[[Report], Awaitable[Files]], media_type: str, seconds: float, field: str
 ) -> AsyncIterator[str]:
-    """Events "step", and at last "image" or "error"."""
+    """Events "step", perhaps "native", and at last "image" or "error"."""
     steps: asyncio.Queue[Step | None] = asyncio.Queue()
     making = asyncio.ensure_future(_within(seconds, make(steps.put_nowait)))
     making.add_done_callback(lambda _: steps.put_nowait(None))
@@ -302,13 +320,19 @@ async def _events(
         while (step := await steps.get()) is not None:
             yield _event("step", step=step.done, steps=step.steps, preview=_data_url(step))
         try:
-            data = base64.b64encode(await making).decode()
-            yield _event("image", media_type=media_type, data=data)
+            files = await making
+            if files.native is not None:
+                yield _event("native", media_type=media_type, data=_base64(files.native))
+            yield _event("image", media_type=media_type, data=_base64(files.image))
         except Exception as error:  # noqa: BLE001  each has its answer
             refused = refusal(error, field)
             yield _event("error", status=refused.status_code, detail=refused.detail)
     finally:
         making.cancel()
+
+
+def _base64(data: bytes) -> str:
+    return base64.b64encode(data).decode()
 
 
 def _event(name: str, **data: Any) -> str:
@@ -321,4 +345,4 @@ def _data_url(step: Step) -> str | None:
         return None
     file = io.BytesIO()
     Image.fromarray(step.preview).save(file, "JPEG", quality=80)
-    return "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode()
+    return "data:image/jpeg;base64," + _base64(file.getvalue())

@@ -59,6 +59,7 @@ class Settings(BaseModel):
     prompt: Prompt | None = Field(None, description="what is to be seen, in place of a caption")
     output: Literal["png", "jpeg", "webp", "safetensors"] = "png"
     preview: bool = Field(False, description="of the state after each step, in events")
+    native: bool = Field(False, description="also what the latent's own decoder makes, in events")
 
 
 class DecodeSettings(Settings):

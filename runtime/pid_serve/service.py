@@ -4,6 +4,7 @@ import asyncio
 import logging
 import traceback
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,7 @@ from pid_serve.bodies import (
 )
 from pid_serve.metrics import Metrics
 from pid_serve.pool import Pool, QueueFullError, WorkerLostError
-from pid_serve.sessions import About, CaptionTask, DecodeTask, Floats, Made, Step
+from pid_serve.sessions import About, Bytes, CaptionTask, DecodeTask, Floats, Made, Step
 
 _log = logging.getLogger(__name__)
 
@@ -31,6 +32,16 @@ _AGAIN = {"Retry-After": "1"}
 Model = Pool[DecodeTask, Made]
 Captions = Pool[CaptionTask, Floats]
 Report = Callable[[Step], None]
+
+
+@dataclass(frozen=True)
+class Files:
+    """What a request is answered."""
+
+    image: bytes
+    """The picture, or of captions all."""
+    native: bytes | None = None
+    """What the latent's own decoder made, if that is wanted and can be had."""
 
 
 class Service:
@@ -46,8 +57,8 @@ class Service:
         self._models, self._captions = models, captions
         self._most_pixels, self._metrics = most_pixels, metrics
 
-    async def decode(self, tensors: Mapping[str, Any], settings: Settings, report: Report) -> bytes:
-        """The image of a latent `[1, C, h, w]`, as a file."""
+    async def decode(self, tensors: Mapping[str, Any], settings: Settings, report: Report) -> Files:
+        """The image of a latent `[1, C, h, w]`."""
         model = self._chosen(settings.model)
         manifest = _about(model).manifest
         caption = await self._caption(model, tensors.get("caption"), settings.prompt)
@@ -59,6 +70,7 @@ class Service:
             settings.seed,
             settings.steps,
             settings.preview,
+            settings.native,
         )
         check_request(
             manifest,
@@ -69,10 +81,10 @@ class Service:
             steps=task.steps,
         )
         made = await model.run(task, report)
-        return await self._file(made.image, settings.output)
+        return await self._files(made.image, made.native, settings.output)
 
-    async def upscale(self, body: bytes, settings: UpscaleSettings, report: Report) -> bytes:
-        """A picture enlarged, as a file."""
+    async def upscale(self, body: bytes, settings: UpscaleSettings, report: Report) -> Files:
+        """A picture enlarged."""
         model = self._chosen(settings.model)
         about = _about(model)
         if about.multiple is None:
@@ -92,15 +104,18 @@ class Service:
             settings.seed,
             settings.steps,
             settings.preview,
+            settings.native,
         )
         made = await model.run(task, report)
         scale = made.image.shape[0] // photo.shape[2]
-        return await self._file(made.image[: scale * height, : scale * width], settings.output)
+        image = made.image[: scale * height, : scale * width]
+        native = None if made.native is None else made.native[:height, :width]
+        return await self._files(image, native, settings.output)
 
-    async def captions(self, body: CaptionBody) -> bytes:
+    async def captions(self, body: CaptionBody) -> Files:
         """Captions of prompts, as safetensors."""
         found = await self._encoded(self._chosen(body.model), tuple(body.prompts), "prompts")
-        return save({"caption": np.ascontiguousarray(found)})
+        return Files(save({"caption": np.ascontiguousarray(found)}))
 
     def described(self, name: str) -> dict[str, Any]:
         """What clients may know of a model."""
@@ -151,10 +166,12 @@ class Service:
             )
         return await self._captions.run(CaptionTask(texts, manifest.network["text_max_length"]))
 
-    async def _file(self, pixels: Any, output: str) -> bytes:
-        def encode() -> bytes:
+    async def _files(self, image: Bytes, native: Bytes | None, output: str) -> Files:
+        def encode() -> Files:
             with self._metrics.stage("encode"):
-                return encoded(pixels, output)
+                return Files(
+                    encoded(image, output), None if native is None else encoded(native, output)
+                )
 
         return await asyncio.to_thread(encode)
 

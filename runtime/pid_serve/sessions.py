@@ -14,6 +14,7 @@ from pid_pipelines.before_decoding import captions_device, graph_device, torch_d
 from pid_pipelines.upscale_codecs import Codec, open_codec, pixels_per_latent
 from pid_pipelines.vae_graphs import is_exported
 from pid_runtime.bundle.manifest import Manifest
+from pid_runtime.command.images import to_uint8
 from pid_runtime.decoder import Decoder
 from pid_runtime.latents import noisy
 from pid_runtime.request import check_request
@@ -40,6 +41,8 @@ class DecodeTask:
     """None for the bundle's default."""
     preview: bool = False
     """Whether steps are to be seen."""
+    native: bool = False
+    """Whether what the latent's own decoder makes of it is wanted too."""
 
     def kind(self) -> Hashable:
         """What tasks of a batch have in common."""
@@ -63,6 +66,8 @@ class Made:
 
     image: Bytes
     """`[H, W, 3]`."""
+    native: Bytes | None
+    """`[h, w, 3]`, of the latent's own decoder; None if it is not wanted or not here."""
 
 
 @dataclass(frozen=True)
@@ -132,9 +137,10 @@ class DecodeSession:
     ) -> list[Made]:
         """Images of tasks of one kind; reports a `Step` for each."""
         captions = [task.caption for task in tasks if task.caption is not None]
+        latents = [self._latent(task) for task in tasks]
         request = check_request(
             self.about.manifest,
-            np.concatenate([self._latent(task) for task in tasks]),
+            np.concatenate(latents),
             np.concatenate(captions) if captions else None,
             sigma=[task.sigma for task in tasks],
             seed=[task.seed for task in tasks],
@@ -152,13 +158,24 @@ class DecodeSession:
                 ]
             report([Step(done, steps, preview) for preview in previews])
 
-        return [Made(each) for each in self._decoder.run(request, "uint8", progress=progress)]
+        images = self._decoder.run(request, "uint8", progress=progress)
+        natives = [
+            self._native(latent) if task.native else None
+            for task, latent in zip(tasks, latents, strict=True)
+        ]
+        return [Made(image, native) for image, native in zip(images, natives, strict=True)]
 
     def _latent(self, task: DecodeTask) -> NDArray[Any]:
         if task.latent is not None:
             return task.latent
         assert self._codec is not None and task.photo is not None
         return noisy(self.about.manifest, self._codec.encode(task.photo), task.sigma, task.seed)
+
+    def _native(self, latent: NDArray[Any]) -> Bytes | None:
+        if self._codec is None:
+            return None
+        image = self._codec.decode(latent.astype(np.float32, copy=False))
+        return to_uint8(np.clip(image, -1, 1))[0]
 
     def close(self) -> None:
         with contextlib.ExitStack() as ending:
@@ -180,7 +197,7 @@ def _preview(state: Floats, grid: tuple[int, int]) -> Bytes:
     patches = state.reshape(*grid, kept, by, kept, by, 3).mean((3, 5))
     # (rows, columns, y, x, 3) -> (rows, y, columns, x, 3)
     image = patches.swapaxes(1, 2).reshape(grid[0] * kept, grid[1] * kept, 3)
-    return np.rint((np.clip(image, -1, 1) + 1) * 127.5).astype(np.uint8)
+    return to_uint8(np.moveaxis(np.clip(image, -1, 1), -1, 0))
 
 
 @dataclass(frozen=True)

@@ -78,6 +78,7 @@ UNTESTED = {
     "tools/demo.py": "its decodes are those of end_to_end/test_nano_quality.py",
     "tools/evaluate_nano.py": "wrote bench/results/nano.json, which test_nano_quality.py reads",
     "tools/nano_photos.py": "what the training was given",
+    "tools/page_screenshot.py": "took docs/serving-page.jpg",
     "tools/plot_nano_log.py": "drew docs/nano-training.svg",
 }
 """Programs that nothing but people run."""

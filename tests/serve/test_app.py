@@ -386,9 +386,12 @@ def test_a_batch_gives_the_pixels_of_each(golden_bundle: Path) -> None:
 
         threads = [threading.Thread(target=decode, args=[seed]) for seed in range(5)]
         with stopped(model.pids):
-            for thread in threads:
+            threads[0].start()  # is begun alone
+            begun = b'pid_seconds_count{stage="wait"} 6.0'
+            wait_until(lambda: begun in ask(port, "GET", "/metrics")[2])
+            for thread in threads[1:]:
                 thread.start()
-            wait_until(lambda: model.waiting >= 4)
+            wait_until(lambda: model.waiting == 4)
         for thread in threads:
             thread.join()
     assert len(set(alone)) == 5 and [found[seed] for seed in range(5)] == alone
