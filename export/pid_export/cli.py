@@ -22,6 +22,14 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 
+_BUCKETS, _STEPS = "2k,3k,4k", 4
+
+_OF_DECODERS = (
+    *("variant", "config", "checkpoint", "force_space", "random_weights"),
+    *("buckets", "steps", "arbitrary_timesteps"),
+)
+"""Options that neither captioners nor autoencoders have."""
+
 _EXAMPLES = """\
 examples:
   pid-export --space nano -o nano
@@ -96,11 +104,12 @@ def _parser() -> console.ArgumentParser:
     how.add_argument("--precision", default="fp32", help="fp32, fp16 or bf16")
     how.add_argument(
         "--buckets",
-        default="2k,3k,4k",
         metavar="LIST",
-        help="token budgets: 2k, 3k, 4k or NAME=TOKENS",
+        help=f"token budgets: 2k, 3k, 4k or NAME=TOKENS (default: {_BUCKETS})",
     )
-    how.add_argument("--steps", type=int, default=4, help="default steps of a decode: 1, 2 or 4")
+    how.add_argument(
+        "--steps", type=int, help=f"default steps of a decode: 1, 2 or 4 (default: {_STEPS})"
+    )
     how.add_argument(
         "--arbitrary-timesteps",
         action="store_true",
@@ -138,8 +147,8 @@ def _export(args: Namespace) -> None:
 
     options = ExportOptions(
         args.precision,
-        parse_buckets(args.buckets, config.patch_size),
-        args.steps,
+        parse_buckets(_BUCKETS if args.buckets is None else args.buckets, config.patch_size),
+        _STEPS if args.steps is None else args.steps,
         args.arbitrary_timesteps,
     )
     if checkpoint is not None and not checkpoint.distilled and not args.arbitrary_timesteps:
@@ -187,7 +196,7 @@ def _export(args: Namespace) -> None:
 
 
 def _export_vae(args: Namespace) -> None:
-    _refuse_others(args, "vae", "caption_encoder", "variant", "config", "checkpoint")
+    _refuse_others(args, "vae", "caption_encoder")
     if args.space is None:
         raise ExportInputError("expected --space with --vae, but got none; add the space it is of")
     if args.precision != "fp32":
@@ -216,9 +225,9 @@ def _export_vae(args: Namespace) -> None:
 
 
 def _refuse_others(args: Namespace, chosen: str, *others: str) -> None:
-    """Raise `ExportInputError` for an option that does not go with another."""
-    for name in (*others, "random_weights"):
-        if getattr(args, name) is not None:
+    """Raise `ExportInputError` for an option that does not go with what is to be exported."""
+    for name in (*others, *_OF_DECODERS):
+        if not any(getattr(args, name) is absent for absent in (None, False)):
             raise ExportInputError(
                 f"expected no --{name.replace('_', '-')} with --{chosen.replace('_', '-')}, but "
                 "got one; drop it"
@@ -226,7 +235,7 @@ def _refuse_others(args: Namespace, chosen: str, *others: str) -> None:
 
 
 def _export_captioner(args: Namespace) -> None:
-    _refuse_others(args, "caption_encoder", "space", "variant", "config", "checkpoint")
+    _refuse_others(args, "caption_encoder", "space")
     check_new(args.output)
     console.need_packages(("transformers", "diffusers", "tokenizers"), "pipelines")
     from pid_export.captioner import export_captioner

@@ -542,6 +542,27 @@ def test_requests_that_make_no_sense(
     assert part in export.refusal(*arguments)
 
 
+@pytest.mark.parametrize(
+    "what", [("--caption-encoder", "encoder"), ("--vae", "ae.safetensors", "--space", "flux")]
+)
+def test_options_of_decoders_are_of_nothing_else(
+    what: tuple[str, ...], refusal: Refusal, tmp_path: Path
+) -> None:
+    for option in (
+        ("--variant", "2k"),
+        ("--config", "config.json"),
+        ("--checkpoint", "model.pth"),
+        ("--force-space",),
+        ("--random-weights", 0),
+        ("--buckets", "2k"),
+        ("--steps", 4),
+        ("--arbitrary-timesteps",),
+    ):
+        told = f"expected no {option[0]} with {what[0]}, but got one; drop it"
+        assert told in refusal(main, *what, *option, "-o", tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
 def test_weights_are_said_once(export: Export) -> None:
     file = official(export.folder)
     assert "got both" in export.refusal(*export.random, "--checkpoint", file)
