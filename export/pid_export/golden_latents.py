@@ -14,11 +14,11 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
 from pid_export.errors import ExportInputError
-from pid_pipelines.generator_latents import batch_normalization, pid_latent, pid_noise
+from pid_pipelines.generator_latents import pid_latent, pid_noise
 from pid_ref.errors import PidInputError
 from pid_ref.registry import find_space
 from pid_runtime.errors import InputError
-from pid_runtime.latents import Normalization
+from pid_runtime.latents import Normalization, batch_normalization
 
 TOLERANCE = 1e-6
 """Largest absolute difference of a latent from a golden file, in float32, over values of order 1.

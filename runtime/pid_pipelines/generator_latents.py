@@ -7,12 +7,9 @@ from numpy.typing import NDArray
 
 from pid_pipelines.errors import PipelineInputError
 from pid_ref.registry import LatentSpace
-from pid_runtime.latents import Normalization, unpacked
+from pid_runtime.latents import RAW_PATCH, Normalization, in_blocks, unpacked
 
 Floats = NDArray[np.float32]
-
-_RAW_PATCH = 2
-"""Of FLUX.2 the raw latent pixels along a side of one of the space."""
 
 
 def pid_latent(
@@ -36,8 +33,8 @@ def pid_latent(
         return _of_tokens(space, given, size)
     if given.ndim == 4 and given.shape[1] == space.channels:
         return given
-    is_raw = given.ndim == 4 and given.shape[1] * _RAW_PATCH**2 == space.channels
-    if not is_raw or space.factor is not None or any(side % _RAW_PATCH for side in given.shape[2:]):
+    is_raw = given.ndim == 4 and given.shape[1] * RAW_PATCH**2 == space.channels
+    if not is_raw or space.factor is not None or any(side % RAW_PATCH for side in given.shape[2:]):
         tokens = f", or tokens [B, n, {space.token_width}]" if space.token_width else ""
         raise PipelineInputError(
             f"expected latents of {space.name}, [B, {space.channels}, h, w]{tokens}, but got "
@@ -49,7 +46,7 @@ def pid_latent(
             f"expected normalised latents of {space.name}, but got raw ones {list(given.shape)}; "
             "give the pipeline that made them, whose VAE knows how to normalise them"
         )
-    return raw.apply(_in_blocks(given))
+    return raw.apply(in_blocks(given))
 
 
 def _of_tokens(space: LatentSpace, given: Floats, size: tuple[int, int] | None) -> Floats:
@@ -66,20 +63,6 @@ def _of_tokens(space: LatentSpace, given: Floats, size: tuple[int, int] | None) 
             "the pipeline was given"
         )
     return unpacked(given, patch * rows, patch * columns, patch)
-
-
-def _in_blocks(raw: Floats) -> Floats:
-    """`[B, c, 2 h, 2 w]` as `[B, 4 c, h, w]`: channel by channel, then row by row of a block."""
-    batch, channels, height, width = raw.shape
-    grid = raw.reshape(batch, channels, height // _RAW_PATCH, _RAW_PATCH, -1, _RAW_PATCH)
-    blocks = grid.transpose(0, 1, 3, 5, 2, 4)
-    return blocks.reshape(batch, -1, height // _RAW_PATCH, width // _RAW_PATCH)
-
-
-def batch_normalization(mean: Floats, variance: Floats, eps: float) -> Normalization:
-    """The rule of raw latents by FLUX.2's statistics `[C]`: (z - mean) / sqrt(variance + eps)."""
-    factor = 1 / np.sqrt(variance.astype(np.float32) + np.float32(eps))
-    return Normalization(tuple(factor.tolist()), tuple(mean.astype(np.float32).tolist()))
 
 
 def pid_noise(

@@ -11,7 +11,6 @@ from packaging.version import Version
 
 from pid_pipelines.backbones import BACKBONES, Backbone
 from pid_pipelines.errors import PipelineInputError
-from pid_pipelines.generator_latents import batch_normalization
 from pid_pipelines.generator_run import to_numpy
 from pid_pipelines.vae_files import channels_of, is_rule_of
 from pid_pipelines.vae_model import LoadedVae
@@ -20,7 +19,7 @@ from pid_ref.hub import why_not
 from pid_ref.registry import SPACES, LatentSpace, find_space
 from pid_runtime.backends.memory import trim_heap
 from pid_runtime.errors import memory_shortage
-from pid_runtime.latents import Normalization
+from pid_runtime.latents import Normalization, batch_normalization
 
 
 def space_of(pipe: Any) -> LatentSpace:

@@ -48,6 +48,14 @@ def comfyui_normalization(manifest: Manifest) -> Normalization | None:
     return Normalization(factor, shift) if factor and shift else None
 
 
+def batch_normalization(
+    mean: NDArray[np.float32], variance: NDArray[np.float32], eps: float
+) -> Normalization:
+    """The rule of raw latents by FLUX.2's statistics `[C]`: (z - mean) / sqrt(variance + eps)."""
+    factor = 1 / np.sqrt(variance.astype(np.float32) + np.float32(eps))
+    return Normalization(tuple(factor.tolist()), tuple(mean.astype(np.float32).tolist()))
+
+
 LATENT_DRAW = 2**32 - 1
 """The draw that a latent's own noise is; a decode of the same seed uses the first few."""
 
@@ -83,6 +91,18 @@ def unpacked(
     channels = depth // patch**2
     grid = tokens.reshape(batch, height // patch, width // patch, channels, patch, patch)
     return grid.transpose(0, 3, 1, 4, 2, 5).reshape(batch, channels, height, width)
+
+
+RAW_PATCH = 2
+"""Of FLUX.2 the raw latent pixels along a side of one of the space."""
+
+
+def in_blocks(raw: NDArray[np.float32]) -> NDArray[np.float32]:
+    """`[B, c, 2 h, 2 w]` as `[B, 4 c, h, w]`: channel by channel, then row by row of a block."""
+    batch, channels, height, width = raw.shape
+    grid = raw.reshape(batch, channels, height // RAW_PATCH, RAW_PATCH, -1, RAW_PATCH)
+    blocks = grid.transpose(0, 1, 3, 5, 2, 4)
+    return blocks.reshape(batch, -1, height // RAW_PATCH, width // RAW_PATCH)
 
 
 def latents_of(manifest: Manifest) -> str:

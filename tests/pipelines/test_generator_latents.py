@@ -9,9 +9,10 @@ from safetensors import safe_open
 
 from pid_pipelines.backbones import BACKBONES
 from pid_pipelines.errors import PipelineInputError
-from pid_pipelines.generator_latents import batch_normalization, pid_latent, pid_noise
+from pid_pipelines.generator_latents import pid_latent, pid_noise
 from pid_pipelines.vaes import VAES
 from pid_ref.registry import SPACES, find_space
+from pid_runtime.latents import batch_normalization
 from places import GOLDEN
 
 Floats = NDArray[np.float32]

@@ -10,9 +10,10 @@ import torch
 from fakes.generators import PARTS, small_pipeline
 from pid_pipelines.backbones import BACKBONES
 from pid_pipelines.errors import PipelineInputError
-from pid_pipelines.generator_latents import batch_normalization, pid_latent
+from pid_pipelines.generator_latents import pid_latent
 from pid_pipelines.generator_run import Catcher, run, to_numpy
 from pid_ref.registry import SPACES, find_space
+from pid_runtime.latents import batch_normalization
 
 SIZE = {"height": 64, "width": 96}
 

@@ -63,8 +63,9 @@ files:
   others. Names, sizes and types of all inputs are checked before the first decode. Images appear
   whole or not at all.
   .npy files, and tensors by torch.save, are read too. --latent-form says what a file does not:
-  raw, as a VAE's encoder gives it, or packed, tokens [B, n, width] of a square picture or of
-  another, packed:1024x768.
+  raw, as a VAE's encoder gives it; raw:flux2_ae.safetensors, of FLUX.2, which is normalised by
+  statistics in its VAE's file; or packed, tokens [B, n, width] of a square picture or of another,
+  packed:1024x768.
 
   Photos go to pid-upscale, which encodes them first.
 """
@@ -100,7 +101,8 @@ def _parser() -> argparse.ArgumentParser:
         type=_form,
         default=LatentForm(),
         metavar="FORM",
-        help=f"{', '.join(FORMS)}; packed:1024x768 says of which picture (default: auto)",
+        help=f"{', '.join(FORMS)}; raw:FILE says whose statistics normalise it, packed:1024x768 of "
+        "which picture it is (default: auto)",
     )
     add("--caption-key", metavar="NAME", help="the caption's tensor, if it has another name")
     add(
@@ -274,13 +276,15 @@ def _check_kinds(arguments: Namespace, *, many: bool) -> None:
 
 
 def _form(text: str) -> LatentForm:
-    kind, colon, size = text.partition(":")
-    if kind not in FORMS or (colon and kind != "packed"):
+    kind, colon, more = text.partition(":")
+    if kind not in FORMS or (colon and (kind not in ("raw", "packed") or not more)):
         raise argparse.ArgumentTypeError(
-            f"expected {', '.join(FORMS)} or packed:1024x768, but got {text!r}"
+            f"expected {', '.join(FORMS)}, raw:FILE or packed:1024x768, but got {text!r}"
         )
+    if kind == "raw" and colon:
+        return LatentForm(kind, statistics=Path(more))
     try:
-        return LatentForm(kind, console.read_size(size) if colon else None)
+        return LatentForm(kind, console.read_size(more) if colon else None)
     except PidRuntimeError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
 

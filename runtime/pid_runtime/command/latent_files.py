@@ -1,7 +1,8 @@
 """Latents and caption embeddings in files, read without torch but for those that torch wrote."""
 
+import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,15 @@ from safetensors import SafetensorError, safe_open
 
 from pid_runtime.bundle.manifest import Manifest
 from pid_runtime.errors import PidRuntimeError
-from pid_runtime.latents import Normalization, comfyui_normalization, may_be_tokens, unpacked
+from pid_runtime.latents import (
+    RAW_PATCH,
+    Normalization,
+    batch_normalization,
+    comfyui_normalization,
+    in_blocks,
+    may_be_tokens,
+    unpacked,
+)
 
 LATENT_SUFFIXES = (".safetensors", ".latent", ".npy", ".pt")
 """Of latent files; the second is ComfyUI's."""
@@ -28,6 +37,12 @@ LATENT, CAPTION, SIGMA = "latent", "caption", "sigma"
 
 _COMFYUI_LATENT, _COMFYUI_MARK = "latent_tensor", "latent_format_version_0"
 """Names of tensors in ComfyUI's latent files: the raw latent, and an empty one that says so."""
+
+_STATISTICS = ("bn.running_mean", "bn.running_var")
+"""In the file of FLUX.2's autoencoder, its authors' or diffusers'."""
+
+_STATISTICS_EPS = 1e-4
+"""What FLUX.2's autoencoder adds to its variances."""
 
 _NUMPY = b"\x93NUMPY"
 _TORCH = (b"PK\x03\x04", b"\x80")
@@ -54,6 +69,9 @@ class LatentForm:
     size: tuple[int, int] | None = None
     """Of packed ones width and height in pixels of the picture that they are of; None for one that
     is square."""
+    statistics: Path | None = None
+    """Of raw ones the safetensors file of their autoencoder, whose statistics normalise them as
+    FLUX.2's do; None for the rule of the bundle."""
 
 
 @dataclass(frozen=True)
@@ -66,8 +84,8 @@ class StoredTensor:
     """As the decoder takes it, with a batch axis; the file's own where that is not clear."""
     normalization: Normalization | None = None
     """What is to be done to its values; None for nothing."""
-    patch: int = 0
-    """Of tokens the latent pixels along a side of one; 0 for latents that are not packed."""
+    arrange: Callable[[_Floats], _Floats] | None = None
+    """How the file's values come into this shape; None where they lie as they are to be."""
 
     def read(self) -> _Floats:
         """Its values in float32. Raises `PidRuntimeError` for NaN, or a file that changed."""
@@ -78,8 +96,8 @@ class StoredTensor:
             else:
                 with safe_open(self.path, "np") as file:
                     values = file.get_tensor(self.name).astype(np.float32)
-            if self.patch:
-                values = unpacked(values, self.shape[2], self.shape[3], self.patch)
+            if self.arrange is not None:
+                values = self.arrange(values)
             values = values.reshape(self.shape)
         except (OSError, SafetensorError, ValueError) as error:
             raise PidRuntimeError(f"cannot read {self.path}: {error}") from None
@@ -138,7 +156,7 @@ def open_latent_file(
     note = None
     if latent.normalization is not None:
         note = "raw latents, normalised as this bundle takes them"
-    elif latent.patch:
+    elif latent.arrange is not None:
         note = f"tokens, unpacked to {list(latent.shape)}"
     return LatentFile(latent, caption, sigma, note)
 
@@ -245,6 +263,14 @@ def _find_latent(
             latent = replace(latent, shape=(1, *shape))
     elif len(shape) == 5 and shape[2] == 1:
         latent = replace(latent, shape=(*shape[:2], *shape[3:]))
+    if form.statistics is not None:
+        return _by_statistics(latent, manifest, form.statistics)
+    if manifest.model.get("space") == "flux2" and _is_in_parts(latent.shape, manifest):
+        raise PidRuntimeError(
+            f"expected {path} to hold latents of {manifest.network['latent_channels']} channels, "
+            f"but got raw ones, {list(latent.shape)}; name the file of FLUX.2's autoencoder, whose "
+            "statistics normalise them, as --latent-form raw:flux2_ae.safetensors"
+        )
     is_raw = is_comfyui and key == _COMFYUI_LATENT
     if form.kind == "normalised" or (form.kind == "auto" and not is_raw):
         return latent
@@ -256,6 +282,38 @@ def _find_latent(
             "bundle does not say how to normalise it; normalise it and save it as 'latent'"
         )
     return replace(latent, normalization=rule)
+
+
+def _is_in_parts(shape: tuple[int, ...], manifest: Manifest) -> bool:
+    """Whether latents are FLUX.2's raw ones, of which 2x2 pixels are one of the bundle's."""
+    return len(shape) == 4 and shape[1] * RAW_PATCH**2 == manifest.network["latent_channels"]
+
+
+def _by_statistics(latent: StoredTensor, manifest: Manifest, statistics: Path) -> StoredTensor:
+    """A raw latent, to be normalised by the statistics in a file.
+
+    Raises `PidRuntimeError` for a file without them, or with those of other latents.
+    """
+    channels = manifest.network["latent_channels"]
+    header = _read_header(statistics)
+    if any(header.get(name, ("", ()))[1] != (channels,) for name in _STATISTICS):
+        raise PidRuntimeError(
+            f"expected {' and '.join(_STATISTICS)} of {channels} channels in {statistics}, but got "
+            "none; give the safetensors file of the autoencoder that made the latents, FLUX.2's"
+        )
+    mean, variance = (StoredTensor(statistics, name, (channels,)).read() for name in _STATISTICS)
+    latent = replace(latent, normalization=batch_normalization(mean, variance, _STATISTICS_EPS))
+    shape = latent.shape
+    if not _is_in_parts(shape, manifest):
+        return latent
+    if any(side % RAW_PATCH for side in shape[2:]):
+        raise PidRuntimeError(
+            f"expected raw latents of even height and width in {latent.path}, but got "
+            f"{list(shape)}; generate a picture whose sides are multiples of "
+            f"{manifest.network['latent_down']}"
+        )
+    sides = (side // RAW_PATCH for side in shape[2:])
+    return replace(latent, shape=(shape[0], channels, *sides), arrange=in_blocks)
 
 
 def _packed(latent: StoredTensor, manifest: Manifest, form: LatentForm) -> StoredTensor:
@@ -280,7 +338,8 @@ def _packed(latent: StoredTensor, manifest: Manifest, form: LatentForm) -> Store
             f"latent pixels of {network['latent_down']} pixels each; give the size of the picture "
             "that was generated, as --latent-form packed:1024x768"
         )
-    return replace(latent, shape=(shape[0], channels, rows, columns), patch=patch)
+    arrange = functools.partial(unpacked, height=rows, width=columns, patch=patch)
+    return replace(latent, shape=(shape[0], channels, rows, columns), arrange=arrange)
 
 
 def _find_caption(path: Path, header: _Header, name: str) -> StoredTensor:

@@ -680,11 +680,51 @@ def test_packed_latents_are_unpacked_as_diffusers_does(
         open_latent_file(path, manifest, form=LatentForm("packed", (64, 64)))
 
 
+def test_raw_latents_of_flux2_are_normalised_by_the_statistics_of_their_autoencoder(
+    edit_bundle: EditBundle, tmp_path: Path
+) -> None:
+    golden = load_file(LATENTS)
+    manifest = read_manifest(edit_bundle(), verify=False)
+    manifest.network.update(latent_channels=128, latent_down=16)
+    manifest.model["space"] = "flux2"
+    statistics, path = tmp_path / "ae.safetensors", tmp_path / "raw.safetensors"
+    mean, variance = golden["flux2/bn_mean"], golden["flux2/bn_var"]
+    save_file({"bn.running_mean": mean, "bn.running_var": variance}, statistics)
+    raw, wanted = (
+        golden[f"flux2-klein-4b/{name}"].contiguous() for name in ("pipeline_output", "latent")
+    )
+    assert raw.shape[1] == 32
+    form = LatentForm("raw", statistics=statistics)
+    blocks = torch.nn.functional.pixel_unshuffle(raw, 2)
+    for values in (raw, blocks):
+        save_file({"latent": values}, path)
+        file = open_latent_file(path, manifest, form=form)
+        np.testing.assert_allclose(file.latent.read(), wanted.numpy(), rtol=0, atol=1e-6)
+        assert file.note == "raw latents, normalised as this bundle takes them"
+        assert file.latent.outline().shape == wanted.shape
+    for values, given, message in (
+        (raw, LatentForm(), r"got raw ones, \[2, 32, .*as --latent-form raw:flux2_ae.safetensors"),
+        (raw, LatentForm("raw"), "name the file of FLUX.2's autoencoder"),
+        (raw[..., 1:], form, r"of even height and width in .* multiples of 16$"),
+        (
+            raw,
+            LatentForm("raw", statistics=path),
+            "running_var of 128 channels in .*, but got none",
+        ),
+    ):
+        save_file({"latent": values.contiguous()}, path)
+        with pytest.raises(PidRuntimeError, match=message):
+            open_latent_file(path, manifest, form=given)
+
+
 def test_the_form_of_a_latent(work: Work, edit_bundle: EditBundle) -> None:
     rule = {"factor": [0.5], "shift": [0.25]}
     model = {"space": "flux", "comfyui_latent": rule, "token_width": 64, "captioned": False}
     bundle = edit_bundle(lambda manifest: manifest.update(model=model))
     raw = work.file("raw", latent=LATENT / 0.5 + 0.25)
+    statistics = work.file(
+        "ae", **{"bn.running_mean": torch.full((16,), 0.25), "bn.running_var": torch.full((16,), 4)}
+    )
     square = LATENT[:, :2, :2]
     tokens = square.reshape(16, 1, 2, 1, 2).permute(1, 3, 0, 2, 4).reshape(1, 1, 64)
     made: dict[str, Any] = {}
@@ -692,6 +732,7 @@ def test_the_form_of_a_latent(work: Work, edit_bundle: EditBundle) -> None:
         ("plain", work.file("plain", latent=LATENT), "auto"),
         ("normalised", work.file("plain", latent=LATENT), "normalised"),
         ("raw", raw, "raw"),
+        ("by_statistics", work.file("other", latent=LATENT * 2 + 0.25), f"raw:{statistics}"),
         ("square", work.file("square", latent=square), "auto"),
         ("packed", work.file("packed", latent=tokens), "packed"),
         ("sized", work.file("packed", latent=tokens), "packed:16x16"),
@@ -699,20 +740,23 @@ def test_the_form_of_a_latent(work: Work, edit_bundle: EditBundle) -> None:
         options = ("--latent", path, "-o", work.image, "--overwrite", "--latent-form", form)
         code, _, err = work.run(*options, bundle=bundle)
         assert code == 0
-        assert ("raw latents, normalised" in err) == (name == "raw")
+        assert ("raw latents, normalised" in err) == (name in ("raw", "by_statistics"))
         assert ("tokens, unpacked to [1, 16, 2, 2]" in err) == (name in ("packed", "sized"))
         with Image.open(work.image) as image:
             made[name] = np.asarray(image).astype(int)
     np.testing.assert_array_equal(made["normalised"], made["plain"])
     assert np.abs(made["raw"] - made["plain"]).max() <= 1
+    assert np.abs(made["by_statistics"] - made["plain"]).max() <= 1
     np.testing.assert_array_equal(made["packed"], made["square"])
     np.testing.assert_array_equal(made["sized"], made["square"])
     plain = edit_bundle()
     for form, message in (
         ("raw", "but got a raw one, and this bundle does not say how to normalise it"),
         ("packed", "expected a bundle whose latents are ever packed"),
-        ("tokens", "expected auto, normalised, raw, packed or packed:1024x768, but got 'tokens'"),
-        ("raw:16x16", "but got 'raw:16x16'"),
+        ("tokens", "expected auto, normalised, raw, packed, raw:FILE or packed:1024x768, but got "),
+        ("auto:16x16", "but got 'auto:16x16'"),
+        ("raw:", "but got 'raw:'"),
+        ("raw:absent", "expected a safetensors file, but absent is none"),
         ("packed:16", "expected a size such as 512x512, but got '16'"),
     ):
         assert message in work.mistake("--latent-form", form, bundle=plain)
