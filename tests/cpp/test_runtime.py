@@ -38,6 +38,7 @@ from pid_runtime.bundle.manifest_check import ALIGNMENT, LARGEST_ARENA
 from pid_runtime.bundle.sizes import Sizes, sizes_for
 from pid_runtime.bundle.source import Table, read_source
 from pid_runtime.command import decode_cli
+from pid_runtime.command.latent_files import LatentForm, open_latent_file
 from pid_runtime.decoder import Decoder
 from pid_runtime.errors import PidRuntimeError
 from pid_runtime.noise import image_noise
@@ -903,7 +904,7 @@ def test_command_decodes_a_folder_in_order(work: Work) -> None:
     work.file("latents/b", latent=work.latent[None], caption=work.caption)
     (work.folder / "latents" / "notes.txt").write_text("not a latent")
     code, out, err = work.run("--latents", "latents", "-o", "images", "--json", "--seed", 2**64 - 1)
-    skipped = "skipped 1 of 3 files in latents: .txt is none of *.safetensors, *.latent"
+    skipped = "skipped 1 of 3 files in latents: .txt is none of *.safetensors, *.latent, *.npy"
     assert (code, err) == (0, f"warning: {skipped}\n")
     result = json.loads(out)
     assert [each["image"] for each in result["images"]] == [
@@ -1101,7 +1102,8 @@ def test_command_knows_latents_of_other_tools(work: Work, tmp_path: Path) -> Non
     path = work.folder / work.file("raw", latent_tensor=raw, latent_format_version_0=mark)
     path.rename(path.with_suffix(".latent"))
     one = ("--latent", "raw.latent", *ONE[2:-1], "raw.png")
-    assert work.run(*one, bundle=bundle)[::2] == (0, "")
+    note = "raw.latent: raw latents, normalised as this bundle takes them\n"
+    assert work.run(*one, bundle=bundle)[::2] == (0, note)
     # A latent is rounded on its way there and back.
     np.testing.assert_allclose(work.pixels("raw.png"), work.pixels("image.png"), rtol=0, atol=1.01)
     assert "bundle does not say how to normalise it; " in work.refusal(*one)
@@ -1124,9 +1126,129 @@ def test_command_knows_latents_of_other_tools(work: Work, tmp_path: Path) -> Non
     ):
         path = work.file(name, latent=latent)
         assert message in work.refusal("--latent", path, "-o", "a.png", bundle=bundle)
-    np.save(work.folder / "latent.npy", work.latent)
-    refused = work.refusal("--latent", "latent.npy", "-o", "a.png")
-    assert "to be a safetensors file, but got a NumPy file; save its array as 'latent'" in refused
+    np.savez(work.folder / "latent.npz", work.latent)
+    refused = work.refusal("--latent", "latent.npz", "-o", "a.png")
+    assert "to be a safetensors file, but got a ZIP archive, as torch.save and numpy.s" in refused
+
+
+def in_parts(latent: Floats) -> Floats:
+    """Latents `[1, C, h, w]` as FLUX.2's autoencoder would give them, `[1, C / 4, 2 h, 2 w]`."""
+    _, channels, height, width = latent.shape
+    blocks = latent.reshape(1, channels // 4, 2, 2, height, width)
+    return blocks.transpose(0, 1, 4, 2, 5, 3).reshape(1, channels // 4, 2 * height, 2 * width)
+
+
+def packed(latent: NDArray[Any]) -> NDArray[Any]:
+    """Latents `[1, C, h, w]` as tokens `[1, h w / 4, 4 C]`."""
+    _, channels, height, width = latent.shape
+    grid = latent.reshape(1, channels, height // 2, 2, width // 2, 2)
+    return grid.transpose(0, 2, 4, 1, 3, 5).reshape(1, -1, 4 * channels)
+
+
+def test_command_reads_latents_of_every_form_as_python_does(work: Work, tmp_path: Path) -> None:
+    rule = {"factor": [0.5], "shift": [0.25]}
+    model = {"comfyui_latent": rule, "token_width": 64, "captioned": False}
+    bundle = edited(work.bundle, tmp_path / "forms", lambda tree: tree["model"].update(model))
+    manifest = read_manifest(bundle, verify=False)
+    numbers = np.random.default_rng(4).standard_normal((1, 16, 4, 2))
+    plain, square = (numbers[:, :, :rows].astype(np.float16) for rows in (4, 2))
+    latent = plain.astype(np.float32)
+    work.file("plain", latent=plain)
+    work.file("square", latent=square)
+    mean = np.linspace(-1, 1, 16, dtype=np.float32)
+    variance = np.linspace(0.5, 2, 16, dtype=np.float32)
+    work.file("ae", **{"bn.running_mean": mean, "bn.running_var": variance})
+    spread = np.sqrt(variance + np.float32(1e-4))
+    unlike = latent * spread[:, None, None] + mean[:, None, None]
+    for dtype in ("<f2", "<f4", "<f8"):
+        np.save(work.folder / f"{dtype[1:]}.npy", plain.astype(dtype))
+    np.save(work.folder / "columns.npy", np.asfortranarray(latent))
+    np.save(work.folder / "tokens.npy", packed(latent))
+
+    normalised = "raw latents, normalised as this bundle takes them"
+    made: dict[str, NDArray[Any]] = {}
+    for name, file, form, note in (
+        ("plain", "plain.safetensors", "auto", None),
+        ("normalised", "plain.safetensors", "normalised", None),
+        *((name, f"{name}.npy", "auto", None) for name in ("f2", "f4", "f8", "columns")),
+        ("raw", work.file("raw", latent=latent / 0.5 + 0.25).name, "raw", normalised),
+        ("parts", work.file("parts", latent=in_parts(unlike)).name, "raw:ae.safetensors", None),
+        ("unlike", work.file("unlike", latent=unlike).name, "raw:ae.safetensors", normalised),
+        ("tokens", "tokens.npy", "packed:16x32", "tokens, unpacked to [1, 16, 4, 2]"),
+        ("square", "square.safetensors", "auto", None),
+        ("squared", work.file("squared", latent=packed(square)).name, "packed", None),
+    ):
+        given = ("--latent", file, "--latent-form", form, "-o", f"{name}.png")
+        code, _, err = work.run(*given, bundle=bundle)
+        assert code == 0 and (note is None or err == f"{file}: {note}\n"), err
+        assert work.run(*given, "--overwrite", "--quiet", bundle=bundle)[::2] == (0, "")
+        made[name] = work.pixels(f"{name}.png").astype(int)
+        kind, _, more = form.partition(":")
+        python = open_latent_file(
+            work.folder / file,
+            manifest,
+            form=LatentForm(
+                kind,
+                (16, 32) if kind == "packed" and more else None,
+                work.folder / more if kind == "raw" and more else None,
+            ),
+        )
+        wanted = square if name.startswith("square") else latent
+        np.testing.assert_allclose(python.latent.read(), wanted, rtol=0, atol=1e-6)
+    for name in ("normalised", "f2", "f4", "f8", "columns", "tokens"):
+        np.testing.assert_array_equal(made[name], made["plain"])
+    for name in ("raw", "parts", "unlike"):  # rounded on the way there and back
+        assert np.abs(made[name] - made["plain"]).max() <= 1
+    np.testing.assert_array_equal(made["squared"], made["square"])
+
+
+def test_command_refuses_forms_that_a_latent_does_not_have(work: Work, tmp_path: Path) -> None:
+    tokens = edited(
+        work.bundle, tmp_path / "tokens", lambda tree: tree["model"].update(token_width=64)
+    )
+    flux2 = edited(
+        work.bundle, tmp_path / "flux2", lambda tree: tree["model"].update(space="flux2")
+    )
+    work.file("tokens", latent=np.ones((1, 8, 64), np.float32))
+    work.file("parts", latent=np.ones((1, 4, 4, 3), np.float32))
+    work.file("ae", **{"bn.running_mean": np.ones(16, np.float32)})
+    work.file("flux2_ae", **{f"bn.running_{n}": np.ones(16, np.float32) for n in ("mean", "var")})
+    np.save(work.folder / "whole.npy", work.latent)
+    whole = (work.folder / "whole.npy").read_bytes()
+    for name, content in (
+        ("cut", whole[:-1]),
+        ("short", whole[:9]),
+        ("long", whole[:8] + b"\xff\xff" + whole[10:]),
+        ("shapeless", whole.replace(b"'shape'", b"'chape'")),
+        ("huge", whole.replace(b"(16, 2, 3), ", b"(16, 2, %d), " % 10**14)),
+        ("objects", whole.replace(b"<f4", b"|O8")),
+    ):
+        (work.folder / f"{name}.npy").write_bytes(content)
+    np.save(work.folder / "numbers.npy", work.latent.astype(np.int32))
+    for file, form, bundle, message in (
+        ("latent.safetensors", "tokens", None, "raw, packed, raw:FILE or packed:1024x768, but got"),
+        ("latent.safetensors", "auto:16x16", None, "but got 'auto:16x16'"),
+        ("latent.safetensors", "raw:", None, "but got 'raw:'"),
+        ("latent.safetensors", "packed:16", None, "but got 'packed:16'"),
+        ("latent.safetensors", "raw", None, "a raw one, and this bundle does not say how to norm"),
+        ("latent.safetensors", "packed", None, "expected a bundle whose latents are ever packed"),
+        ("latent.safetensors", "packed", tokens, "expected tokens [B, n, 64] in latent.safetensor"),
+        ("tokens.safetensors", "packed", tokens, "expected tokens of a square, but tokens.safete"),
+        ("tokens.safetensors", "packed:64x64", tokens, "of 64x64, but tokens.safetensors has 8, o"),
+        ("parts.safetensors", "auto", flux2, "got raw ones, [1, 4, 4, 3]; name the file of FLUX.2"),
+        ("parts.safetensors", "raw:absent", flux2, "expected a safetensors file, but absent is no"),
+        ("parts.safetensors", "raw:ae.safetensors", flux2, "of 16 channels in ae.safetensors, but"),
+        ("parts.safetensors", "raw:flux2_ae.safetensors", flux2, "of even height and width in par"),
+        ("cut.npy", "auto", None, "cannot read it: it is shorter than its header says"),
+        ("short.npy", "auto", None, "cannot read it: its header is longer than the file"),
+        ("long.npy", "auto", None, "cannot read it: its header is longer than the file"),
+        ("shapeless.npy", "auto", None, "its header does not describe an array of numbers"),
+        ("huge.npy", "auto", None, "cannot read it: it is shorter than its header says"),
+        ("objects.npy", "auto", None, "to be F32, F16, BF16, but got |O8"),
+        ("numbers.npy", "auto", None, "to be F32, F16, BF16, but got <i4; convert it to float32"),
+    ):
+        given = ("--latent", file, "--latent-form", form, "-o", "a.png")
+        assert message in work.refusal(*given, bundle=bundle), (file, form)
 
 
 def test_command_refuses_damaged_bundles(work: Work, tmp_path: Path) -> None:
@@ -1244,7 +1366,6 @@ def test_a_library_has_the_flavor_that_engine_sets_have(
 
 
 FLAGS_OF_ONE = {
-    "--latent-form": "C++ reads normalised latents, and those of ComfyUI",
     "--provider-library": "Python finds plug-in providers by their packages",
 }
 """Flags that one of the two commands does not have, and why."""

@@ -5,6 +5,7 @@
 #include <cstdlib>
 #include <functional>
 #include <limits>
+#include <regex>
 #include <string_view>
 #include <system_error>
 
@@ -33,9 +34,12 @@ files:
   A latent file has one tensor, or one named "latent": [C, h, w] or [B, C, h, w] in float32,
   float16 or bfloat16, normalised as the bundle's manifest says. It may also hold "caption",
   [T, D] or [B, T, D], and "sigma", a number or [B]. ComfyUI's .latent files are known, and
-  normalised. A batch makes image-0.png, image-1.png, ..
+  normalised. A batch makes image-0.png, image-1.png, .. .npy files are read too.
   Image b of a file is decoded with seed + b, so a file gives the same images alone or among
-  others. Every input is checked before the first decode, and images appear whole or not at all.)";
+  others. Every input is checked before the first decode, and images appear whole or not at all.
+  --latent-form says what a file does not: raw, as a VAE's encoder gives it;
+  raw:flux2_ae.safetensors, of FLUX.2, which is normalised by statistics in its VAE's file; or
+  packed, tokens [B, n, width] of a square picture or of another, packed:1024x768.)";
 
 // A value that cannot be read, to be told with the option's name.
 struct Unusable {
@@ -69,6 +73,20 @@ std::vector<double> times(const std::string& text) {
         values.push_back(number(text.substr(begin, end - begin)));
     }
     return values;
+}
+
+LatentForm latent_form(const std::string& text) {
+    static const std::regex pattern("(auto|normalised|raw|packed)|raw:(.+)|"
+                                    "packed:([0-9]{1,8})[xX]([0-9]{1,8})");
+    std::smatch found;
+    if (!std::regex_match(text, found, pattern))
+        throw Unusable{"auto, normalised, raw, packed, raw:FILE or packed:1024x768"};
+    LatentForm form;
+    form.kind = text.substr(0, text.find(':'));
+    form.statistics = found[2].str();
+    if (found[3].matched)
+        form.size = {std::stoll(found[3]), std::stoll(found[4])};
+    return form;
 }
 
 pid_rule rule(const std::string& text) {
@@ -115,6 +133,10 @@ public:
         value("--captions", "DIR", "a folder of captions named as the latents", path(to_.captions));
         value("--latent-key", "NAME", "the latent's tensor, if it has another name",
               word(to_.latent_key));
+        value("--latent-form", "FORM",
+              "auto, normalised, raw, packed; raw:FILE says whose statistics normalise it, "
+              "packed:1024x768 of which picture it is (default: auto)",
+              [this](const std::string& text) { to_.latent_form = latent_form(text); });
         value("--caption-key", "NAME", "the caption's tensor, if it has another name",
               word(to_.caption_key));
         value("--sigma", "SIGMA", "noise level of the latents, 0 to 1 (default: the files', or 0)",

@@ -5,6 +5,7 @@
 #include <filesystem>
 #include <optional>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "pid/pid_runtime.h"
@@ -12,6 +13,18 @@
 namespace pid::cli {
 
 using Path = std::filesystem::path;
+
+// What latents in files are, as somebody who knows says.
+struct LatentForm {
+    // "auto": what the file says; "normalised", "raw" or "packed".
+    std::string kind = "auto";
+    // Of packed ones width and height in pixels of the picture that they are of; none for one that
+    // is square.
+    std::optional<std::pair<std::int64_t, std::int64_t>> size;
+    // Of raw ones the safetensors file of their autoencoder, whose statistics normalise them as
+    // FLUX.2's do; empty for the rule of the bundle.
+    Path statistics;
+};
 
 struct Arguments {
     Path bundle;
@@ -25,6 +38,7 @@ struct Arguments {
     // Names of tensors; empty to find them.
     std::string latent_key;
     std::string caption_key;
+    LatentForm latent_form;
     std::optional<float> sigma;
     std::uint64_t seed = 0;
     // 0 for what the bundle says.

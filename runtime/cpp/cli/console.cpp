@@ -36,6 +36,10 @@ void print_line(const std::string& line) {
     core::refuse("cannot write the result to stdout");
 }
 
+void print_note(const std::string& line) {
+    std::fputs((line + "\n").c_str(), stderr);
+}
+
 void print_warning(const std::string& line) {
     std::fputs(("warning: " + line + "\n").c_str(), stderr);
 }

@@ -14,6 +14,7 @@ struct ReaderLeft {};
 
 // Print a result on stdout. Throws ReaderLeft.
 void print_line(const std::string& line);
+void print_note(const std::string& line);
 void print_warning(const std::string& line);
 // Print "pid-decode-cpp: " and a message, and give the exit code back.
 int fail(const std::string& message, int code = bad_input);

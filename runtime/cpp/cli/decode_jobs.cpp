@@ -17,7 +17,8 @@ constexpr const char* caption_suffix = ".safetensors";
 
 // Whether a file is one of latents, by its name; the second suffix is ComfyUI's.
 bool is_latent_file(const Path& path) {
-    return path.extension() == caption_suffix || path.extension() == ".latent";
+    return path.extension() == caption_suffix || path.extension() == ".latent" ||
+           path.extension() == ".npy";
 }
 
 // In the order of their names, without hidden ones.
@@ -61,8 +62,8 @@ Path target_of(const Source& source, const Arguments& arguments, std::size_t bat
 
 Inputs read_source(const core::Manifest& manifest, const Source& source,
                    const Arguments& arguments) {
-    Inputs inputs =
-        read_latent_file(source.latent, manifest, arguments.latent_key, source.caption.empty());
+    Inputs inputs = read_latent_file(source.latent, manifest, arguments.latent_key,
+                                     arguments.latent_form, source.caption.empty());
     if (!source.caption.empty())
         inputs.caption = read_caption_file(source.caption, arguments.caption_key);
     if (arguments.sigma)
@@ -100,7 +101,7 @@ std::vector<Source> find_sources(const Arguments& arguments) {
         if (is_latent_file(file))
             sources.push_back({file, arguments.caption});
     if (sources.empty())
-        refuse("expected *.safetensors, *.latent files, but got none in ",
+        refuse("expected *.safetensors, *.latent, *.npy files, but got none in ",
                arguments.latents.string(), "; give another folder");
     if (arguments.captions.empty())
         return sources;
@@ -128,7 +129,7 @@ std::string skipped_files(const Arguments& arguments) {
         return "";
     return core::text_of("skipped ", skipped, " of ", files.size(), " files in ",
                          arguments.latents.string(), ": ", core::joined(kinds),
-                         " is none of *.safetensors, *.latent");
+                         " is none of *.safetensors, *.latent, *.npy");
 }
 
 core::Failure about(const Source& source, const core::Failure& failure) {

@@ -1,10 +1,11 @@
-// Latents and caption embeddings in safetensors files.
+// Latents and caption embeddings in files of safetensors and NumPy.
 #pragma once
 
 #include <filesystem>
 #include <string>
 #include <vector>
 
+#include "arguments.h"
 #include "bundle/manifest.h"
 
 namespace pid::cli {
@@ -20,11 +21,13 @@ struct Floats {
     const float* part(std::size_t image) const;
 };
 
-// What one file says; shapes as the decoder takes them.
+// What a file holds; shapes as the decoder takes them.
 struct LatentFile {
     Floats latent;  // [B, C, h, w]
     Floats caption; // [B, T, D] or [1, T, D]; not given if there is none
     Floats sigma;   // [B] or [1]; not given if there is none
+    // What was done to the latent; "" for nothing.
+    std::string note;
 };
 
 // Read a latent [C, h, w] or [B, C, h, w], and the caption and sigma beside it.
@@ -32,11 +35,12 @@ struct LatentFile {
 // The latent is the tensor called `key`; for "", the tensor called "latent", or the only one that
 // is neither "caption" [T, D] or [B, T, D] nor "sigma" (a number or one per image). That of
 // ComfyUI's files is known, and normalised. An axis of one frame, [B, C, 1, h, w], is left out; a
-// shape that is not clear stays as it is. Each is F32, F16 or BF16.
-// manifest: of the bundle that is to decode it. embedded_caption: read "caption", if there is one.
+// shape that is not clear stays as it is. Each is F32, F16 or BF16. A NumPy file is a latent.
+// manifest: of the bundle that is to decode it. form: what the latent is. embedded_caption: read
+// "caption", if there is one.
 // Refuses a file that cannot be read or holds something else, such as NaN.
 LatentFile read_latent_file(const std::filesystem::path& path, const core::Manifest& manifest,
-                            const std::string& key, bool embedded_caption);
+                            const std::string& key, const LatentForm& form, bool embedded_caption);
 
 // Read a caption embedding [T, D] or [B, T, D], as [1 or B, T, D].
 //

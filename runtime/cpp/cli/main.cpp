@@ -1,4 +1,4 @@
-// pid-decode-cpp: latents in safetensors files to PNG files, as pid-decode does in Python.
+// pid-decode-cpp: latents in files to PNG files, as pid-decode does in Python.
 #include <algorithm>
 #include <chrono>
 #include <cmath>
@@ -149,6 +149,8 @@ std::vector<double> run(core::Decoder& decoder, const std::vector<Job>& jobs,
     for (const Job& job : jobs) {
         if (job.index == 0)
             inputs = read_source(decoder.manifest(), job.source, arguments);
+        if (job.index == 0 && !inputs.note.empty() && !arguments.quiet)
+            print_note(job.source.latent.string() + ": " + inputs.note);
         const std::size_t count = inputs.latent.values.size() / inputs.latent.images();
         const std::string spread =
             core::spread_warning(decoder.manifest().model, inputs.latent.part(job.index), count);

@@ -1,5 +1,6 @@
 #include "latents.h"
 
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
 
@@ -20,6 +21,14 @@ double standard_deviation(const float* values, std::size_t count) {
 
 } // namespace
 
+bool Normalization::is_identity() const {
+    const auto are = [](const std::vector<float>& values, float wanted) {
+        return std::count(values.begin(), values.end(), wanted) ==
+               static_cast<std::ptrdiff_t>(values.size());
+    };
+    return are(factor, 1) && are(shift, 0);
+}
+
 void Normalization::apply(std::vector<float>& z, const Shape& shape) const {
     const auto channels = static_cast<std::size_t>(shape[1]);
     const auto pixels = static_cast<std::size_t>(shape[2] * shape[3]);
@@ -28,6 +37,50 @@ void Normalization::apply(std::vector<float>& z, const Shape& shape) const {
         z[i] = (z[i] - shift[shift.size() == 1 ? 0 : channel]) *
                factor[factor.size() == 1 ? 0 : channel];
     }
+}
+
+std::vector<float> unpacked(const std::vector<float>& tokens, const Shape& latent,
+                            std::int64_t patch) {
+    const std::int64_t channels = latent[1], height = latent[2], width = latent[3];
+    std::vector<float> values(tokens.size());
+    float* to = values.data();
+    for (std::int64_t image = 0; image < latent[0]; ++image)
+        for (std::int64_t channel = 0; channel < channels; ++channel)
+            for (std::int64_t y = 0; y < height; ++y)
+                for (std::int64_t x = 0; x < width; ++x) {
+                    const std::int64_t row = image * (height / patch) + y / patch;
+                    const std::int64_t token = row * (width / patch) + x / patch;
+                    const std::int64_t part = (channel * patch + y % patch) * patch + x % patch;
+                    *to++ =
+                        tokens[static_cast<std::size_t>(token * channels * patch * patch + part)];
+                }
+    return values;
+}
+
+std::vector<float> in_blocks(const std::vector<float>& raw, const Shape& latent) {
+    const std::int64_t channels = latent[1], height = latent[2], width = latent[3];
+    const std::int64_t parts = raw_patch * raw_patch;
+    std::vector<float> values(raw.size());
+    float* to = values.data();
+    for (std::int64_t image = 0; image < latent[0]; ++image)
+        for (std::int64_t channel = 0; channel < channels; ++channel)
+            for (std::int64_t y = 0; y < height; ++y)
+                for (std::int64_t x = 0; x < width; ++x) {
+                    const std::int64_t plane = image * channels / parts + channel / parts;
+                    const std::int64_t row = y * raw_patch + channel % parts / raw_patch;
+                    const std::int64_t column = x * raw_patch + channel % raw_patch;
+                    *to++ = raw[static_cast<std::size_t>(
+                        (plane * height * raw_patch + row) * width * raw_patch + column)];
+                }
+    return values;
+}
+
+Normalization batch_normalization(const std::vector<float>& mean,
+                                  const std::vector<float>& variance, float eps) {
+    Normalization rule{{}, mean};
+    for (const float each : variance)
+        rule.factor.push_back(1 / std::sqrt(each + eps));
+    return rule;
 }
 
 std::string latents_of(const Model& model) {

@@ -349,6 +349,8 @@ Manifest Manifest::parse(std::string_view text_of_file) {
         read_dimension(network, "text_dim"), read_dimension(network, "latent_channels"),
         integer(member(raw, "tokens_per_latent", where), where + ", tokens_per_latent")};
     read_latents(manifest.model, raw["model"], manifest.network.latent_channels);
+    const Json down = network.value("latent_down", Json());
+    manifest.model.latent_down = down.is_number_unsigned() ? down.get<std::uint64_t>() : 0;
     manifest.sampler = read_sampler(member(raw, "sampler", where), where + ", sampler");
     manifest.files = read_parts<File>(raw, "files", [](const Json& file, const std::string& at) {
         return File{integer(member(object(file, at), "bytes", at), at + ", bytes"),

@@ -177,6 +177,8 @@ struct Normalization {
     std::vector<float> factor;
     std::vector<float> shift;
 
+    // Whether nothing is done.
+    bool is_identity() const;
     // Normalise raw latents [B, C, h, w] where they are.
     void apply(std::vector<float>& z, const Shape& shape) const;
 };
@@ -195,6 +197,8 @@ struct Model {
     std::optional<std::pair<double, double>> latent_spread;
     // Channels of tokens [B, n, token_width] in which generators pack latents; 0 if none does.
     std::uint64_t token_width = 0;
+    // Pixels of the generator's picture per latent pixel; 0 if the bundle does not say.
+    std::uint64_t latent_down = 0;
     // How ComfyUI's latents become this bundle's.
     std::optional<Normalization> comfyui_latent;
     // Whether a latent of noise level sigma may be x0 + sigma noise, of an Euler schedule.
