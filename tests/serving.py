@@ -3,6 +3,10 @@
 import contextlib
 import http.client
 import io
+import json
+import re
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Generator, Mapping
@@ -46,6 +50,31 @@ def serving(
     finally:
         server.should_exit = True
         thread.join()
+
+
+@contextlib.contextmanager
+def running(*arguments: object) -> Generator[tuple[int, int]]:
+    """The command `pid-serve` as a process of its own; gives its port and its id."""
+    command = [sys.executable, "-m", "pid_serve.cli", *map(str, arguments), "--port", "0", "--json"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        try:
+            yield int(json.loads(process.stdout.readline())["address"].split(":")[-1]), process.pid
+        finally:
+            process.terminate()
+            assert process.wait(60) == 0
+
+
+def own_bytes(pid: int) -> int:
+    """Memory of a process that is not a file's."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    return 1024 * int(status.split("RssAnon:")[1].split()[0])
+
+
+def metric(port: int, name: str) -> float:
+    """The sum of a metric over its labels."""
+    text = ask(port, "GET", "/metrics")[2].decode()
+    return sum(map(float, re.findall(rf"^{name}(?:{{[^}}]*}})? (\S+)$", text, re.M)))
 
 
 def ask(port: int, method: str, path: str, body: bytes = b"", **headers: str) -> Answer:

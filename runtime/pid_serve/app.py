@@ -55,6 +55,7 @@ _PAGE_HEADERS = {
 
 _ERROR: dict[str, Any] = {"content": {_JSON: {"schema": {"$ref": "#/components/schemas/Refusal"}}}}
 _REFUSALS: dict[int | str, dict[str, Any]] = {
+    400: {**_ERROR, "description": "the body is no JSON or no form"},
     401: {**_ERROR, "description": "another token is expected"},
     408: {**_ERROR, "description": "the body came too slowly"},
     411: {**_ERROR, "description": "the body says no length"},

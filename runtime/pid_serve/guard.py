@@ -52,7 +52,9 @@ class Guard:
 
     def _refused(self, request: Request) -> Response | None:
         """An answer to a body that is too long, or one too many, or of unknown length."""
-        length = request.headers.get("content-length", "")
+        headers = request.headers
+        # Without either there is no body.
+        length = headers.get("content-length", "" if "transfer-encoding" in headers else "0")
         if not (length.isascii() and length.isdecimal()):
             return JSONResponse({"detail": "expected a Content-Length"}, 411)
         if len(length) > 18 or int(length) > self._most_bytes:

@@ -80,6 +80,8 @@ class Service:
             seed=task.seed,
             steps=task.steps,
         )
+        for name, array, most in (("latent", task.latent, 1e4), ("caption", task.caption, 1e6)):
+            _check_size(name, array, most)
         made = await model.run(task, report)
         return await self._files(made.image, made.native, settings.output)
 
@@ -186,6 +188,15 @@ def _number(sigma: Any) -> float:
     if array.size != 1 or array.dtype.kind not in "fiu":
         raise PidRuntimeError(f"expected one number as sigma, but got shape {list(array.shape)}")
     return float(array.reshape(()))
+
+
+def _check_size(name: str, array: Any, most: float) -> None:
+    """Raise `PidRuntimeError` for values that no generator makes, which would give NaN."""
+    largest = 0.0 if array is None else float(np.abs(array).max())
+    if largest > most:
+        raise PidRuntimeError(
+            f"expected {name} values of at most {most:g}, but got up to {largest:g}; normalise them"
+        )
 
 
 def unfit(field: str, message: str) -> HTTPException:

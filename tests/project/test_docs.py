@@ -25,6 +25,7 @@ COMMANDS = {
     "pid-export": "pid_export.cli",
     "pid-generate": "pid_pipelines.generate_cli",
     "pid-serve": "pid_serve.cli",
+    "pid-triton": "pid_serve.triton_cli",
     "pid-upscale": "pid_pipelines.upscale_cli",
     "pid-verify": "pid_export.verify_cli",
 }

@@ -114,6 +114,13 @@ def test_a_command_without_its_extra_says_what_to_install(
     assert sorted(tmp_path.iterdir()) == before
 
 
+def test_a_repository_for_triton_needs_no_extra(
+    site: Path, golden_bundle: Path, tmp_path: Path
+) -> None:
+    code, out, err = run(site, tmp_path, "pid-triton", str(golden_bundle), "-o", "models")
+    assert (code, err) == (0, "") and "tritonserver --model-repository models" in out
+
+
 def test_the_doctor_needs_no_extra(site: Path, tmp_path: Path) -> None:
     code, out, err = run(site, tmp_path, "pid-doctor", "--help")
     assert (code, err) == (0, "") and "examples:" in out
@@ -125,7 +132,7 @@ def test_the_doctor_needs_no_extra(site: Path, tmp_path: Path) -> None:
 
 def test_every_command_is_tried(site: Path) -> None:
     text = next(site.glob("pid_trt-*.dist-info")).joinpath("entry_points.txt").read_text()
-    assert set(re.findall(r"^(pid-\w+) =", text, re.M)) == {*COMMANDS, "pid-doctor"}
+    assert set(re.findall(r"^(pid-\w+) =", text, re.M)) == {*COMMANDS, "pid-doctor", "pid-triton"}
 
 
 def test_a_command_says_the_version_of_the_wheel(site: Path, tmp_path: Path) -> None:

@@ -9,8 +9,6 @@ import random
 import re
 import signal
 import socket
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Generator, Iterator
@@ -29,7 +27,7 @@ from pid_serve import cli, listening
 from pid_serve.app import Limits
 from pid_serve.pool import Pool
 from pid_serve.sessions import CaptionTask
-from serving import Answer, ask, ask_form, picture, pool, serving, wait_until
+from serving import Answer, ask, ask_form, metric, picture, pool, running, serving, wait_until
 
 LATENT = np.linspace(-1, 1, 16 * 2 * 3, dtype=np.float32).reshape(16, 2, 3)
 RunCommand = Callable[..., tuple[int, str, str]]
@@ -262,32 +260,18 @@ def test_tokens(golden_bundle: Path) -> None:
 
 
 def test_the_command_answers_what_was_asked_before_it_ends(golden_bundle: Path) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "pid_serve.cli", str(golden_bundle), "--port", str(port)]
-    with subprocess.Popen([*command, "--json"], stdout=subprocess.PIPE) as process:
-        assert process.stdout is not None
-        assert json.loads(process.stdout.readline())["address"].endswith(f":{port}")
-        end = time.monotonic() + 30
-        while True:
-            with contextlib.suppress(ConnectionRefusedError):
-                assert ask(port, "GET", "/readyz")[0] == 200
-                break
-            assert time.monotonic() < end
-            time.sleep(0.05)
-        latent = np.zeros((16, 12, 12), np.float32)
-        answers: list[int] = []
+    with running(golden_bundle) as (port, pid):
+        answers: list[Answer] = []
+        latent = save({"latent": np.zeros((16, 12, 12), np.float32)})
         asking = threading.Thread(
-            target=lambda: answers.append(
-                ask(port, "POST", "/v1/decode", save({"latent": latent}))[0]
-            )
+            target=lambda: answers.append(ask(port, "POST", "/v1/decode", latent))
         )
         asking.start()
+        wait_until(lambda: metric(port, "pid_queue") == 0 and asking.is_alive())
         time.sleep(0.1)
-        os.kill(process.pid, signal.SIGTERM)
-        assert process.wait(30) == 0
+        os.kill(pid, signal.SIGTERM)
         asking.join()
-        assert answers == [200]
+        assert [answer[0] for answer in answers] == [200]
 
 
 def tensor(array: NDArray[Any]) -> dict[str, Any]:

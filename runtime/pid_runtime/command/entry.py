@@ -47,6 +47,11 @@ def pid_serve() -> int:
     return _run("pid-serve", "pid_serve.cli")
 
 
+def pid_triton() -> int:
+    """`pid-triton`."""
+    return _run("pid-triton", "pid_serve.triton_cli")
+
+
 def pid_upscale() -> int:
     """`pid-upscale`."""
     return _run("pid-upscale", "pid_pipelines.upscale_cli")
