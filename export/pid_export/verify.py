@@ -33,7 +33,8 @@ from pid_runtime.bundle.sizes import Sizes, sizes_of_request
 from pid_runtime.decoder import Bundle, Decoder
 from pid_runtime.errors import NotFiniteError
 from pid_runtime.interpreter import Program, graph_calls
-from pid_runtime.request import check_fits, update_factors
+from pid_runtime.request import check_fits
+from pid_runtime.schedule import update_factors
 
 TOLERANCES = {"fp32": 1e-4, "fp16": 2e-2, "bf16": 1e-1}
 """Largest error that passes, by precision, relative to the reference's RMS (at least 1)."""

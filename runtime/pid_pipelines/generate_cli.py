@@ -40,14 +40,13 @@ from pid_runtime.command.decode_options import (
     Making,
     add_backend_options,
     add_image_options,
-    add_schedule_options,
     image_folder,
     number,
     open_decoder,
 )
 from pid_runtime.command.images import save_image, to_uint8
+from pid_runtime.command.sampling_options import Sampling, add_sampling_options, read_sampling
 from pid_runtime.errors import InputError, PidRuntimeError
-from pid_runtime.request import Schedule, check_schedule
 
 Floats = NDArray[np.float32]
 
@@ -130,7 +129,7 @@ def _parser() -> console.ArgumentParser:
         help="keep on the GPU only the part of the generator that computes",
     )
     add("--encoder", metavar="ID_OR_DIR", help="of captions, as pid-caption takes it")
-    add_schedule_options(parser)
+    add_sampling_options(parser, "decoder-")
     add_image_options(parser)
     add_backend_options(parser)
     return parser
@@ -138,14 +137,12 @@ def _parser() -> console.ArgumentParser:
 
 def _generate(arguments: Namespace) -> int:
     manifest = read_manifest(arguments.bundle, verify=False)
-    schedule = check_schedule(
-        manifest.sampler, steps=arguments.steps, times=arguments.times, rule=arguments.rule
-    )
+    sampling = read_sampling(arguments, manifest)
     backbone = _backbone(arguments, manifest)
     prompts = (
         [arguments.prompt] if arguments.prompt_file is None else read_prompts(arguments.prompt_file)
     )
-    size = plan_size(manifest, backbone, arguments.size)
+    size = plan_size(manifest, backbone, arguments.size, sampling)
     steps = plan_steps(backbone, arguments.generator_steps, arguments.decode_at, arguments.stop_at)
     suffix = _suffix(arguments, len(prompts) * len(steps.at))
     jobs = plan_jobs(
@@ -154,7 +151,7 @@ def _generate(arguments: Namespace) -> int:
     skipped = sum(len(job.pictures) for job in jobs)
     jobs = without_existing(jobs) if arguments.skip_existing else jobs
     skipped -= sum(len(job.pictures) for job in jobs)
-    run = _Run(arguments, manifest, schedule, backbone, size, steps, jobs, skipped)
+    run = _Run(arguments, manifest, sampling, backbone, size, steps, jobs, skipped)
     with image_folder(arguments.output) if suffix else contextlib.nullcontext():
         check_targets(jobs, size, overwrite=arguments.overwrite or arguments.skip_existing)
         if jobs:
@@ -206,17 +203,17 @@ class _Run:
         self,
         arguments: Namespace,
         manifest: Manifest,
-        schedule: Schedule,
+        sampling: Sampling,
         backbone: Backbone,
         size: Size,
         steps: Steps,
         jobs: Sequence[Job],
         skipped: int,
     ) -> None:
-        self._arguments, self._manifest, self._schedule = arguments, manifest, schedule
+        self._arguments, self._manifest, self._sampling = arguments, manifest, sampling
         self._backbone, self._size, self._steps = backbone, size, steps
         self._jobs, self._skipped = jobs, skipped
-        self._making = Making(arguments, manifest, schedule)
+        self._making = Making(arguments, manifest, sampling.schedule(manifest))
         self._caught: dict[tuple[int, int], Any] = {}  # by seed and step
         self._about: dict[str, Any] = {}
         self._guidance = backbone.guidance if arguments.guidance is None else arguments.guidance
@@ -319,7 +316,7 @@ class _Run:
         jobs = [job for job in self._jobs if self._is_generated(job)]
         if not jobs:
             return
-        total = self._schedule.steps * sum(len(job.pictures) for job in jobs)
+        total = sum(len(job.pictures) for job in jobs)
         with (
             open_decoder(arguments, self._manifest) as decoder,
             self._progress("Decoding", total) as advance,
@@ -334,11 +331,9 @@ class _Run:
                             captions.get(job.prompt),
                             sigma=caught.sigma,
                             seed=job.seed,
-                            steps=arguments.steps,
-                            times=arguments.times,
-                            rule=arguments.rule,
+                            **self._sampling.options,
                             output="uint8",
-                            progress=lambda _done, _total: advance(1),
+                            progress=lambda _done, calls: advance(1 / calls),
                         )
                         seconds = time.perf_counter() - begin
                         height, width = self._size.decoded

@@ -13,8 +13,8 @@ from pid_ref.registry import SPACES
 from pid_runtime.bundle.files import write_whole
 from pid_runtime.bundle.manifest import Manifest
 from pid_runtime.command.decode_jobs import check_target
+from pid_runtime.command.sampling_options import Sampling
 from pid_runtime.noise import image_seed
-from pid_runtime.request import check_fits
 
 MULTIPLE = 16
 """Pixels of which the sides of what generators make are multiples."""
@@ -68,7 +68,12 @@ class Job:
     pictures: tuple[Picture, ...]
 
 
-def plan_size(manifest: Manifest, backbone: Backbone, wanted: tuple[int, int] | None) -> Size:
+def plan_size(
+    manifest: Manifest,
+    backbone: Backbone,
+    wanted: tuple[int, int] | None,
+    sampling: Sampling,
+) -> Size:
     """Both sizes; wanted: width and height of the picture, None for the largest trained square.
 
     Raises `PipelineInputError` for a size that the scale does not divide, with the two nearest that
@@ -89,7 +94,7 @@ def plan_size(manifest: Manifest, backbone: Backbone, wanted: tuple[int, int] | 
             f"expected a size of multiples of {multiple} ({MULTIPLE} of the generator's pixels, "
             f"{scale} times), but got {width}x{height}; nearest are {nearest}"
         )
-    check_fits(manifest, height // pixels, width // pixels)
+    sampling.check_size(manifest, height // pixels, width // pixels)
     return Size((height // scale, width // scale), (height, width))
 
 

@@ -35,17 +35,16 @@ from pid_runtime.command.decode_options import (
     Making,
     add_backend_options,
     add_image_options,
-    add_schedule_options,
     image_folder,
     number,
     open_decoder,
 )
 from pid_runtime.command.images import save_image, side_by_side, to_uint8
 from pid_runtime.command.latent_files import open_caption_file
+from pid_runtime.command.sampling_options import Sampling, add_sampling_options, read_sampling
 from pid_runtime.errors import NotFiniteError, PidRuntimeError
 from pid_runtime.latents import noisy
 from pid_runtime.nano.photos import read_photo
-from pid_runtime.request import Schedule, check_schedule
 
 Floats = NDArray[np.float32]
 
@@ -114,7 +113,7 @@ def _parser() -> console.ArgumentParser:
     edges.add_argument("--pad", action="store_true", help="keep all of a photo (the default)")
     edges.add_argument("--crop", action="store_true", help="cut sides to multiples of 16 pixels")
     add("--fit", action="store_true", help="reduce photos that are too large for the bundle")
-    add_schedule_options(parser)
+    add_sampling_options(parser)
     add_image_options(parser)
     add_backend_options(parser)
     return parser
@@ -122,14 +121,12 @@ def _parser() -> console.ArgumentParser:
 
 def _upscale(arguments: Namespace) -> int:
     manifest = read_manifest(arguments.bundle, verify=False)
-    schedule = check_schedule(
-        manifest.sampler, steps=arguments.steps, times=arguments.times, rule=arguments.rule
-    )
+    sampling = read_sampling(arguments, manifest)
     multiple = pixels_per_latent(manifest)
     photos, notes = _photos(arguments)
     _check_captions(arguments, manifest, photos)
     naming = _naming(arguments, len(photos))
-    run = _Run(arguments, manifest, schedule, naming.is_folder and len(photos) > 1)
+    run = _Run(arguments, manifest, sampling, naming.is_folder and len(photos) > 1)
     run.plan(photos, multiple, naming)
     for note in notes:
         _log.warning(note)
@@ -212,12 +209,12 @@ class _Run:
     """
 
     def __init__(
-        self, arguments: Namespace, manifest: Manifest, schedule: Schedule, goes_on: bool
+        self, arguments: Namespace, manifest: Manifest, sampling: Sampling, goes_on: bool
     ) -> None:
         self.jobs: list[Job] = []
-        self._arguments, self._manifest, self._schedule = arguments, manifest, schedule
+        self._arguments, self._manifest, self._sampling = arguments, manifest, sampling
         self._goes_on = goes_on
-        self._making = Making(arguments, manifest, schedule)
+        self._making = Making(arguments, manifest, sampling.schedule(manifest))
         per_latent = manifest.tokens_per_latent * manifest.network["patch_size"]
         self.scale = per_latent // pixels_per_latent(manifest)
         self._failed: list[dict[str, str]] = []
@@ -229,7 +226,9 @@ class _Run:
         crop, fit = self._arguments.crop, self._arguments.fit
         for photo in photos:
             with self._reporting(photo):
-                job = plan_job(self._manifest, photo, multiple, naming, crop=crop, fit=fit)
+                job = plan_job(
+                    self._manifest, photo, multiple, naming, self._sampling, crop=crop, fit=fit
+                )
                 rest = without_existing(job) if self._arguments.skip_existing else job
                 self._skipped += len(job.pictures) - (len(rest.pictures) if rest else 0)
                 self.jobs += [] if rest is None else [rest]
@@ -284,7 +283,7 @@ class _Run:
         arguments = self._arguments
         with (
             open_decoder(arguments, self._manifest) as decoder,
-            self._progress("Decoding", self._schedule.steps * pictures) as advance,
+            self._progress("Decoding", pictures) as advance,
         ):
             for job in self.jobs:
                 height, width = job.size(self.scale)
@@ -300,11 +299,9 @@ class _Run:
                             caption,
                             sigma=picture.sigma,
                             seed=arguments.seed,
-                            steps=arguments.steps,
-                            times=arguments.times,
-                            rule=arguments.rule,
+                            **self._sampling.options,
                             output="uint8",
-                            progress=lambda _done, _total: advance(1),
+                            progress=lambda _done, calls: advance(1 / calls),
                         )
                     except NotFiniteError as error:
                         raise PidRuntimeError(f"{job.photo.path}: {error}") from None

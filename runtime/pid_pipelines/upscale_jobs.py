@@ -13,9 +13,10 @@ from numpy.typing import NDArray
 from pid_pipelines.errors import PipelineInputError
 from pid_runtime.bundle.manifest import Manifest
 from pid_runtime.command.decode_jobs import check_target, files_of, skipped_files
+from pid_runtime.command.sampling_options import Sampling
 from pid_runtime.errors import PidRuntimeError
 from pid_runtime.nano.photos import PHOTO_SUFFIXES, padded, photo_size, resized
-from pid_runtime.request import check_fits, largest_latent
+from pid_runtime.request import largest_latent
 
 CROP = 16
 """Pixels that the sides of a cropped photo are multiples of, as in NVIDIA's own command."""
@@ -186,18 +187,26 @@ def _photo_of_line(path: Path, number: int, line: str, prompt: str | None) -> Ph
 
 
 def plan_job(
-    manifest: Manifest, photo: Photo, multiple: int, naming: Naming, *, crop: bool, fit: bool
+    manifest: Manifest,
+    photo: Photo,
+    multiple: int,
+    naming: Naming,
+    sampling: Sampling,
+    *,
+    crop: bool,
+    fit: bool,
 ) -> Job:
     """What becomes of a photo, by its header. Raises `PidRuntimeError` if that cannot be."""
     width, height = photo_size(photo.path)
-    frame = _frame(manifest, height, width, multiple, crop=crop, fit=fit)
+    reduces = fit and sampling.tile is None
+    frame = _frame(manifest, height, width, multiple, crop=crop, fit=reduces)
     if not all(frame.size):
         raise PidRuntimeError(
             f"{photo.path}: expected sides of at least {CROP} pixels with --crop, but got "
             f"{width}x{height}; leave --crop out"
         )
     try:
-        check_fits(manifest, *frame.latent)
+        sampling.check_size(manifest, *frame.latent)
     except PidRuntimeError as error:
         raise PidRuntimeError(
             f"{photo.path}: {error}, or use --fit, which reduces this photo of {width}x{height}"

@@ -31,11 +31,6 @@ def advice(
     """
     name = model.get("name", "this decoder")
     lines: list[str] = []
-    if model.get("distilled") is False:
-        lines.append(
-            f"{name} is not distilled: it needs about 25 steps and guidance, which decoding here "
-            "does not have; use a distilled variant"
-        )
     lines += _about_size(model, name, size)
     if largest_sigma > TRAINED_SIGMA:
         lines.append(

@@ -1,5 +1,6 @@
 """`Bundle`, opened, and `Decoder`s of it, which turn latents into images."""
 
+import itertools
 import logging
 import os
 import threading
@@ -14,10 +15,11 @@ from PIL import Image
 from pid_runtime.advice import advice
 from pid_runtime.backends.choice import choose_graphs, device_name
 from pid_runtime.backends.graphs import LoadedGraphs
-from pid_runtime.backends.memory import Block
+from pid_runtime.backends.memory import Block, all_finite
 from pid_runtime.bundle.folder import check_files, read_constants, read_manifest
-from pid_runtime.bundle.manifest import Manifest, Noise
+from pid_runtime.bundle.manifest import Manifest
 from pid_runtime.bundle.sizes import Sizes
+from pid_runtime.denoise import Canvas, denoise_in_arena
 from pid_runtime.errors import (
     NotFiniteError,
     OutOfMemoryError,
@@ -29,7 +31,16 @@ from pid_runtime.latents import spread_warning
 from pid_runtime.nano import codec
 from pid_runtime.nano.block_dct import BLOCK
 from pid_runtime.nano.photos import padded, read_photo
-from pid_runtime.request import Request, Rule, check_request, empty_caption
+from pid_runtime.plan import Plan, plan_of
+from pid_runtime.request import (
+    Request,
+    check_request,
+    empty_caption,
+    outline_request,
+    smaller_tiles,
+)
+from pid_runtime.schedule import Rule
+from pid_runtime.tiles import TileOption, described, pixels_per_latent_pixel
 
 Progress = Callable[[int, int], None]
 
@@ -180,6 +191,7 @@ class Decoder:
         self._block: Block | None = None
         self._block_bytes = 0
         self._program: Program | None = None
+        self._canvas: Canvas | None = None
         self._is_open = True
         self._busy = threading.Lock()
         self._told: set[str] = set()
@@ -235,7 +247,7 @@ class Decoder:
         self._begin("close it when the decode has ended")
         try:
             self._is_open = False
-            self._program = self._block = None
+            self._program = self._block = self._canvas = None
             self.graphs.close()
             self._bundle.release()
         finally:
@@ -252,7 +264,11 @@ class Decoder:
         step_noise: Sequence[Any] | None = None,
         steps: int | None = None,
         times: Sequence[float] | None = None,
-        rule: Rule = "sde",
+        rule: Rule | None = None,
+        negative: Any = None,
+        guidance: float | None = None,
+        tile: TileOption = None,
+        overlap: int | None = None,
         output: Literal["float32", "uint8", "pil"] = "float32",
         dlpack: bool = False,
         progress: Progress | None = None,
@@ -270,9 +286,21 @@ class Decoder:
         given; None for a random one, which the log tells.
         noise: `[B, 3, H, W]` float32 standard normal, in place of the seed's first draw;
         step_noise: `steps - 1` of the same, in place of the later draws.
-        steps: 1, 2 or 4; the bundle's default when None. times: the times to visit, descending
-        from at most 1 to 0, only for bundles exported with --arbitrary-timesteps.
-        rule: "sde" (distilled students) or "ode". progress: called with (steps done, steps).
+        steps: 1, 2 or 4, of undistilled bundles 1 to 100; the bundle's default when None. times:
+        the times to visit, descending from at most 1 to 0, only for bundles exported with
+        --arbitrary-timesteps.
+        rule: "sde" (distilled students), "ode" or "dpm++2m" (undistilled networks); the bundle's
+        default when None.
+        guidance: of undistilled bundles, how much more of the caption than of `negative`, from 1
+        (the caption alone, half the work) to 100; the bundle's default when None. negative: a
+        caption embedding as `caption`, of as many tokens.
+        tile: decode in tiles within each step, every one run as an image of its own: "auto" for
+        pictures that no bucket holds, that are larger than the decoder was trained for or than
+        memory allows, as the log then says; or width and height in pixels of the result, multiples
+        of `side` = `tokens_per_latent * patch_size`. overlap: of neighbours, in the same pixels,
+        the least; 8 `side` when None.
+        progress: called with (calls of the network done, all calls): steps, times tiles, times 2
+        with guidance. What it raises ends the decode.
 
         Returns float32 `[B, 3, H, W]` in [-1, 1], or uint8 `[B, H, W, 3]`; a new numpy array, or
         with `dlpack` an object with `__dlpack__` on the backend's device. With output "pil" it
@@ -294,6 +322,10 @@ class Decoder:
             steps=steps,
             times=times,
             rule=rule,
+            negative=negative,
+            guidance=guidance,
+            tile=tile,
+            overlap=overlap,
         )
         self.warn(self._advice(request, has_caption=caption is not None))
         return self.run(request, output, dlpack=dlpack, progress=progress)
@@ -315,16 +347,68 @@ class Decoder:
             raise PidRuntimeError("expected an open decoder, but it was closed; open another")
         self._begin("use a decoder of the bundle for each thread")
         try:
-            image = self._run(request, output, dlpack, progress)
-        except Exception as error:
-            reason = memory_shortage(error)
-            if reason is None or isinstance(error, PidRuntimeError):
-                raise
-            self._program = self._block = None
-            raise OutOfMemoryError(self._too_large(request.sizes, reason)) from None
+            image = self._run_in_memory(request, output, dlpack, progress)
         finally:
             self._busy.release()
         return [Image.fromarray(each) for each in image] if output == "pil" else image
+
+    def plan(
+        self,
+        height: int,
+        width: int,
+        *,
+        batch: int = 1,
+        steps: int | None = None,
+        times: Sequence[float] | None = None,
+        rule: Rule | None = None,
+        guidance: float | None = None,
+        tile: TileOption = None,
+        overlap: int | None = None,
+    ) -> Plan:
+        """What a decode to `height` x `width` pixels would take; nothing is run.
+
+        The other arguments as of `decode`; guidance needs no negative here. Raises
+        `PidRuntimeError` as `decode` does, and for sides that are no multiples of a latent pixel's.
+        """
+        request = outline_request(
+            self.manifest,
+            height,
+            width,
+            batch=batch,
+            steps=steps,
+            times=times,
+            rule=rule,
+            guidance=guidance,
+            tile=tile,
+            overlap=overlap,
+        )
+        return plan_of(self.manifest, request, self.graphs.bucket_for)
+
+    def _run_in_memory(
+        self, request: Request, output: str, dlpack: bool, progress: Progress | None
+    ) -> Any:
+        """Decode a request, in smaller tiles where it may choose and memory is short."""
+        self._tell(request)
+        while True:
+            try:
+                return self._run(request, output, dlpack, progress)
+            except Exception as error:
+                reason = memory_shortage(error)
+                if reason is None or isinstance(error, PidRuntimeError):
+                    raise
+                self._program = self._block = self._canvas = None
+                smaller = smaller_tiles(self.manifest, request)
+                if smaller is None or not request.is_automatic:
+                    message = self._too_large(request, smaller, reason)
+                    raise OutOfMemoryError(message) from None
+            request = smaller
+            self._tell(request)
+
+    def _tell(self, request: Request) -> None:
+        """Log what was chosen, and why."""
+        if request.is_automatic and request.tiling is not None:
+            text = described(request.tiling, pixels_per_latent_pixel(self.manifest))
+            _log.info("Decoding in %s: %s", text, request.tiling.reason)
 
     def _begin(self, fix: str) -> None:
         """Keep other calls out. Raises `PidRuntimeError` if one is in."""
@@ -365,6 +449,9 @@ class Decoder:
 
         Meant for tests and previews, from inside a progress callback.
         """
+        if self._canvas is not None:
+            state = self._canvas.state
+            return state.reshape(len(state), -1, state.shape[3] * state.shape[4], 3).copy()
         if self._program is None:
             raise PidRuntimeError("expected a decode before its state is read")
         state = self.memory.read(self._program.buffer("state"))
@@ -387,45 +474,52 @@ class Decoder:
 
     def _run(self, request: Request, output: str, dlpack: bool, progress: Progress | None) -> Any:
         """Decode a request."""
-        memory, program = self.memory, self._bind(request.sizes)
+        memory, program = self.memory, self._bind(request.program_sizes)
+        self._canvas = None if request.is_plain else Canvas(program, request)
         self._denoise(program, request, progress)
-        if not memory.is_finite(program.buffer("state")):
+        if not self._is_finite(program):
             raise NotFiniteError(self._first_not_finite(program, request))
         name = "image" if output == "float32" else "image_bytes"
-        program.run(name)
-        image = program.buffer(name)
-        return memory.clone(image) if dlpack else memory.read(image)
+        if self._canvas is None:
+            program.run(name)
+            image = program.buffer(name)
+            return memory.clone(image) if dlpack else memory.read(image)
+        pixels = self._canvas.image() if output == "float32" else self._canvas.image_bytes()
+        self._canvas = None
+        if not dlpack:
+            return pixels
+        block = memory.allocate(pixels.nbytes)
+        target = memory.tensor(block, 0, str(pixels.dtype), pixels.shape)
+        memory.write(target, pixels)
+        return target
 
     def _denoise(self, program: Program, request: Request, progress: Progress | None) -> None:
         """From a request's inputs to the state after its last step."""
-        memory, schedule = self.memory, request.schedule
+        done = itertools.count(1)
 
-        def fill(bound: Program, instruction: Noise, draw: int) -> None:
-            if draw and schedule.updates[draw - 1, 2] == 0:  # not used, but must not hold a NaN
-                memory.fill_zero(bound.buffer(instruction.target))
-            elif request.noises[draw] is not None:
-                bound.load_noise(instruction, request.noises[draw])
-            else:
-                bound.fill_noise(instruction, request.seeds, draw)
-
-        self._write(program, request)
-        program.run("prologue", noise=lambda p, i, _: fill(p, i, 0))
-        if schedule.moments is not None:
-            for row in schedule.rows:
-                program.run("timestep", row=row, step=row)
-        for step, row in enumerate(schedule.rows):
-            program.run("step", row, step, lambda p, i, k: fill(p, i, k + 1))
+        def report() -> None:
             if progress is not None:
-                progress(step + 1, schedule.steps)
+                progress(next(done), request.calls)
+
+        if self._canvas is None:
+            denoise_in_arena(program, request, report)
+        else:
+            self._canvas.denoise(report)
+
+    def _is_finite(self, program: Program) -> bool:
+        """Whether the state has neither NaN nor infinity."""
+        if self._canvas is None:
+            return self.memory.is_finite(program.buffer("state"))
+        return all_finite(self._canvas.state)
 
     def _first_not_finite(self, program: Program, request: Request) -> str:
         """What to say of NaN or infinity: the decode runs again, and every step is looked at."""
         steps = request.schedule.steps
         bad: list[int] = []
 
-        def look(step: int, _steps: int) -> None:
-            if not bad and not self.memory.is_finite(program.buffer("state")):
-                bad.append(step)
+        def look(call: int, calls: int) -> None:
+            if not bad and call % (calls // steps) == 0 and not self._is_finite(program):
+                bad.append(call * steps // calls)
 
         self._denoise(program, request, look)
         fix = "check the bundle with pid-verify"
@@ -436,19 +530,23 @@ class Decoder:
             f"infinity; {fix}"
         )
 
-    def _too_large(self, sizes: Sizes, reason: str) -> str:
+    def _too_large(self, request: Request, smaller: Request | None, reason: str) -> str:
         """What to say of a shape that memory does not suffice for."""
+        sizes = request.program_sizes
         tokens, batch = sizes.value("L"), sizes.value("B")
         bucket = self.graphs.bucket_for(tokens)
-        smaller = [
+        fitting = [
             (each.max_tokens, name)
             for name, each in self.manifest.buckets.items()
             if each.max_tokens < bucket.max_tokens
         ]
         cures = ["a smaller batch"] if batch > 1 else []
-        if smaller:
-            most, name = max(smaller)
+        if fitting:
+            most, name = max(fitting)
             cures.append(f"at most {self.manifest.megapixels(most)}: bucket {name}")
+        if smaller is not None:
+            height, width = smaller.program_sizes.shape(("H", "W"))
+            cures.append(f"in tiles, of {width}x{height} for example")
         return (
             f"expected enough memory for {batch} x {self.manifest.megapixels(tokens)} "
             f"({Program.arena_bytes(bucket, sizes) / 1e9:.2f} GB for the arena, and what the "
@@ -480,21 +578,6 @@ class Decoder:
         )
         return self._program
 
-    def _write(self, program: Program, request: Request) -> None:
-        """Put a decode's inputs into the arena."""
-        memory, schedule = self.memory, request.schedule
-        batch, rows = request.sizes.value("B"), request.sizes.value("N")
-        memory.write(program.buffer("latent"), request.latent)
-        if request.caption.shape[0] == batch:
-            memory.write(program.buffer("caption"), request.caption)
-        else:
-            for image in range(batch):
-                memory.write(program.image_part("caption", image), request.caption)
-        memory.write(program.buffer("sigma"), request.sigmas)
-        memory.write(program.buffer("update"), _padded(schedule.updates, rows))
-        if schedule.moments is not None:
-            memory.write(program.buffer("timestep"), _padded(schedule.moments, rows))
-
 
 def _described(bundle: Bundle) -> str:
     name = bundle.manifest.model.get("name", "unnamed")
@@ -504,10 +587,3 @@ def _described(bundle: Bundle) -> str:
 
 def _weight_bytes(manifest: Manifest) -> int:
     return sum(record.bytes for record in manifest.files.values())
-
-
-def _padded(values: NDArray[np.float32], rows: int) -> NDArray[np.float32]:
-    """The same with zero rows below, as many as the buffer has."""
-    full = np.zeros((rows, *values.shape[1:]), np.float32)
-    full[: len(values)] = values
-    return full

@@ -89,6 +89,17 @@ class Program:
             elif noise is not None:
                 noise(self, call, step)
 
+    def refresh(self, inputs: frozenset[str]) -> None:
+        """Run again what of the prologue depends on these inputs, which have new values."""
+        key = ("prologue of " + " ".join(sorted(inputs)), 0, 0)
+        if key not in self._calls:
+            again = self.manifest.dependent("prologue", inputs)
+            calls = [call for each in again for call in self._bind(each, self.sizes)]
+            self._calls[key] = [self.graphs.sequence("prologue", calls)]
+        for call in self._calls[key]:
+            if not isinstance(call, Noise):
+                call()
+
     def load_noise(self, instruction: Noise, image: Tensor) -> None:
         """Fill a noise instruction's target from an image `[B, 3, H, W]` float32."""
         self.memory.write(self.buffer(instruction.image), image)

@@ -2,47 +2,47 @@
 
 import logging
 import math
-import operator
 import os
 import secrets
 from collections.abc import Sequence
-from dataclasses import dataclass
-from itertools import pairwise
-from typing import Any, Literal
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pid_runtime.backends.memory import as_array
-from pid_runtime.bundle.manifest import Manifest, Sampler
+from pid_runtime.bundle.manifest import Manifest
 from pid_runtime.bundle.sizes import Sizes, sizes_of_request
 from pid_runtime.errors import PidRuntimeError
 from pid_runtime.latents import shape_hint
 from pid_runtime.noise import image_seed
-
-Rule = Literal["sde", "ode"]
-RULES = ("sde", "ode")
+from pid_runtime.schedule import Rule, Schedule, check_schedule, numbers, whole_number
+from pid_runtime.tiles import (
+    DEFAULT_OVERLAP,
+    TileOption,
+    Tiling,
+    automatic,
+    overlap_of,
+    pixels_per_latent_pixel,
+    tiling_of,
+)
 
 _log = logging.getLogger(__name__)
+
+LARGEST_GUIDANCE = 100
 
 _FLOATS = ("float16", "bfloat16", "float32", "float64")
 
 
 @dataclass(frozen=True)
-class Schedule:
-    """The times a decode visits, as the program wants them."""
+class Branch:
+    """One of the runs of the network whose clean images are mixed at every step."""
 
-    rows: tuple[int, ...]
-    """Row of the modulation table, per step."""
-    updates: NDArray[np.float32]
-    """Factors of state, velocity and noise in the sampler's update, `[steps, 3]`."""
-    moments: NDArray[np.float32] | None
-    """1000 t of every step, `[steps, 1]`, for a bundle that takes any times; None otherwise."""
-
-    @property
-    def steps(self) -> int:
-        """How often the network runs."""
-        return len(self.rows)
+    caption: Any
+    """`[B, T, D]`, or `[1, T, D]` for every image."""
+    weight: float
+    """Of all branches they sum to 1."""
 
 
 @dataclass(frozen=True)
@@ -50,17 +50,43 @@ class Request:
     """The inputs of one decode; every array is on the host, or on a device as it was given."""
 
     sizes: Sizes
+    """Of the whole picture."""
     schedule: Schedule
     latent: Any
     """`[B, C, h, w]`."""
-    caption: Any
-    """`[B, T, D]`, or `[1, T, D]` for every image."""
+    branches: tuple[Branch, ...]
+    """The caption's, after the negative caption's if there is guidance; of as many text tokens."""
     sigmas: NDArray[np.float32]
     """`[B]`."""
     seeds: tuple[int, ...]
     """B of them."""
     noises: tuple[Any, ...]
     """Noise images `[B, 3, H, W]`, one before and one per step; None where the seed makes it."""
+    tiling: Tiling | None = None
+    """None for the whole picture at once."""
+    overlap: int = DEFAULT_OVERLAP
+    """The least of tiles, in pixels of the latent."""
+    is_automatic: bool = False
+    """Whether the tiling, or that there is none, may be changed where memory is short."""
+
+    @property
+    def program_sizes(self) -> Sizes:
+        """Of what the program runs at a time: the picture, or a tile."""
+        if self.tiling is None:
+            return self.sizes
+        height, width = self.tiling.latent
+        return self.sizes.resized(height, width)
+
+    @property
+    def calls(self) -> int:
+        """How often the network runs."""
+        tiles = 1 if self.tiling is None else self.tiling.count
+        return self.schedule.steps * tiles * len(self.branches)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the program makes every step on its own."""
+        return self.tiling is None and len(self.branches) == 1 and self.schedule.rule != "dpm++2m"
 
 
 def empty_caption(manifest: Manifest) -> NDArray[np.float32]:
@@ -80,7 +106,11 @@ def check_request(
     step_noise: Sequence[Any] | None = None,
     steps: int | None = None,
     times: Sequence[float] | None = None,
-    rule: Rule = "sde",
+    rule: Rule | None = None,
+    negative: Any = None,
+    guidance: float | None = None,
+    tile: TileOption = None,
+    overlap: int | None = None,
 ) -> Request:
     """The arguments of `Decoder.decode`, complete and checked.
 
@@ -88,19 +118,26 @@ def check_request(
     looked through for NaN; those on a device are taken as they are.
     """
     network = manifest.network
-    schedule = check_schedule(manifest.sampler, steps=steps, times=times, rule=rule)
+    guidance = check_guidance(manifest, guidance, has_negative=negative is not None)
     fix = shape_hint(manifest, np.shape(latent))
     latent = _check_array(latent, "latent", ("B", network["latent_channels"], "h", "w"), fix)
     batch = latent.shape[0]
-    if caption is None:
-        caption = empty_caption(manifest)
-    most = network["text_max_length"]
-    fix = f"B is 1 or that of the latent, {batch}, and T at most {most}"
-    caption = _check_array(caption, "caption", ("B", "T", network["text_dim"]), fix)
-    if caption.shape[0] not in (1, batch) or caption.shape[1] > most:
-        raise _shape_error("caption", ("B", "T", network["text_dim"]), caption.shape, fix)
+    caption = _check_caption(manifest, "caption", caption, batch)
+    branches = [Branch(caption, 1.0)]
+    if guidance != 1:
+        other = _check_caption(manifest, "negative", negative, batch)
+        if other.shape[1] != caption.shape[1]:
+            raise PidRuntimeError(
+                f"expected a negative of as many tokens as the caption, {caption.shape[1]}, but "
+                f"got {other.shape[1]}; make both with pid-caption"
+            )
+        branches = [Branch(other, 1 - guidance), Branch(caption, guidance)]
     sigmas = _check_sigma(manifest, sigma, batch)
     seeds = _check_seeds(seed, batch)
+    tiling = check_size(manifest, latent.shape[2], latent.shape[3], tile, overlap)
+    side = pixels_per_latent_pixel(manifest)
+    size = (side * latent.shape[3], side * latent.shape[2])
+    schedule = check_schedule(manifest.sampler, steps=steps, times=times, rule=rule, size=size)
     sizes = sizes_of_request(
         network,
         manifest.tokens_per_latent,
@@ -110,9 +147,101 @@ def check_request(
         text_tokens=caption.shape[1],
         rows=len(manifest.sampler.times) or schedule.steps,
     )
-    check_fits(manifest, latent.shape[2], latent.shape[3])
-    noises = _check_noises(noise, step_noise, sizes, schedule.steps, rule)
-    return Request(sizes, schedule, latent, caption, sigmas, seeds, noises)
+    noises = _check_noises(noise, step_noise, sizes, schedule.steps, schedule.rule)
+    return Request(
+        sizes,
+        schedule,
+        latent,
+        tuple(branches),
+        sigmas,
+        seeds,
+        noises,
+        tiling,
+        overlap_of(manifest, overlap),
+        tile == "auto",
+    )
+
+
+def _check_caption(manifest: Manifest, name: str, caption: Any, batch: int) -> Any:
+    """A caption embedding, or the empty one for None."""
+    if caption is None:
+        return empty_caption(manifest)
+    network = manifest.network
+    most = network["text_max_length"]
+    wanted = ("B", "T", network["text_dim"])
+    fix = f"B is 1 or that of the latent, {batch}, and T at most {most}"
+    caption = _check_array(caption, name, wanted, fix)
+    if caption.shape[0] not in (1, batch) or caption.shape[1] > most:
+        raise _shape_error(name, wanted, caption.shape, fix)
+    return caption
+
+
+def check_guidance(manifest: Manifest, guidance: Any, *, has_negative: bool) -> float:
+    """How much more of the caption than of the negative one; 1 for the caption alone.
+
+    guidance: None for what the bundle says. Raises `PidRuntimeError` for guidance that the bundle
+    does not take, or that lacks a negative caption.
+    """
+    distilled = manifest.model.get("distilled") is True
+    if distilled and (has_negative or guidance not in (None, 1)):
+        given = (
+            "a negative caption"
+            if has_negative
+            else f"guidance {str(guidance)[:40].removesuffix('.0')}"
+        )
+        raise PidRuntimeError(
+            f"expected no guidance, which {manifest.model.get('name')} has learned at its "
+            f"distillation, but got {given}; drop it"
+        )
+    asked = manifest.sampler.guidance if guidance is None else guidance
+    if has_negative and guidance is None and asked == 1:
+        raise PidRuntimeError(
+            "expected guidance with the negative caption, but got none; give for example 5"
+        )
+    values = numbers(asked, "guidance").reshape(-1)
+    if values.size != 1 or not 1 <= float(values[0]) <= LARGEST_GUIDANCE:
+        raise PidRuntimeError(
+            f"expected guidance from 1 to {LARGEST_GUIDANCE}, but got {str(asked)[:60]}; 5 is usual"
+        )
+    if values[0] != 1 and not has_negative:
+        raise PidRuntimeError(
+            f"expected a negative caption for guidance {float(values[0]):g}, but got none; give "
+            "one, made by pid-caption of an empty text for example, or guidance 1"
+        )
+    return float(values[0])
+
+
+def outline_request(
+    manifest: Manifest, height: int, width: int, *, batch: int = 1, **options: Any
+) -> Request:
+    """The request of a decode to `height` x `width` pixels with zeros for inputs, to plan by.
+
+    options: as of `check_request`. Raises `PidRuntimeError` as that does.
+    """
+    side = pixels_per_latent_pixel(manifest)
+    if min(height, width) < 1 or height % side or width % side:
+        raise PidRuntimeError(
+            f"expected sides in multiples of {side} pixels, but got {width}x{height}; "
+            f"{side} pixels are one of the latent"
+        )
+    shape = (batch, manifest.network["latent_channels"], height // side, width // side)
+    zero = np.float32(0)
+    guidance = options.get("guidance")
+    wanted = manifest.sampler.guidance if guidance is None else guidance
+    negative = empty_caption(manifest) if wanted != 1 else None
+    latent = np.broadcast_to(zero, shape)
+    return check_request(manifest, latent, negative=negative, **options)
+
+
+def smaller_tiles(manifest: Manifest, request: Request) -> Request | None:
+    """The same decode in tiles of half as many tokens or fewer; None where there are none."""
+    most = request.program_sizes.value("L") // 2
+    height, width = request.sizes.shape(("h", "w"))
+    try:
+        tiling = automatic(manifest, height, width, request.overlap, "memory is short", most)
+    except PidRuntimeError:
+        return None
+    return replace(request, tiling=tiling)
 
 
 def largest_latent(manifest: Manifest, height: int, width: int) -> tuple[int, int]:
@@ -122,6 +251,19 @@ def largest_latent(manifest: Manifest, height: int, width: int) -> tuple[int, in
     rows = max(1, math.floor(height * scale))
     columns = max(1, min(math.floor(width * scale), most // rows))
     return min(rows, most), columns
+
+
+def check_size(
+    manifest: Manifest, height: int, width: int, tile: TileOption, overlap: int | None
+) -> Tiling | None:
+    """The tiles of a decode of a latent `height` x `width`; None to decode it whole.
+
+    Raises `PidRuntimeError` for a size that cannot be decoded so.
+    """
+    tiling = tiling_of(manifest, height, width, tile, overlap)
+    if tiling is None:
+        check_fits(manifest, height, width)
+    return tiling
 
 
 def check_fits(manifest: Manifest, height: int, width: int) -> None:
@@ -136,75 +278,8 @@ def check_fits(manifest: Manifest, height: int, width: int) -> None:
         f"expected an image of at most {manifest.megapixels(manifest.most_tokens)}, the largest "
         f"bucket of this bundle, but got {side * width}x{side * height}; the largest of this shape "
         f"is {side * columns}x{side * rows}, of a latent of height {rows} and width {columns}; or "
-        f"export with --buckets large={tokens}"
+        f"export with --buckets large={tokens}, or decode in tiles (tile auto)"
     )
-
-
-def check_schedule(
-    sampler: Sampler,
-    *,
-    steps: int | None = None,
-    times: Sequence[float] | None = None,
-    rule: Rule = "sde",
-) -> Schedule:
-    """What a decode with these arguments of `Decoder.decode` visits.
-
-    Raises `PidRuntimeError` for a schedule the bundle does not know.
-    """
-    if rule not in RULES:
-        raise PidRuntimeError(f"expected rule {' or '.join(RULES)}, but got {rule!r}")
-    if sampler.times:
-        if times is not None:
-            raise PidRuntimeError(
-                "expected no times, since this bundle knows only its own, but got "
-                f"{list(times)}; give steps, or export with --arbitrary-timesteps"
-            )
-        steps = sampler.steps if steps is None else _integer(steps, "steps")
-        rows = sampler.schedules.get(str(steps))
-        if rows is None:
-            raise PidRuntimeError(
-                f"expected {', '.join(sampler.schedules)} steps, but got {steps}; more steps "
-                "need a bundle exported with --arbitrary-timesteps"
-            )
-        visited = [*(sampler.times[row] for row in rows), 0.0]
-        return Schedule(rows, _updates(visited, rule), None)
-    if times is None:
-        raise PidRuntimeError(
-            "expected times, since this bundle takes any, but got none; give for example "
-            "1.0,0.75,0.5,0.25,0"
-        )
-    visited = [float(time) for time in _numbers(times, "times").reshape(-1)]
-    descending = all(a > b for a, b in pairwise(visited))
-    if len(visited) < 2 or visited[-1] != 0 or visited[0] > 1 or not descending:
-        raise PidRuntimeError(
-            f"expected times descending from at most 1 to 0, but got {visited}; the last is 0"
-        )
-    if steps not in (None, len(visited) - 1):
-        raise PidRuntimeError(
-            f"expected {steps} steps, but got times of {len(visited) - 1}; give the times alone"
-        )
-    if len(visited) - 1 > sampler.max_steps:
-        raise PidRuntimeError(
-            f"expected at most {sampler.max_steps} steps, but got {len(visited) - 1}; "
-            "leave out some times"
-        )
-    moments = np.array(visited[:-1], np.float32)[:, None] * np.float32(1000)
-    return Schedule(tuple(range(len(visited) - 1)), _updates(visited, rule), moments)
-
-
-def update_factors(t: float, t_next: float, rule: Rule) -> tuple[float, float, float]:
-    """Factors of state, velocity and noise in the sampler's update from t to t_next.
-
-    sde: x0 = x - t v, then (1 - t_next) x0 + t_next noise. ode: x + (t_next - t) v.
-    """
-    if rule == "ode":
-        return 1.0, t_next - t, 0.0
-    return 1.0 - t_next, -(1.0 - t_next) * t, t_next
-
-
-def _updates(visited: Sequence[float], rule: Rule) -> NDArray[np.float32]:
-    factors = [update_factors(t, t_next, rule) for t, t_next in pairwise(visited)]
-    return np.array(factors, np.float32)
 
 
 def _check_array(source: Any, name: str, wanted: tuple[int | str, ...], fix: str) -> Any:
@@ -249,7 +324,7 @@ def _shape_error(
 
 
 def _check_sigma(manifest: Manifest, sigma: Any, batch: int) -> NDArray[np.float32]:
-    sigmas = _numbers(sigma, "sigma").astype(np.float32)
+    sigmas = numbers(sigma, "sigma").astype(np.float32)
     if sigmas.shape not in ((), (1,), (batch,)):
         raise PidRuntimeError(
             f"expected one sigma{_or_more(batch)}, but got shape {list(sigmas.shape)}; give one "
@@ -264,41 +339,16 @@ def _check_sigma(manifest: Manifest, sigma: Any, batch: int) -> NDArray[np.float
     return np.ascontiguousarray(np.broadcast_to(sigmas, (batch,)))
 
 
-def _numbers(given: Any, name: str) -> NDArray[Any]:
-    """A number, or several. Raises `PidRuntimeError` for text, truth values and others."""
-    try:
-        array = as_array(given.detach() if getattr(given, "requires_grad", False) else given)
-    except ValueError:  # lists of different lengths
-        array = np.array(None)
-    if array.dtype.kind not in "fiu":
-        raise PidRuntimeError(f"expected numbers as {name}, but got {str(given)[:60]!r}")
-    return array
-
-
 def _check_seeds(seed: Any, batch: int) -> tuple[int, ...]:
     if seed is None:
         seed = secrets.randbits(64)
         _log.info("Seed %s", seed)
     if np.ndim(seed) == 0:
-        return tuple(image_seed(_integer(seed, "seed"), b) for b in range(batch))
-    seeds = tuple(image_seed(_integer(each, "seed"), 0) for each in seed)
+        return tuple(image_seed(whole_number(seed, "seed"), b) for b in range(batch))
+    seeds = tuple(image_seed(whole_number(each, "seed"), 0) for each in seed)
     if len(seeds) != batch:
         raise PidRuntimeError(f"expected one seed{_or_more(batch)}, but got {len(seeds)}")
     return seeds
-
-
-def _integer(given: Any, name: str) -> int:
-    """A whole number, or the seed of a `torch.Generator`."""
-    if hasattr(given, "initial_seed"):
-        return int(given.initial_seed())
-    try:
-        if isinstance(given, bool | np.bool_):
-            raise TypeError
-        return operator.index(given)
-    except TypeError:
-        raise PidRuntimeError(
-            f"expected a whole number as {name}, but got {str(given)[:60]!r}"
-        ) from None
 
 
 def _or_more(batch: int) -> str:
@@ -306,7 +356,7 @@ def _or_more(batch: int) -> str:
 
 
 def _check_noises(
-    noise: Any, step_noise: Sequence[Any] | None, sizes: Sizes, steps: int, rule: Rule
+    noise: Any, step_noise: Sequence[Any] | None, sizes: Sizes, steps: int, rule: str
 ) -> tuple[Any, ...]:
     """The noise image of every draw, None where the seed makes it."""
     later: list[Any] = [None] * (steps - 1)

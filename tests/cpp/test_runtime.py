@@ -1366,6 +1366,10 @@ def test_a_library_has_the_flavor_that_engine_sets_have(
 
 
 FLAGS_OF_ONE = {
+    **dict.fromkeys(
+        ("--guidance", "--negative", "--overlap", "--plan", "--tile"),
+        "C++ decodes whole pictures, without guidance",
+    ),
     "--provider-library": "Python finds plug-in providers by their packages",
 }
 """Flags that one of the two commands does not have, and why."""

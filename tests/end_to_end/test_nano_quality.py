@@ -33,6 +33,7 @@ from pid_runtime.command import doctor_bundle, doctor_cli
 from pid_runtime.command.images import to_uint8
 from pid_runtime.decoder import Decoder
 from pid_runtime.noise import image_noise
+from pid_runtime.tiles import tiling_of
 from places import ROOT
 
 Pixels = NDArray[np.uint8]
@@ -82,7 +83,7 @@ def native(pid: Decoder, original: Pixels, *, sigma: float = 0.0) -> Pixels:
 def _export(folder: Path, precision: str) -> Path:
     assert NANO.file is not None
     bundle = folder / f"nano-{precision}"
-    options = ExportOptions(precision, (("test", 1024),))
+    options = ExportOptions(precision, (("test", 4096),))
     weights = read_checkpoint(NANO.file, NANO)
     source = {"file": NANO.file.name, "sha256": file_sha256(NANO.file)}
     export_bundle(bundle, NANO.config, weights, options, checkpoint=NANO, weights=source)
@@ -111,6 +112,45 @@ def test_a_decode_is_better_than_an_enlarged_native_decode(pid: Decoder) -> None
     gains = [psnr(o, decoded(pid, o)) - psnr(o, native(pid, o)) for o in map(piece, PIECES)]
     assert np.mean(gains) > 0.4
     assert min(gains) > -0.1
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "tile", "overlap"),
+    [
+        ("astronaut", (256, 256), 640, 256),
+        pytest.param("astronaut", (512, 512), 1024, 256, marks=pytest.mark.slow),
+        pytest.param("chelsea", (288, 448), 1024, 256, marks=pytest.mark.slow),
+        pytest.param("coffee", (400, 600), 1024, 256, marks=pytest.mark.slow),
+        pytest.param("china", (400, 640), 1152, 512, marks=pytest.mark.slow),
+    ],
+)
+def test_tiles_are_not_seen(
+    pid: Decoder, name: str, size: tuple[int, int], tile: int, overlap: int
+) -> None:
+    """Four times enlarged, against the same decoded whole; overlap: from 8 latent pixels."""
+    latent = pid.encode(piece(name, *size)[None])
+    whole = pid.decode(latent)
+    rows, columns = latent.shape[2:]
+    tiling = tiling_of(pid.manifest, rows, columns, (tile, tile), overlap)
+    assert tiling is not None and tiling.count >= 4
+    tiled = pid.decode(latent, tile=(tile, tile), overlap=overlap)
+    error = np.mean(np.square(whole - tiled), dtype=np.float64)
+    assert 10 * np.log10(4 / error) >= 45
+    # On the rows and columns where a tile begins or ends the picture is no rougher than whole.
+    for axis, tiles in ((2, tiling.rows), (3, tiling.columns)):
+        edges = {32 * edge for start in tiles.starts for edge in (start, start + tiles.tile)}
+        at = [edge - 1 for edge in sorted(edges) if 0 < edge < 32 * tiles.size]
+        rough, usual = (np.abs(np.diff(image, axis=axis)) for image in (tiled, whole))
+        on_edges = np.take(rough, at, axis).mean() / np.take(usual, at, axis).mean()
+        assert on_edges == pytest.approx(rough.mean() / usual.mean(), rel=0.02)
+
+
+def test_a_flat_picture_stays_flat_in_tiles(pid: Decoder) -> None:
+    latent = pid.encode(np.full((1, 128, 128, 3), 90, np.uint8))
+    silence = np.zeros((1, 3, 512, 512), np.float32)
+    whole = pid.decode(latent, rule="ode", noise=silence)
+    tiled = pid.decode(latent, rule="ode", noise=silence, tile=(320, 320), overlap=128)
+    assert np.abs(whole - tiled).max() < 0.02
 
 
 def test_decodes_of_whole_photographs_reached_what_the_page_says() -> None:

@@ -23,6 +23,7 @@ from pid_pipelines.generators import find_generator, load_generator, take_vae
 from pid_ref.registry import SPACES
 from pid_runtime.bundle.folder import read_manifest
 from pid_runtime.command.images import to_uint8
+from pid_runtime.command.sampling_options import Sampling
 from pid_runtime.decoder import Decoder
 from pid_runtime.errors import PidRuntimeError
 from places import GOLDEN
@@ -241,19 +242,19 @@ def test_every_class_is_saved_found_and_loaded(backbone: str, tmp_path: Path) ->
 def test_sizes(bundle: Path, golden_bundle: Path) -> None:
     manifest = read_manifest(golden_bundle, verify=False)
     flux = find_backbone("flux")
-    size = plan_size(manifest, flux, (384, 256))
+    size = plan_size(manifest, flux, (384, 256), Sampling())
     assert (size.generated, size.decoded) == ((64, 96), (256, 384))
     manifest.model["trained_sizes"] = [[128, 128], [256, 256], [512, 256], [1024, 1024]]
-    assert plan_size(manifest, flux, None).decoded == (256, 256)
+    assert plan_size(manifest, flux, None, Sampling()).decoded == (256, 256)
     for wanted, nearest in (
         ((380, 256), "380x256; nearest are 320x256 or 384x256"),
         ((400, 300), "400x300; nearest are 384x256 or 448x320"),
         ((0, 40), "0x40; nearest are 64x64"),
     ):
         with pytest.raises(PipelineInputError, match=f"multiples of 64 .* but got {nearest}$"):
-            plan_size(manifest, flux, wanted)
+            plan_size(manifest, flux, wanted, Sampling())
     with pytest.raises(PidRuntimeError, match="the largest bucket of this bundle, but got 1024x64"):
-        plan_size(manifest, flux, (1024, 640))
+        plan_size(manifest, flux, (1024, 640), Sampling())
 
 
 def test_steps() -> None:

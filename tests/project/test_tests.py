@@ -24,6 +24,7 @@ ELSEWHERE = {
     "runtime/test_decoder.py": (
         "runtime/pid_runtime: interpreter request backends/choice backends/graphs backends/memory"
     ),
+    "runtime/test_denoise.py": "runtime/pid_runtime: plan",
     "runtime/test_tables.py": "runtime/pid_runtime: bundle/sizes",
     "runtime/backends/test_tensorrt.py": "runtime/pid_runtime: backends/device backends/dlpack",
     "runtime/bundle/test_manifest.py": (

@@ -258,15 +258,12 @@ def test_a_decoder_says_what_it_is(golden_bundle: Path, monkeypatch: pytest.Monk
 def test_advice_is_logged_once(
     edit_bundle: Callable[..., Path], caplog: pytest.LogCaptureFixture
 ) -> None:
-    bundle = edit_bundle(
-        lambda manifest: manifest["model"].update(latent_spread=[0.3, 2.0], distilled=False)
-    )
+    bundle = edit_bundle(lambda manifest: manifest["model"].update(latent_spread=[0.3, 2.0]))
     with Decoder.open(bundle, threads=1, verify=False) as pid:
         for _ in range(2):
             pid.decode(9 * LATENT, steps=1, sigma=0.9)
     told = [record.getMessage() for record in caplog.records]
     assert [text[:30] for text in told] == [
-        "custom is not distilled: it ne",
         "sigma 0.9 is beyond 0.8, the h",
         "no caption was given: the empt",
         "the latent's standard deviatio",
@@ -554,7 +551,7 @@ WRONG: dict[str, tuple[str, dict[str, Any]]] = {
     "steps": ("expected 1, 2, 4 steps, but got 3", {"steps": 3}),
     "no steps": ("expected 1, 2, 4 steps, but got 0", {"steps": 0}),
     "times": ("knows only its own", {"times": [1, 0]}),
-    "rule": ("rule sde or ode", {"rule": "euler"}),
+    "rule": ("rule sde, ode, dpm", {"rule": "euler"}),
     "output": ("output float32 or uint8 or pil", {"output": "float16"}),
     "output and dlpack": ("no dlpack for output pil", {"output": "pil", "dlpack": True}),
     "sigma text": ("numbers as sigma, but got '0.2'", {"sigma": "0.2"}),

@@ -92,10 +92,6 @@ std::string about_variants(const Model& model, const ImageSize& size) {
 std::vector<std::string> advice(const Model& model, std::int64_t width, std::int64_t height,
                                 float largest_sigma, bool has_caption) {
     std::vector<std::string> lines;
-    if (!model.distilled)
-        lines.push_back(name_of(model) +
-                        " is not distilled: it needs about 25 steps and guidance, which decoding "
-                        "here does not have; use a distilled variant");
     for (std::string line :
          {about_variants(model, {width, height}), about_trained_sizes(model, {width, height})})
         if (!line.empty())

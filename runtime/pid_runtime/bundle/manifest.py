@@ -1,7 +1,7 @@
 """The manifest: a decoder as data. See docs/bundle-format.md, which this module implements."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -11,7 +11,7 @@ from pid_runtime.bundle.source import Source, encode_source, read_source
 from pid_runtime.errors import PidRuntimeError
 
 FORMAT = "pid-bundle"
-FORMAT_VERSION = (1, 2)
+FORMAT_VERSION = (1, 3)
 """Major and minor version; a reader takes any minor version of its own major version."""
 
 MANIFEST_FILE = "manifest.json"
@@ -123,18 +123,35 @@ class Bucket:
         return None
 
 
+RULES = ("sde", "ode", "dpm++2m")
+"""How a state follows from the one before; see `pid_runtime.schedule`."""
+
+
+@dataclass(frozen=True)
+class FlowShift:
+    """How the times of an undistilled decode depend on the image; see `shifted_times`."""
+
+    shift: float
+    size: int
+    """Side in pixels of the square image that is shifted by `shift` itself."""
+
+
 @dataclass(frozen=True)
 class Sampler:
-    """The times a decode visits.
+    """The times a decode visits, and how.
 
     times: the known timesteps t, one per row of the modulation table; empty when any time goes.
-    schedules: by number of steps, the rows visited. steps: the default.
+    schedules: by number of steps, the rows visited. steps, rule, guidance: the defaults.
+    flow_shift: of a bundle that takes any times, what those of a number of steps follow from.
     """
 
     steps: int
     max_steps: int
     times: tuple[float, ...]
     schedules: dict[str, tuple[int, ...]]
+    rule: str = RULES[0]
+    guidance: float = 1.0
+    flow_shift: FlowShift | None = None
 
 
 @dataclass(frozen=True)
@@ -210,6 +227,23 @@ class Manifest:
         for section in SECTIONS:
             yield from self.program.get(section, ())
 
+    def dependent(self, section: str, inputs: Collection[str]) -> list[Run | Copy]:
+        """A section's instructions whose results follow from these buffers, in order."""
+        known = set(inputs)
+        found: list[Run | Copy] = []
+        for instruction in self.program[section]:
+            if isinstance(instruction, Noise):
+                continue
+            if isinstance(instruction, Copy):
+                sources, targets = {instruction.source}, {instruction.target}
+            else:
+                sources = {operand.buffer for operand in instruction.inputs.values()}
+                targets = {operand.buffer for operand in instruction.outputs.values()}
+            if not known.isdisjoint(sources):
+                known |= targets
+                found.append(instruction)
+        return found
+
     def to_json(self) -> str:
         """The text of manifest.json."""
         fields = asdict(self)
@@ -224,6 +258,8 @@ class Manifest:
                 del graph["contrib_file"]
         if self.codec is None:
             del fields["codec"]
+        if self.sampler.flow_shift is None:
+            del fields["sampler"]["flow_shift"]
         return json.dumps({"format": FORMAT, "format_version": FORMAT_VERSION, **fields}, indent=1)
 
 

@@ -16,6 +16,7 @@ from pid_runtime.bundle.manifest import (
     BLOCK_DCT,
     MANIFEST_FILE,
     PRECISIONS,
+    RULES,
     SECTIONS,
     WEIGHTS_FILE,
     Bucket,
@@ -39,6 +40,7 @@ ALIGNMENT = 256
 
 LARGEST_RANK = 8
 LARGEST_STEPS = 1000
+LARGEST_GUIDANCE = 100
 LARGEST_ARENA = 1 << 40
 
 SIZE_SYMBOLS = frozenset(("B", "T", "h", "w", "Hs", "Ws", "H", "W", "L", "S", "N"))
@@ -122,6 +124,13 @@ def _check_codec(manifest: Manifest) -> None:
 
 def _check_sampler(sampler: Sampler) -> None:
     _require(0 < sampler.max_steps <= LARGEST_STEPS, "from 1 to 1000 steps", sampler.max_steps)
+    _require(sampler.rule in RULES, f"a rule of {', '.join(RULES)}", sampler.rule)
+    _require(1 <= sampler.guidance <= LARGEST_GUIDANCE, "guidance from 1 to 100", sampler.guidance)
+    if sampler.flow_shift is not None:
+        shift, size = sampler.flow_shift.shift, sampler.flow_shift.size
+        _require(not sampler.times, "no flow_shift where times are known", shift)
+        _require(1e-3 <= shift <= 1e3, "a flow_shift from 0.001 to 1000", shift)
+        _require(0 < size <= LARGEST_SIZE, "a positive size of flow_shift", size)
     if not sampler.times:
         _require(not sampler.schedules, "no schedules where there are no times", "some")
         _require(0 < sampler.steps <= sampler.max_steps, "steps up to max_steps", sampler.steps)

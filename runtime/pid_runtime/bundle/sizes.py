@@ -49,6 +49,18 @@ class Sizes:
             {**self.values, **{name: self.values[of] for name, of in dims.items()}, **more}
         )
 
+    def of_batch(self, batch: int) -> "Sizes":
+        """These sizes with another number of images."""
+        return Sizes({**self.values, "B": batch})
+
+    def resized(self, height: int, width: int) -> "Sizes":
+        """These sizes with a latent `height` x `width` instead."""
+        across = self.value("Ws") // self.value("w")
+        patch = self.value("W") // self.value("Ws")
+        hs, ws = across * height, across * width
+        values = {"h": height, "w": width, "Hs": hs, "Ws": ws, "H": hs * patch, "W": ws * patch}
+        return Sizes({**self.values, **values, "L": hs * ws, "S": self.value("T") + hs * ws})
+
 
 def sizes_of_request(
     network: Mapping[str, Any],

@@ -7,6 +7,7 @@ import logging
 import time
 from argparse import Namespace
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -33,17 +34,16 @@ from pid_runtime.command.decode_options import (
     Making,
     add_backend_options,
     add_image_options,
-    add_schedule_options,
     image_folder,
     number,
     open_decoder,
 )
 from pid_runtime.command.images import save_image, sheet_size, side_by_side
 from pid_runtime.command.latent_files import FORMS, LATENT_SUFFIXES, LatentForm
+from pid_runtime.command.sampling_options import add_sampling_options, read_sampling
 from pid_runtime.decoder import Decoder
 from pid_runtime.errors import NotFiniteError, PidRuntimeError
 from pid_runtime.latents import spread_warning
-from pid_runtime.request import check_schedule
 
 _log = logging.getLogger(__name__)
 
@@ -53,6 +53,9 @@ _EXAMPLES = """examples:
   pid-decode flux-2k --latent latent.safetensors --caption caption.safetensors -o image.png
   pid-decode flux-2k --latents latents/ --captions captions/ --seed 7 --format webp -o images/
   pid-decode flux-2k --latent latent.safetensors -o image.png --backend tensorrt
+  pid-decode flux-2k --latent large.safetensors -o large.png --tile auto
+  pid-decode flux-any --latent latent.safetensors --caption caption.safetensors \\
+      --negative caption.safetensors --guidance 5 -o image.png
 
 files:
   A latent file has one tensor, or one named "latent": [C, h, w] or [B, C, h, w] in float32,
@@ -89,7 +92,8 @@ def _parser() -> argparse.ArgumentParser:
     inputs.add_argument("--latents", type=Path, metavar="DIR", help="a folder of latent files")
     for name in ("--image", "--images"):
         inputs.add_argument(name, type=Path, help=argparse.SUPPRESS)  # until it moved
-    add("-o", "--output", type=Path, required=True, help="an image, or a folder for a folder")
+    add("-o", "--output", type=Path, help="an image, or a folder for a folder")
+    add("--plan", action="store_true", help="say what decoding would take, and stop")
     captions = parser.add_mutually_exclusive_group()
     captions.add_argument("--caption", type=Path, metavar="FILE", help="one caption for all")
     captions.add_argument(
@@ -110,7 +114,7 @@ def _parser() -> argparse.ArgumentParser:
         type=number,
         help="noise level of the latents, 0 to 1 (default: the files', or 0)",
     )
-    add_schedule_options(parser)
+    add_sampling_options(parser)
     add_image_options(parser)
     add("--sheet", type=Path, metavar="FILE", help="also write all images side by side")
     add_backend_options(parser)
@@ -120,28 +124,27 @@ def _parser() -> argparse.ArgumentParser:
 def _decode(arguments: Namespace) -> None:
     many = arguments.latents is not None
     _check_kinds(arguments, many=many)
+    manifest = read_manifest(arguments.bundle, verify=False)
+    sampling = read_sampling(arguments, manifest)
     settings = Settings(
         arguments.latent_key,
         arguments.caption_key,
         arguments.latent_form,
         arguments.sigma,
         arguments.seed,
-        arguments.steps,
-        arguments.times,
-        arguments.rule,
-    )
-    manifest = read_manifest(arguments.bundle, verify=False)
-    schedule = check_schedule(
-        manifest.sampler, steps=settings.steps, times=settings.times, rule=settings.rule
+        sampling,
     )
     path = arguments.latents if many else arguments.latent
     sources = find_sources(path, arguments.caption, arguments.captions)
     skipped = skipped_files(path, LATENT_SUFFIXES) if many else None
     jobs = plan_jobs(manifest, sources, settings, _namer(arguments, many))
+    if arguments.plan:
+        _show_plans(arguments, jobs)
+        return
     planned = len(jobs)
     if arguments.skip_existing:
         jobs = without_existing(jobs)
-    making = Making(arguments, manifest, schedule)
+    making = Making(arguments, manifest, sampling.schedule(manifest))
     if not jobs:
         _report(arguments, making, jobs, [], planned)
         return
@@ -151,8 +154,7 @@ def _decode(arguments: Namespace) -> None:
         with open_decoder(arguments, manifest) as decoder:
             decoder.warn([skipped] if skipped else [])
             decoder.warn(_advice(decoder.manifest.model, jobs))
-            total = schedule.steps * len(jobs)
-            with console.progress("Decoding", total, quiet=arguments.quiet) as advance:
+            with console.progress("Decoding", len(jobs), quiet=arguments.quiet) as advance:
                 seconds, tiles = _run(decoder, jobs, settings, making, arguments.sheet, advance)
         if arguments.sheet:
             save_image(arguments.sheet, side_by_side(tiles))
@@ -182,7 +184,7 @@ def _run(
             begin = time.perf_counter()
             try:
                 images: Pixels = decoder.run(
-                    request, "uint8", progress=lambda _done, _total: advance(1)
+                    request, "uint8", progress=lambda _done, calls: advance(1 / calls)
                 )
             except NotFiniteError as error:
                 raise PidRuntimeError(f"{source.path}: {error}") from None
@@ -258,7 +260,11 @@ def _check_kinds(arguments: Namespace, *, many: bool) -> None:
         raise PidRuntimeError(
             "expected latents, but got a photo: pid-upscale takes them, as in "
             f"pid-upscale {arguments.bundle} {arguments.image or arguments.images} "
-            f"-o {arguments.output}"
+            f"-o {arguments.output or 'larger.png'}"
+        )
+    if arguments.output is None and not arguments.plan:
+        raise PidRuntimeError(
+            "expected -o for the image, or a folder of them, but got none; add it"
         )
     for name in ("captions", "format"):
         if getattr(arguments, name) is not None and not many:
@@ -289,9 +295,17 @@ def _form(text: str) -> LatentForm:
         raise argparse.ArgumentTypeError(str(error)) from None
 
 
+def _show_plans(arguments: Namespace, jobs: Sequence[Job]) -> None:
+    """What every image would take."""
+    plans = [{"latent": str(job.source.path), **asdict(job.plan)} for job in jobs]
+    lines = [f"{job.source.path}: {job.plan.text}" for job in jobs]
+    result = {"bundle": str(arguments.bundle), "plans": plans}
+    console.emit(result, "\n".join(lines), as_json=arguments.json)
+
+
 def _namer(arguments: Namespace, many: bool) -> Callable[[Source], Path]:
     """What to call the image of a source."""
-    output: Path = arguments.output
+    output: Path = arguments.output or Path("planned.png")
     if not many:
         return lambda source: output
     return lambda source: output / f"{source.path.stem}.{arguments.format or FORMATS[0]}"

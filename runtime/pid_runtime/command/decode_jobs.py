@@ -1,7 +1,7 @@
 """What `pid-decode` is to do: found and checked before the first decode, by sizes and headers."""
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -17,9 +17,11 @@ from pid_runtime.command.latent_files import (
     open_caption_file,
     open_latent_file,
 )
+from pid_runtime.command.sampling_options import Sampling
 from pid_runtime.errors import PidRuntimeError
 from pid_runtime.noise import image_seed
-from pid_runtime.request import Request, Rule, check_request
+from pid_runtime.plan import Plan, plan_of
+from pid_runtime.request import Request, check_request
 
 Values = Callable[[StoredTensor], NDArray[np.float32]]
 """What becomes of a tensor in a file: its values, or an outline of them."""
@@ -39,9 +41,7 @@ class Settings:
     """Noise level, in place of what the files say; None for theirs, or 0."""
     seed: int = 0
     """Of the first image of every file; the next have the next seeds."""
-    steps: int | None = None
-    times: tuple[float, ...] | None = None
-    rule: Rule = "sde"
+    sampling: Sampling = field(default_factory=Sampling)
 
 
 @dataclass(frozen=True)
@@ -111,9 +111,7 @@ def request_of(manifest: Manifest, inputs: Inputs, settings: Settings, seed: int
         inputs.caption,
         sigma=inputs.sigma,
         seed=seed,
-        steps=settings.steps,
-        times=settings.times,
-        rule=settings.rule,
+        **settings.sampling.options,
     )
 
 
@@ -130,6 +128,8 @@ class Job:
     seed: int
     sigma: float
     has_caption: bool
+    plan: Plan
+    """Of the decode of this one image."""
 
 
 def find_sources(
@@ -206,6 +206,8 @@ def plan_jobs(
         except PidRuntimeError as error:
             raise PidRuntimeError(f"{source.path}: {error}") from None
         target, batch = name(source), len(inputs.latent)
+        one = replace(request, sizes=request.sizes.of_batch(1))
+        plan = plan_of(manifest, one)
         height, width = request.sizes.value("H"), request.sizes.value("W")
         jobs += [
             Job(
@@ -217,6 +219,7 @@ def plan_jobs(
                 image_seed(settings.seed, index),
                 round(float(request.sigmas[index]), 6),
                 inputs.caption is not None,
+                plan,
             )
             for index in range(batch)
         ]

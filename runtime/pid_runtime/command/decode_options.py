@@ -12,25 +12,9 @@ from pid_runtime.bundle.files import file_sha256
 from pid_runtime.bundle.manifest import MANIFEST_FILE, Manifest
 from pid_runtime.decoder import Decoder
 from pid_runtime.errors import PidRuntimeError
-from pid_runtime.request import RULES, Schedule
+from pid_runtime.schedule import Schedule
 
 FORMATS = ("png", "jpg", "webp")
-
-
-def add_schedule_options(parser: argparse.ArgumentParser) -> None:
-    """Seed, steps or times, and rule, as `Decoder.decode` takes them."""
-    parser.add_argument("--seed", type=seed, default=0, help="of the first image of every file")
-    schedule = parser.add_mutually_exclusive_group()
-    schedule.add_argument("--steps", type=int, help="1, 2 or 4 (default: what the bundle says)")
-    schedule.add_argument(
-        "--times", type=_times, help="for bundles of any times: 1.0,0.75,0.5,0.25,0"
-    )
-    parser.add_argument(
-        "--rule",
-        choices=RULES,
-        default=RULES[0],
-        help="sde, which adds noise between steps, or ode",
-    )
 
 
 def add_image_options(parser: argparse.ArgumentParser) -> None:
@@ -91,7 +75,8 @@ class Making:
             "device": device_name(arguments.backend, arguments.device),
             "steps": schedule.steps,
             "times": None if arguments.times is None else list(arguments.times),
-            "rule": arguments.rule,
+            "rule": schedule.rule,
+            **_guided_and_tiled(arguments, manifest),
         }
         self._model = {"model": manifest.model.get("name"), "precision": manifest.precision}
         self._license = manifest.model.get("weights_license")
@@ -105,6 +90,20 @@ class Making:
         image = {"seed": seed, "sigma": sigma, "width": width, "height": height, **more}
         rights = {} if self._license is None else {"weights_license": self._license}
         return {**self._model, **self.common, **image, **rights}
+
+
+def _guided_and_tiled(arguments: Namespace, manifest: Manifest) -> dict[str, Any]:
+    """What is said of guidance and tiles where there are any."""
+    asked = arguments.decode_guidance
+    guidance = manifest.sampler.guidance if asked is None else asked
+    tile = arguments.tile if arguments.tile in (None, "auto") else list(arguments.tile)
+    found = {
+        "guidance": None if guidance == 1 else guidance,
+        "negative": None if arguments.negative is None else str(arguments.negative),
+        "tile": tile,
+        "overlap": arguments.overlap,
+    }
+    return {name: value for name, value in found.items() if value is not None}
 
 
 @contextlib.contextmanager
@@ -140,18 +139,15 @@ def number(text: str) -> float:
 
 def seed(text: str) -> int:
     """An option's seed, of 64 bits."""
-    return _integer(text, 0, 2**64 - 1, "2^64 - 1")
-
-
-def _times(text: str) -> tuple[float, ...]:
-    return tuple(number(part) for part in text.split(","))
+    return whole_number(text, 0, 2**64 - 1, "2^64 - 1")
 
 
 def _threads(text: str) -> int:
-    return _integer(text, 1, 4096, "4096")
+    return whole_number(text, 1, 4096, "4096")
 
 
-def _integer(text: str, least: int, most: int, most_text: str) -> int:
+def whole_number(text: str, least: int, most: int, most_text: str) -> int:
+    """An option's whole number, from `least` to `most`."""
     if not (text.isascii() and text.isdecimal() and least <= int(text) <= most):
         raise argparse.ArgumentTypeError(
             f"expected a whole number from {least} to {most_text}, but got {text!r}"

@@ -30,6 +30,7 @@ FORMS = ("auto", "normalised", "raw", "packed")
 """What a latent may be: what its file says, as the bundle takes it, as a VAE's encoder gives it, or
 tokens of a normalised one."""
 
+NEGATIVE = "negative"
 CAPTION_SUFFIX = ".safetensors"
 
 LATENT, CAPTION, SIGMA = "latent", "caption", "sigma"
@@ -169,6 +170,17 @@ def open_caption_file(path: Path, key: str | None = None) -> StoredTensor:
     """
     header = _read_header(path)
     return _find_caption(path, header, _choose(path, header, CAPTION, key, "--caption-key"))
+
+
+def open_negative_file(path: Path) -> StoredTensor:
+    """Find a negative caption embedding, as `open_caption_file` finds a caption's.
+
+    It is the tensor called "negative", as pid-caption --negative writes it beside the caption; in
+    a file without one what would be the caption.
+    """
+    header = _read_header(path)
+    name = NEGATIVE if NEGATIVE in header else _choose(path, header, CAPTION, None, "--negative")
+    return _find_caption(path, header, name)
 
 
 def _read_header(path: Path) -> _Header:

@@ -474,8 +474,6 @@ def test_advice_about_the_model(work: Work, edit_bundle: EditBundle) -> None:
     (size,) = warnings(name="flux 2k (v1)", trained_sizes=[[64, 64], [96, 80], [64, 96]])
     assert "flux 2k (v1) was not trained at 96x64 " in size
     assert size.endswith("the nearest trained size is 96x80")
-    (teacher,) = warnings(distilled=False)
-    assert "is not distilled" in teacher
     (sigma,) = warnings("--sigma", 0.81)
     assert "sigma 0.81 is beyond 0.8" in sigma
     assert warnings("--sigma", 0.8) == []

@@ -1,0 +1,248 @@
+"""From noise to the image: for every step, for every tile, for every branch.
+
+A plain decode, of one tile and one branch, is the program's own: its update makes the next state
+in the arena. In tiles, with guidance or by a rule that looks back, the program's update gives the
+clean image x0 = x - t v of every call instead; these are blended, and the next state is mixed
+of them on the host. That is the same picture, as every rule is affine in the velocity and the
+weights of tiles, and those of branches, sum to one.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pid_runtime.backends.memory import as_array
+from pid_runtime.bundle.manifest import Noise
+from pid_runtime.interpreter import Program
+from pid_runtime.noise import standard_normal
+from pid_runtime.request import Branch, Request
+from pid_runtime.tiles import Axis
+
+Report = Callable[[], None]
+"""Called after every call of the network."""
+
+Floats = NDArray[np.float32]
+
+
+def denoise_in_arena(program: Program, request: Request, report: Report) -> None:
+    """A plain decode: the last state is in the program's buffer "state"."""
+    schedule = request.schedule
+    updates = schedule.updates
+
+    def fill(bound: Program, instruction: Noise, draw: int) -> None:
+        if draw and updates[draw - 1, 2] == 0:  # not used, but must not hold a NaN
+            bound.memory.fill_zero(bound.buffer(instruction.target))
+        elif request.noises[draw] is not None:
+            bound.load_noise(instruction, request.noises[draw])
+        else:
+            bound.fill_noise(instruction, request.seeds, draw)
+
+    _write(program, request, updates)
+    _write_batch(program, "caption", request.branches[0].caption)
+    program.memory.write(program.buffer("latent"), request.latent)
+    program.run("prologue", noise=lambda bound, instruction, _: fill(bound, instruction, 0))
+    _compute_times(program, request)
+    for step, row in enumerate(schedule.rows):
+        program.run(
+            "step", row, step, lambda bound, instruction, k: fill(bound, instruction, k + 1)
+        )
+        report()
+
+
+class Canvas:
+    """The state of a decode on the host, and how its steps are made of calls of the program."""
+
+    def __init__(self, program: Program, request: Request) -> None:
+        """`program` is bound to `request.program_sizes`."""
+        self._program, self._request = program, request
+        sizes, tiling = request.sizes, request.tiling
+        self._patch = sizes.value("H") // sizes.value("Hs")
+        self._per_latent = sizes.value("Hs") // sizes.value("h")
+        shape = (*sizes.shape(("B", "Hs", "Ws")), self._patch, self._patch, 3)
+        self.state: Floats = np.empty(shape, np.float32)
+        """`[B, Hs, Ws, P, P, 3]`: the picture's tokens, row by row those of the next step."""
+        looks_back = request.schedule.rule == "dpm++2m"
+        self._before: Floats | None = np.empty(shape, np.float32) if looks_back else None
+        self._latent = as_array(request.latent)
+        if tiling is None:
+            height, width = sizes.shape(("h", "w"))
+            self._rows, self._columns = Axis(height, height, (0,)), Axis(width, width, (0,))
+        else:
+            self._rows, self._columns = tiling.rows, tiling.columns
+
+    def denoise(self, report: Report) -> None:
+        """Run all steps."""
+        program, request = self._program, self._request
+        branches, is_one = request.branches, request.tiling is None
+        last = len(self._columns.starts) - 1, len(branches) - 1
+        _write(program, request, request.schedule.predictions)
+        _compute_times(program, request)
+        for row, values in self._noise(0):
+            self.state[:, row] = values
+        for step, row in enumerate(request.schedule.rows):
+            strip = self._new_strip()
+            for down in range(len(self._rows.starts)):
+                for across in range(len(self._columns.starts)):
+                    if step == 0 or not is_one:
+                        self._take_in_latent(down, across)
+                    for index, branch in enumerate(branches):
+                        if len(branches) > 1 or step == down == across == 0:
+                            self._take_in_caption(branch)
+                        clean = self._run(down, across, row, step)
+                        self._add(strip, clean, branch.weight, down, across)
+                        if (across, index) != last:
+                            report()
+                self._update(step, strip, down)
+                report()
+
+    def image(self) -> Floats:
+        """The state as images, float32 `[B, 3, H, W]`, clamped to [-1, 1]."""
+        batch, rows, columns, patch, _, _ = self.state.shape
+        image = np.empty((batch, 3, rows * patch, columns * patch), np.float32)
+        for row in range(rows):
+            pixels = self.state[:, row].transpose(0, 4, 2, 1, 3)  # (B, 3, P, Ws, P)
+            part = image[:, :, row * patch : (row + 1) * patch]
+            np.clip(pixels.reshape(part.shape), -1, 1, out=part)
+        return image
+
+    def image_bytes(self) -> NDArray[np.uint8]:
+        """The state as images, uint8 `[B, H, W, 3]`."""
+        batch, rows, columns, patch, _, _ = self.state.shape
+        image = np.empty((batch, rows * patch, columns * patch, 3), np.uint8)
+        for row in range(rows):
+            pixels = np.clip(self.state[:, row].transpose(0, 2, 1, 3, 4), -1, 1)  # (B, P, Ws, P, 3)
+            part = image[:, row * patch : (row + 1) * patch]
+            part[...] = np.rint((pixels + np.float32(1)) * np.float32(127.5)).reshape(part.shape)
+        return image
+
+    def _tokens(self, length: int) -> int:
+        return length * self._per_latent
+
+    def _new_strip(self) -> Floats:
+        """Where a row of tiles is blended: zeros, of the tiles' height and the picture's width."""
+        batch, _, *others = self.state.shape
+        return np.zeros((batch, self._tokens(self._rows.tile), *others), np.float32)
+
+    def _take_in_latent(self, down: int, across: int) -> None:
+        """The part of the latent under a tile."""
+        top, left = self._rows.starts[down], self._columns.starts[across]
+        part = self._latent[:, :, top : top + self._rows.tile, left : left + self._columns.tile]
+        program = self._program
+        program.memory.write(program.buffer("latent"), np.ascontiguousarray(part))
+        program.refresh(frozenset(("latent",)))
+
+    def _take_in_caption(self, branch: Branch) -> None:
+        _write_batch(self._program, "caption", branch.caption)
+        self._program.refresh(frozenset(("caption",)))
+
+    def _run(self, down: int, across: int, row: int, step: int) -> Floats:
+        """The clean image that the network sees in a tile, `[B, hs, ws, P, P, 3]`."""
+        top, left = (
+            self._tokens(self._rows.starts[down]),
+            self._tokens(self._columns.starts[across]),
+        )
+        height, width = self._tokens(self._rows.tile), self._tokens(self._columns.tile)
+        part = self.state[:, top : top + height, left : left + width]
+        program = self._program
+        program.memory.write(program.buffer("state"), np.ascontiguousarray(part))
+        program.run("step", row, step, _no_noise)
+        return program.memory.read(program.buffer("state")).reshape(part.shape)
+
+    def _add(self, strip: Floats, clean: Floats, weight: float, down: int, across: int) -> None:
+        """Add a tile's clean image, weighted, to its row of tiles."""
+        scale = self._per_latent * self._patch
+        vertical = self._rows.weights(down, scale).reshape(-1, 1, self._patch, 1, 1)
+        horizontal = self._columns.weights(across, scale) * np.float32(weight)
+        clean *= vertical
+        clean *= horizontal.reshape(1, -1, 1, self._patch, 1)
+        left = self._tokens(self._columns.starts[across])
+        strip[:, :, left : left + clean.shape[2]] += clean
+
+    def _update(self, step: int, strip: Floats, down: int) -> None:
+        """Make the next state of the rows that no later tile touches."""
+        starts = self._rows.starts
+        is_last = down + 1 == len(starts)
+        begin = self._tokens(starts[down])
+        end = self._tokens(self._rows.size if is_last else starts[down + 1])
+        state, clean, before, noise = self._request.schedule.mixes[step]
+        fresh = self._noise(step + 1, begin, end) if noise else iter(())
+        for row in range(begin, end):
+            values = strip[:, row - begin]
+            mixed = state * self.state[:, row] + clean * values
+            if self._before is not None:
+                if before:
+                    mixed += before * self._before[:, row]
+                self._before[:, row] = values
+            if noise:
+                mixed += noise * next(fresh)[1]
+            self.state[:, row] = mixed
+        done = end - begin
+        strip[:, : strip.shape[1] - done] = strip[:, done:]
+        strip[:, strip.shape[1] - done :] = 0
+
+    def _noise(
+        self, draw: int, begin: int = 0, end: int | None = None
+    ) -> Iterator[tuple[int, Floats]]:
+        """Rows of tokens of a draw, `[B, Ws, P, P, 3]`, with their numbers."""
+        _, rows, columns, patch, _, _ = self.state.shape
+        count = columns * patch * patch * 3
+        given = self._request.noises[draw]
+        image = None if given is None else as_array(given)
+        for row in range(begin, rows if end is None else end):
+            if image is None:
+                drawn = [
+                    standard_normal(seed, draw, count, start=row * count)
+                    for seed in self._request.seeds
+                ]
+                yield row, np.stack(drawn).reshape(-1, columns, patch, patch, 3)
+            else:
+                part = image[:, :, row * patch : (row + 1) * patch]
+                pixels = part.reshape(len(part), 3, patch, columns, patch)
+                yield row, pixels.transpose(0, 3, 2, 4, 1)
+
+
+def _no_noise(bound: Program, instruction: Noise, _draw: int) -> None:
+    """Its factor is zero, but it must not hold a NaN."""
+    bound.memory.fill_zero(bound.buffer(instruction.target))
+
+
+def _compute_times(program: Program, request: Request) -> None:
+    if request.schedule.moments is not None:
+        for row in request.schedule.rows:
+            program.run("timestep", row=row, step=row)
+
+
+def _write(program: Program, request: Request, updates: Floats) -> None:
+    """Put what is the same for every tile and branch into the arena."""
+    memory, rows = program.memory, request.sizes.value("N")
+    memory.write(program.buffer("sigma"), request.sigmas)
+    memory.write(program.buffer("update"), _padded(updates, rows))
+    if request.schedule.moments is not None:
+        memory.write(program.buffer("timestep"), _padded(request.schedule.moments, rows))
+
+
+def _write_batch(program: Program, name: str, values: Any) -> None:
+    """Write an input, which may be one for all images."""
+    if values.shape[0] == program.sizes.value("B"):
+        program.memory.write(program.buffer(name), values)
+        return
+    for image in range(program.sizes.value("B")):
+        program.memory.write(program.image_part(name, image), values)
+
+
+def _padded(values: Floats, rows: int) -> Floats:
+    """The same with zero rows below, as many as the buffer has."""
+    full = np.zeros((rows, *values.shape[1:]), np.float32)
+    full[: len(values)] = values
+    return full
+
+
+def kept_bytes(request: Request) -> int:
+    """Bytes on the host of a decode that is not plain: states, a row of tiles, and the image."""
+    values = 3 * math.prod(request.sizes.shape(("B", "H", "W")))
+    states = 2 if request.schedule.rule == "dpm++2m" else 1
+    height = request.program_sizes.value("H") / request.sizes.value("H")
+    return int(values * (4 * (states + height) + 1))

@@ -1,0 +1,83 @@
+"""What a decode would take, before anything runs."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from pid_runtime.bundle.manifest import Bucket, Manifest
+from pid_runtime.denoise import kept_bytes
+from pid_runtime.interpreter import Program
+from pid_runtime.request import Request
+from pid_runtime.tiles import described, pixels_per_latent_pixel
+from pid_runtime.work import section_flop
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a decode of a batch would take."""
+
+    width: int
+    """Of the image, in pixels."""
+    height: int
+    bucket: str
+    """What the picture, or a tile, is decoded in."""
+    steps: int
+    tiles: int
+    tile: tuple[int, int]
+    """Width and height of a tile in pixels; the image's where there is one."""
+    branches: int
+    """2 with guidance."""
+    calls: int
+    """Of the network: steps, times tiles, times branches."""
+    tflop: float
+    """10^12 floating-point operations, 2 for every multiply-add."""
+    device_bytes: int
+    """Weights and arena; what graphs work in comes on top."""
+    host_bytes: int
+    """State and image where the host has them; 0 where the device has all."""
+    reason: str | None
+    """Why there are tiles; None where there are none."""
+    text: str
+    """All of that for people."""
+
+
+def plan_of(
+    manifest: Manifest, request: Request, bucket_for: Callable[[int], Bucket] | None = None
+) -> Plan:
+    """The plan of a request. bucket_for: a backend's buckets; None for the bundle's own."""
+    sizes = request.program_sizes
+    name, bucket = manifest.bucket_for(sizes.value("L"))
+    if bucket_for is not None:
+        bucket = bucket_for(sizes.value("L"))
+    tiling, side = request.tiling, pixels_per_latent_pixel(manifest)
+    tiles = 1 if tiling is None else tiling.count
+    batch, branches = sizes.value("B"), len(request.branches)
+    prologue = section_flop(manifest, "prologue", sizes)
+    if not request.is_plain and (tiles > 1 or branches > 1):
+        prologue *= request.calls
+    flop = batch * (request.calls * section_flop(manifest, "step", sizes) + prologue)
+    weights = sum(graph.weights_bytes for graph in manifest.graphs.values())
+    device_bytes = weights + Program.arena_bytes(bucket, sizes)
+    host_bytes = 0 if request.is_plain else kept_bytes(request)
+    width, height = request.sizes.value("W"), request.sizes.value("H")
+    pieces = "whole" if tiling is None else described(tiling, side)
+    guided = " and 2 branches" if branches > 1 else ""
+    text = (
+        f"{width}x{height}: bucket {name}, {pieces}; {request.schedule.steps} steps{guided}, "
+        f"{request.calls} calls of the network, {flop / 1e12:.4g} TFLOP; device "
+        f"{device_bytes / 1e9:.2f} GB and what graphs work in, host {host_bytes / 1e9:.2f} GB"
+    )
+    return Plan(
+        width=width,
+        height=height,
+        bucket=name,
+        steps=request.schedule.steps,
+        tiles=tiles,
+        tile=(sizes.value("W"), sizes.value("H")),
+        branches=branches,
+        calls=request.calls,
+        tflop=flop / 1e12,
+        device_bytes=device_bytes,
+        host_bytes=host_bytes,
+        reason=None if tiling is None else tiling.reason,
+        text=text,
+    )
