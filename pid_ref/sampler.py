@@ -55,11 +55,7 @@ def sample(
     Raises `PidInputError` for a wrong number of steps, times or step noises.
     """
     schedule = timesteps(steps) if times is None else tuple(times)
-    descending = all(a > b for a, b in pairwise(schedule))
-    if len(schedule) < 2 or schedule[0] > 1 or schedule[-1] != 0 or not descending:
-        raise PidInputError(
-            f"expected times descending from at most 1 to 0, but got {list(schedule)}"
-        )
+    check_times(schedule)
     if rule not in ("sde", "ode"):
         raise PidInputError(f"expected rule sde or ode, but got {rule!r}")
     if isinstance(step_noise, Sequence) and rule == "sde":
@@ -87,6 +83,13 @@ def sample(
         if on_step is not None:
             on_step(step, v, x)
     return x
+
+
+def check_times(times: Sequence[float]) -> None:
+    """Raise `PidInputError` unless times descend from at most 1 to 0."""
+    descending = all(a > b for a, b in pairwise(times))
+    if len(times) < 2 or times[0] > 1 or times[-1] != 0 or not descending:
+        raise PidInputError(f"expected times descending from at most 1 to 0, but got {list(times)}")
 
 
 def _noise_after(

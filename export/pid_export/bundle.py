@@ -20,6 +20,7 @@ from pid_export.onnx_ports import OPSET
 from pid_export.program import ProgramSpec, build_program
 from pid_export.weights_file import Slot, WeightsWriter
 from pid_ref.config import PidConfig
+from pid_ref.guided_sampler import BASE_SIZE, FLOW_SHIFT, GUIDANCE, STEPS
 from pid_ref.registry import CHECKPOINTS, Checkpoint, LatentSpace
 from pid_ref.sampler import timesteps
 from pid_ref.trained_sizes import trained_sizes
@@ -34,6 +35,7 @@ from pid_runtime.bundle.manifest import (
     Bucket,
     Codec,
     File,
+    FlowShift,
     Graph,
     Manifest,
     Sampler,
@@ -65,10 +67,13 @@ class ExportOptions:
     """fp32, fp16 or bf16: dtype of activations and matrix weights."""
     buckets: tuple[tuple[str, int], ...] = tuple(BUCKETS.items())
     """Names and token budgets."""
-    steps: int = 4
-    """Steps of a decode that does not say: 1, 2 or 4."""
+    steps: int | None = None
+    """Steps of a decode that does not say: 1, 2 or 4, of undistilled networks up to 100; None for
+    4, or 25."""
     arbitrary_timesteps: bool = False
     """Keep the timestep network instead of its values at the student's times."""
+    undistilled: bool = False
+    """Of a network that takes many steps and guidance; implies `arbitrary_timesteps`."""
     chunk_tokens: int = CHUNK_TOKENS
     """Largest number of tokens in one call of a per-token stage."""
 
@@ -77,8 +82,17 @@ class ExportOptions:
             raise ExportInputError(
                 f"expected precision {_listed(PRECISIONS)}, but got {self.precision!r}"
             )
-        if self.steps not in STEP_COUNTS:
-            raise ExportInputError(f"expected {_listed(STEP_COUNTS)} steps, but got {self.steps}")
+        if self.steps is None:
+            return
+        if self.undistilled and not 0 < self.steps <= MAX_FREE_STEPS:
+            raise ExportInputError(
+                f"expected from 1 to {MAX_FREE_STEPS} steps, but got {self.steps}; 25 are usual"
+            )
+        if not self.undistilled and self.steps not in STEP_COUNTS:
+            raise ExportInputError(
+                f"expected {_listed(STEP_COUNTS)} steps, but got {self.steps}; only undistilled "
+                "checkpoints take others"
+            )
 
 
 def parse_buckets(text: str, patch_size: int = 16) -> tuple[tuple[str, int], ...]:
@@ -133,7 +147,8 @@ def export_bundle(
     """
     if config.text_max_length < 2:  # torch.export makes a constant of an axis that is always 1
         raise ExportInputError("expected a text_max_length of at least 2, but got 1")
-    times = () if options.arbitrary_timesteps else (timesteps(1)[0], *timesteps(4)[:-1])
+    takes_any = options.arbitrary_timesteps or options.undistilled
+    times = () if takes_any else (timesteps(1)[0], *timesteps(4)[:-1])
     program = build_program(config, options.precision, len(times) or None)
     with whole_folder(output) as folder:
         placed, file, hashes = _write_weights(
@@ -280,12 +295,17 @@ def _buckets(
 
 
 def _sampler(options: ExportOptions, times: Sequence[float]) -> Sampler:
+    if options.undistilled:
+        shift = FlowShift(FLOW_SHIFT, BASE_SIZE)
+        steps = options.steps or STEPS
+        return Sampler(steps, MAX_FREE_STEPS, (), {}, "dpm++2m", GUIDANCE, shift)
+    steps = options.steps or max(STEP_COUNTS)
     if not times:
-        return Sampler(options.steps, MAX_FREE_STEPS, (), {})
+        return Sampler(steps, MAX_FREE_STEPS, (), {})
     schedules = {
-        str(steps): tuple(times.index(t) for t in timesteps(steps)[:-1]) for steps in STEP_COUNTS
+        str(count): tuple(times.index(t) for t in timesteps(count)[:-1]) for count in STEP_COUNTS
     }
-    return Sampler(options.steps, len(times), tuple(times), schedules)
+    return Sampler(steps, len(times), tuple(times), schedules)
 
 
 def _model(

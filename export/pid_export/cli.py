@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 
-_BUCKETS, _STEPS = "2k,3k,4k", 4
+_BUCKETS = "2k,3k,4k"
 
 _OF_DECODERS = (
     *("variant", "config", "checkpoint", "force_space", "random_weights"),
@@ -108,12 +108,14 @@ def _parser() -> console.ArgumentParser:
         help=f"token budgets: 2k, 3k, 4k or NAME=TOKENS (default: {_BUCKETS})",
     )
     how.add_argument(
-        "--steps", type=int, help=f"default steps of a decode: 1, 2 or 4 (default: {_STEPS})"
+        "--steps",
+        type=int,
+        help="default steps of a decode: 1, 2 or 4; undistilled 1 to 100 (default: 4, or 25)",
     )
     how.add_argument(
         "--arbitrary-timesteps",
         action="store_true",
-        help="keep the timestep network in the graph, for undistilled models",
+        help="keep the timestep network in the graph; undistilled checkpoints always do",
     )
     parser.add_argument(
         "--list", action="store_true", help="show the checkpoints that can be exported, and stop"
@@ -148,14 +150,10 @@ def _export(args: Namespace) -> None:
     options = ExportOptions(
         args.precision,
         parse_buckets(_BUCKETS if args.buckets is None else args.buckets, config.patch_size),
-        _STEPS if args.steps is None else args.steps,
+        args.steps,
         args.arbitrary_timesteps,
+        undistilled=checkpoint is not None and not checkpoint.distilled,
     )
-    if checkpoint is not None and not checkpoint.distilled and not args.arbitrary_timesteps:
-        raise ExportInputError(
-            f"expected a 4-step decoder, but got {checkpoint.label}, which needs many steps; "
-            "add --arbitrary-timesteps"
-        )
     if checkpoint is not None and checkpoint.deprecated:
         _log.info(
             "%s is superseded by the v1.5 checkpoint; --variant 2kto4k takes that",

@@ -6,7 +6,7 @@ how errors add up. The reference runs first and is released before the bundle is
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from pid_export.fold import fold_tables
 from pid_export.reference import Values, reference_buffers
 from pid_ref.checkpoint import checkpoint_file, read_checkpoint, state_shapes
 from pid_ref.config import PidConfig
+from pid_ref.guided_sampler import sample_guided
 from pid_ref.hub import cached
 from pid_ref.network import PidNet
 from pid_ref.registry import CHECKPOINTS
@@ -67,6 +68,8 @@ class DecodeInputs:
     sigma: NDArray[np.float32]
     noise: list[NDArray[np.float32]]
     """The initial noise `[B, 3, H, W]`, then what is added after each step but the last."""
+    negative: NDArray[np.float32] | None = None
+    """Of bundles that take guidance."""
 
 
 def compare(
@@ -160,12 +163,34 @@ def random_inputs(
     def normal(*shape: int) -> NDArray[np.float32]:
         return rng.standard_normal(shape, np.float32)
 
-    return DecodeInputs(
+    inputs = DecodeInputs(
         normal(1, config.latent_channels, *size),
         normal(1, config.text_max_length, config.text_dim),
         np.array([0.2], np.float32),
         [normal(1, 3, height, width) for _ in range(steps)],
     )
+    if manifest.sampler.guidance == 1:
+        return inputs
+    return replace(inputs, negative=normal(1, config.text_max_length, config.text_dim))
+
+
+def reference_image(
+    manifest: Manifest, net: PidNet, inputs: DecodeInputs, times: list[float]
+) -> NDArray[np.float32]:
+    """What the reference decodes, by the bundle's rule and guidance, `[B, 3, H, W]`."""
+    if inputs.negative is None:
+        return reference_images(net, inputs, times)[-1]
+    image = sample_guided(
+        net,
+        torch.from_numpy(inputs.latent),
+        torch.from_numpy(inputs.caption),
+        torch.from_numpy(inputs.negative),
+        torch.from_numpy(inputs.sigma),
+        torch.from_numpy(inputs.noise[0]),
+        guidance=manifest.sampler.guidance,
+        times=times,
+    )
+    return image.numpy()
 
 
 def reference_images(
@@ -324,11 +349,13 @@ def verify_decode(
             inputs.caption,
             sigma=inputs.sigma,
             noise=inputs.noise[0],
-            step_noise=inputs.noise[1:],
+            step_noise=None if inputs.negative is not None else inputs.noise[1:],
+            negative=inputs.negative,
             steps=len(times) - 1 if known else None,
             times=None if known else times,
         )
     except NotFiniteError:
         got = np.full_like(want, np.nan)
-    tolerance = TOLERANCES[decoder.manifest.precision]
+    # Guidance makes every difference of the two branches so many times larger.
+    tolerance = TOLERANCES[decoder.manifest.precision] * decoder.manifest.sampler.guidance
     return compare("whole decode", got, np.clip(want, -1, 1), tolerance)

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from pid_export.golden import Golden
     from pid_export.golden_captions import GoldenCaptions
+    from pid_export.golden_guided import GoldenGuided
     from pid_export.golden_latents import GoldenLatents
     from pid_export.verify import Comparison
     from pid_pipelines.captions import CaptionEncoder
@@ -31,7 +32,7 @@ examples:
       every stage, then a whole decode, against the reference network
   pid-verify --golden tests/golden/*.safetensors --backend onnxruntime
   pid-verify --golden tests/golden/captions/*.safetensors --encoder tests/golden/captions/encoder
-  pid-verify --golden tests/golden/latents/*.safetensors
+  pid-verify --golden tests/golden/latents/*.safetensors tests/golden/guided/*.safetensors
 """
 
 
@@ -90,9 +91,10 @@ def _verify(args: Namespace) -> int:
 def _verify_golden(args: Namespace) -> int:
     from pid_export.golden import TOLERANCE, Golden
     from pid_export.golden_captions import GoldenCaptions
+    from pid_export.golden_guided import GoldenGuided
 
     golden_files = [_read_golden(path) for path in args.golden]
-    has_decodes = any(isinstance(each, Golden) for each in golden_files)
+    has_decodes = any(isinstance(each, (Golden, GoldenGuided)) for each in golden_files)
     if (args.encoder is not None) != any(isinstance(each, GoldenCaptions) for each in golden_files):
         got = "none" if args.encoder is None else f"{args.encoder} for files of others"
         fix = "drop it" if args.encoder is not None else "the small one lies beside the files"
@@ -105,6 +107,8 @@ def _verify_golden(args: Namespace) -> int:
         for golden in golden_files:
             if isinstance(golden, Golden):
                 rows.append(_golden_decode(golden, args))
+            elif isinstance(golden, GoldenGuided):
+                rows.append(_golden_guided(golden, args))
             elif isinstance(golden, GoldenCaptions):
                 assert encoder is not None
                 rows.append(_golden_captions(golden, encoder))
@@ -123,14 +127,17 @@ def _verify_golden(args: Namespace) -> int:
     return 0 if all(row["passed"] for row in rows) else 1
 
 
-def _read_golden(path: Path) -> "Golden | GoldenCaptions | GoldenLatents":
+def _read_golden(path: Path) -> "Golden | GoldenCaptions | GoldenGuided | GoldenLatents":
     """A golden file of any kind, by the tensors that it has."""
     from pid_export.golden import read_golden
     from pid_export.golden_captions import is_captions, read_captions
+    from pid_export.golden_guided import is_guided, read_guided
     from pid_export.golden_latents import is_latents, read_latents
 
     if is_captions(path):
         return read_captions(path)
+    if is_guided(path):
+        return read_guided(path)
     return read_latents(path) if is_latents(path) else read_golden(path)
 
 
@@ -180,6 +187,15 @@ def _golden_decode(golden: "Golden", args: Namespace) -> dict[str, Any]:
     return _row(golden.path, errors, tolerance, passed)
 
 
+def _golden_guided(golden: "GoldenGuided", args: Namespace) -> dict[str, Any]:
+    from pid_export.golden_guided import TOLERANCE, guided_program_error, guided_reference_error
+
+    errors = {"program": guided_program_error(golden, args.backend, args.device)}
+    if args.backend == "torch":
+        errors["reference"] = guided_reference_error(golden)
+    return _row(golden.path, errors, TOLERANCE, max(errors.values()) <= TOLERANCE)
+
+
 def _row(path: Path, errors: dict[str, float], tolerance: float, passed: bool) -> dict[str, Any]:
     return {
         "file": str(path),
@@ -212,7 +228,7 @@ def _verify_bundle(args: Namespace) -> int:
         constants = read_constants(args.bundle, manifest)
         comparisons: list[Comparison] = [*verify.verify_sampler(manifest, net, constants)]
         advance(1)
-        want = verify.reference_images(net, inputs, times)[-1]
+        want = verify.reference_image(manifest, net, inputs, times)
         del net  # a full-size reference takes 5.4 GB that the bundle can use
         gc.collect()
         advance(1)
@@ -242,9 +258,11 @@ def _verify_bundle(args: Namespace) -> int:
     }
     header = f"     {'output':32} {'median':>9} {'p90':>9} {'p99':>9} {'max':>9} {'rms':>9}"
     lines = [_line(comparison) for comparison in comparisons]
+    guidance = manifest.sampler.guidance
+    guided = "" if guidance == 1 else f", {guidance:g} times that of the whole decode"
     summary = (
         f"{'passed' if passed else 'FAILED'}: {width}x{height}, {manifest.precision}, "
-        f"{args.backend}, tolerance {tolerance:.0e} x rms (at least 1) of the reference"
+        f"{args.backend}, tolerance {tolerance:.0e} x rms (at least 1) of the reference{guided}"
     )
     console.emit(result, "\n".join([header, *lines, summary]), as_json=args.json)
     return 0 if passed else 1
@@ -256,10 +274,16 @@ def _line(comparison: "Comparison") -> str:
 
 
 def _times(manifest: Manifest) -> list[float]:
-    """The times of the bundle's default decode; the student's, for a bundle that takes any."""
+    """The times of the bundle's default decode; the student's, for a bundle that takes any.
+
+    Of an undistilled one four that it takes at its base size: 25 would take minutes.
+    """
+    from pid_ref.guided_sampler import shifted_times
     from pid_ref.sampler import timesteps
 
     sampler = manifest.sampler
+    if sampler.flow_shift is not None:
+        return list(shifted_times(4, sampler.flow_shift.size, sampler.flow_shift.size))
     if not sampler.times:
         return list(timesteps(sampler.steps))
     return [*(sampler.times[row] for row in sampler.schedules[str(sampler.steps)]), 0.0]

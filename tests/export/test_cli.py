@@ -33,7 +33,7 @@ from pid_ref.registry import CHECKPOINTS, NANO, Checkpoint, find_checkpoint
 from pid_ref.sampler import sample
 from pid_ref.weights import RandomWeights
 from pid_runtime.bundle.folder import read_manifest
-from pid_runtime.bundle.manifest import Manifest
+from pid_runtime.bundle.manifest import FlowShift, Manifest
 from pid_runtime.decoder import Decoder
 from places import GOLDEN
 
@@ -291,11 +291,13 @@ FIRST_OF_THEIR_KIND = frozenset(_first_of_their_kind())
 def test_every_checkpoint(export: Export, checkpoint: Checkpoint) -> None:
     names = ["--space", checkpoint.space.names[-1], "--variant", checkpoint.variant]
     arguments = [*names, "--random-weights", SEED, "--buckets", BUCKETS]
-    if not checkpoint.distilled:
-        text = export.refusal(*arguments)
-        assert "4-step decoder" in text and "--arbitrary-timesteps" in text
-        arguments.append("--arbitrary-timesteps")
     manifest = export.run(*arguments)
+    sampler = manifest.sampler
+    if checkpoint.distilled:
+        assert (sampler.steps, sampler.rule, sampler.guidance) == (4, "sde", 1)
+    else:
+        assert (sampler.steps, sampler.rule, sampler.guidance) == (25, "dpm++2m", 5)
+        assert sampler.times == () and sampler.flow_shift == FlowShift(6.0, 2048)
     model = manifest.model
     assert model["checkpoint"] == checkpoint.name and model["version"] == checkpoint.version
     assert model["space"] == checkpoint.space.name and model["variant"] == checkpoint.variant
@@ -530,7 +532,6 @@ def test_other_buckets_are_refused(export: Export, text: str) -> None:
         (["--space", "flux", "--variant", "2k", "--precision", "fp8"], "fp32, fp16 or bf16"),
         (["--space", "flux", "--variant", "2k", "--steps", "3"], "1, 2 or 4 steps, but got 3"),
         (["--space", "flux", "--variant", "2k", "--steps", "0"], "1, 2 or 4 steps, but got 0"),
-        (["--space", "flux", "--variant", "2kto4k-undistilled"], "add --arbitrary-timesteps"),
     ],
 )
 def test_requests_that_make_no_sense(

@@ -25,6 +25,7 @@ ELSEWHERE = {
         "runtime/pid_runtime: interpreter request backends/choice backends/graphs backends/memory"
     ),
     "runtime/test_denoise.py": "runtime/pid_runtime: plan",
+    "export/test_golden_guided.py": "pid_ref: guided_sampler",
     "runtime/test_tables.py": "runtime/pid_runtime: bundle/sizes",
     "runtime/backends/test_tensorrt.py": "runtime/pid_runtime: backends/device backends/dlpack",
     "runtime/bundle/test_manifest.py": (

@@ -232,10 +232,10 @@ class Timestep(nn.Module):
             Linear(256, size, torch.float32),
             Linear(size, size, torch.float32),
         )
-        # Constants: an exp that rounds otherwise would turn angles of 1000 by 6e-5.
+        # Rounded once: in float32 an exp, or what it is of, turns angles of 1000 by 6e-5 and more.
         half = self.FEATURES // 2
         k = torch.arange(half, dtype=torch.float32, device="cpu")
-        self.frequencies = torch.exp(-math.log(self.MAX_PERIOD) * k / half)
+        self.frequencies = (-math.log(self.MAX_PERIOD) * k / half).double().exp().float()
         self.rows = nn.ModuleList(Linear(size, 6 * size, dtype) for _ in range(2 * n.patch_depth))
         self.gain = nn.Parameter(torch.empty(2, 6 * n.patch_depth, size))
         self.offset = nn.Parameter(torch.empty(2, 6 * n.patch_depth, size))
