@@ -203,7 +203,7 @@ def make_app(
                 media_type=_EVENTS,
                 headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"},
             )
-        making = asyncio.ensure_future(_within(limits.seconds, make(lambda step: None)))
+        making = asyncio.ensure_future(_within(limits.seconds, make(None)))
         try:
             while not (await asyncio.wait({making}, timeout=_POLL_SECONDS))[0]:
                 if await request.is_disconnected():

@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import math
 import os
+import time
 from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,9 +16,13 @@ from pid_runtime.command.decode_options import add_backend_options, number
 from pid_runtime.errors import PidRuntimeError
 
 if TYPE_CHECKING:  # it needs an extra, which --help does not
+    from pid_serve.app import Limits
     from pid_serve.sessions import OpenDecoder
 
 TOKEN = "PID_SERVE_TOKEN"
+
+LOCAL = "local"
+"""In place of a cluster's address: one of this machine, for as long as the server runs."""
 
 _MOST_CONNECTIONS = 512
 
@@ -49,7 +54,13 @@ def _parser() -> argparse.ArgumentParser:
         metavar="N",
         help="processes of each bundle on each device, each with the weights",
     )
-    add("--queue", type=_positive, default=16, metavar="N", help="requests that may wait")
+    add(
+        "--queue",
+        type=_positive,
+        default=16,
+        metavar="N",
+        help="requests that may wait; with --ray, or run",
+    )
     add(
         "--batch",
         type=_positive,
@@ -63,6 +74,19 @@ def _parser() -> argparse.ArgumentParser:
     add("--max-pixels", type=_positive, default=2**24, metavar="N", help="of a picture sent")
     add("--timeout", type=number, default=300.0, metavar="S", help="seconds until an answer")
     add("--upload-timeout", type=number, default=60.0, metavar="S", help="seconds for a body")
+    add(
+        "--ray",
+        nargs="?",
+        const=LOCAL,
+        metavar="ADDRESS",
+        help="serve on a Ray cluster, or on one of this machine alone",
+    )
+    add(
+        "--replicas",
+        type=_replicas,
+        metavar="N",
+        help="of each bundle with --ray, or auto, for as many as the load wants (default: auto)",
+    )
     add_backend_options(parser)
     return parser
 
@@ -88,6 +112,16 @@ def _serve(arguments: Namespace) -> None:
     if arguments.encoder is not None:
         console.need_packages(("tokenizers",), "captions")
     devices = _devices(arguments)
+    limits = Limits(
+        arguments.max_body * 2**20,
+        arguments.max_pixels,
+        arguments.timeout,
+        arguments.upload_timeout,
+    )
+    token = os.environ.get(TOKEN) or None
+    if arguments.ray is not None:
+        _serve_on_ray(arguments, names, limits, token)
+        return
     with contextlib.ExitStack() as opened:
         bound = opened.enter_context(bound_socket(arguments.host, arguments.port))
         models: dict[str, Pool[DecodeTask, Made]] = {}
@@ -103,13 +137,7 @@ def _serve(arguments: Namespace) -> None:
             opener = OpenEncoder(arguments.encoder, arguments.backend, devices[0])
             captions = Pool[CaptionTask, Floats]([opener], arguments.queue)
             opened.callback(captions.close)
-        limits = Limits(
-            arguments.max_body * 2**20,
-            arguments.max_pixels,
-            arguments.timeout,
-            arguments.upload_timeout,
-        )
-        app = make_app(models, limits, os.environ.get(TOKEN) or None, captions)
+        app = make_app(models, limits, token, captions)
         config = uvicorn.Config(
             app,
             http=Protocol,
@@ -119,13 +147,50 @@ def _serve(arguments: Namespace) -> None:
             limit_concurrency=_MOST_CONNECTIONS,
             timeout_graceful_shutdown=math.ceil(arguments.timeout),
         )
-        host = f"[{arguments.host}]" if ":" in arguments.host else arguments.host
-        address = f"http://{host}:{bound.getsockname()[1]}"
-        result = {"address": address, "models": names}
-        console.emit(result, f"Serving {', '.join(names)} at {address}", as_json=arguments.json)
+        _tell(arguments, names, bound.getsockname()[1])
         # uvicorn drains, and then raises the signal again.
         with contextlib.suppress(KeyboardInterrupt):
             uvicorn.Server(config).run([bound])
+
+
+def _serve_on_ray(
+    arguments: Namespace, names: Sequence[str], limits: "Limits", token: str | None
+) -> None:
+    """Deploy, and wait for Ctrl-C or SIGTERM."""
+    console.need_packages(("ray",), "ray")
+    device = _devices(arguments)
+    if len(device) > 1 or arguments.encoder is not None or arguments.workers > 1:
+        raise PidRuntimeError(
+            "expected one device, no --encoder and no --workers with --ray, but got them; leave "
+            "them out, and say --replicas"
+        )
+    from pid_serve.listening import bound_socket
+    from pid_serve.ray_app import Cluster, start, stop
+
+    with bound_socket(arguments.host, arguments.port) as bound:
+        port = bound.getsockname()[1]  # is free
+    cluster = Cluster(
+        None if arguments.ray == LOCAL else arguments.ray, arguments.replicas, arguments.host, port
+    )
+    openers = {
+        name: _opener(path.resolve(), device[0], arguments)
+        for name, path in zip(names, arguments.bundles, strict=True)
+    }
+    try:
+        start(cluster, openers, arguments.queue, arguments.batch, limits, token)
+        _tell(arguments, names, port)
+        with contextlib.suppress(KeyboardInterrupt):
+            while True:
+                time.sleep(3600)
+    finally:
+        stop(cluster)
+
+
+def _tell(arguments: Namespace, names: Sequence[str], port: int) -> None:
+    host = f"[{arguments.host}]" if ":" in arguments.host else arguments.host
+    address = f"http://{host}:{port}"
+    result = {"address": address, "models": list(names)}
+    console.emit(result, f"Serving {', '.join(names)} at {address}", as_json=arguments.json)
 
 
 def _devices(arguments: Namespace) -> list[str]:
@@ -148,6 +213,10 @@ def _opener(path: Path, device: str, arguments: Namespace) -> "OpenDecoder":
         cuda_graphs=not arguments.no_cuda_graphs,
         vae=arguments.vae,
     )
+
+
+def _replicas(text: str) -> int | None:
+    return None if text == "auto" else _positive(text)
 
 
 def _port(text: str) -> int:

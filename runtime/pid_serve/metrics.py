@@ -7,16 +7,14 @@ from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
-from pid_serve.pool import Pool
-
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 
 
 class Metrics:
     """Counts of one application, in a registry of its own."""
 
-    def __init__(self, pools: Mapping[str, Pool[Any, Any]]) -> None:
-        """pools: by what their workers are called here."""
+    def __init__(self, pools: Mapping[str, Any]) -> None:
+        """pools: `service.Workers`, by what they are called here."""
         self.registry = CollectorRegistry()
         self.requests = Counter(
             "pid_requests", "answered", ["path", "status"], registry=self.registry

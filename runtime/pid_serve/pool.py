@@ -47,7 +47,7 @@ class WorkerLostError(Exception):
     """The process ended while it worked, or none can be started."""
 
 
-class _CancelledError(Exception):
+class CancelledError(Exception):
     """Nobody waits for this any more."""
 
 
@@ -120,17 +120,18 @@ class Pool(Generic[Task, Result]):
             raise
         self.about: Any = self._workers[0].about
 
-    async def run(self, task: Task, report: Callable[[Any], None] = lambda news: None) -> Result:
+    async def run(self, task: Task, report: Callable[[Any], None] | None = None) -> Result:
         """A task's result. Cancelling this leaves the task out, or ends it after its next step.
 
-        report: called in the event loop with what the session reports.
+        report: called in the event loop with what the session reports; None if nobody looks.
         Raises `QueueFullError`, `WorkerLostError`, and what the session raised.
         """
         loop = asyncio.get_running_loop()
 
         def pass_on(news: Any) -> None:
             with contextlib.suppress(RuntimeError):  # the loop has ended
-                loop.call_soon_threadsafe(report, news)
+                if report is not None:
+                    loop.call_soon_threadsafe(report, news)
 
         job = _Job[Task, Result](task, pass_on)
         with self._changed:
@@ -227,6 +228,15 @@ class Pool(Generic[Task, Result]):
                 self._jobs.appendleft(job)
             self._changed.notify_all()
 
+    def give_up(self, worker: "_Worker") -> None:
+        """For a worker that cannot be opened: unless others can be, nobody will do what waits."""
+        with self._changed:
+            worker.is_usable = False
+            if not any(each.is_usable for each in self._workers):
+                for job in self._jobs:
+                    job.settle(error=WorkerLostError("expected a worker, but none can be started"))
+                self._jobs.clear()
+
     def pause(self, seconds: float) -> bool:
         """For a worker: wait, unless the pool is to end; whether it is not."""
         with self._changed:
@@ -318,7 +328,7 @@ class _Worker:
                 return
             _log.warning("a worker ended with code %s and is started again", code)
             if not was_open:
-                self.is_usable = False
+                self._pool.give_up(self)
                 pause = min(2 * pause, _LONGEST_PAUSE)
             if not self._pool.pause(0 if was_open else pause):
                 return
@@ -396,7 +406,7 @@ def _serve(
     try:
         session = opener()
     except Exception as error:  # noqa: BLE001  the server tells it
-        connection.send((None, _portable(error)))
+        connection.send((None, portable(error)))
         return
     with contextlib.suppress(EOFError, OSError), contextlib.closing(session):
         connection.send((session.about, None))
@@ -405,23 +415,23 @@ def _serve(
 
             def report(news: Sequence[Any], number: int = number) -> None:
                 if cancelled.value == number:
-                    raise _CancelledError
+                    raise CancelledError
                 connection.send((news, None, None))
 
             results, error = None, None
             try:
                 results = session.run(tasks, report)
-            except _CancelledError:
+            except CancelledError:
                 results = [None] * len(tasks)
             except Exception as raised:  # noqa: BLE001  whoever asked is told
-                error = _portable(raised)
+                error = portable(raised)
             connection.send((None, results, error))
             if error is not None and not isinstance(error, InputError):
                 return
             del tasks, results, error  # pixels need not stay until the next task comes
 
 
-def _portable(error: Exception) -> Exception:
+def portable(error: Exception) -> Exception:
     """An error that can be sent; what went wrong in others is for the log."""
     shortage = memory_shortage(error)
     if isinstance(error, PidRuntimeError):

@@ -5,7 +5,7 @@ import logging
 import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 from fastapi import HTTPException
@@ -22,16 +22,47 @@ from pid_serve.bodies import (
     read_picture,
 )
 from pid_serve.metrics import Metrics
-from pid_serve.pool import Pool, QueueFullError, WorkerLostError
+from pid_serve.pool import QueueFullError, WorkerLostError
 from pid_serve.sessions import About, Bytes, CaptionTask, DecodeTask, Floats, Made, Step
 
 _log = logging.getLogger(__name__)
 
 _AGAIN = {"Retry-After": "1"}
 
-Model = Pool[DecodeTask, Made]
-Captions = Pool[CaptionTask, Floats]
-Report = Callable[[Step], None]
+_Task = TypeVar("_Task", contravariant=True)
+_Result = TypeVar("_Result", covariant=True)
+
+Report = Callable[[Step], None] | None
+"""Called with the steps; None if nobody looks."""
+
+
+class Workers(Protocol[_Task, _Result]):
+    """What does tasks: `Pool`, or others like it."""
+
+    about: Any
+    observe: Callable[[str, float], None]
+
+    @property
+    def waiting(self) -> int: ...
+
+    @property
+    def ready(self) -> int: ...
+
+    @property
+    def size(self) -> int: ...
+
+    @property
+    def restarts(self) -> int: ...
+
+    def memory_bytes(self) -> int: ...
+
+    async def run(self, task: _Task, report: Callable[[Any], None] | None = None) -> _Result: ...
+
+    def close(self) -> None: ...
+
+
+Model = Workers[DecodeTask, Made]
+Captions = Workers[CaptionTask, Floats]
 
 
 @dataclass(frozen=True)

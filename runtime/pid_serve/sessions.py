@@ -13,6 +13,8 @@ from numpy.typing import NDArray
 from pid_pipelines.before_decoding import captions_device, graph_device, torch_device
 from pid_pipelines.upscale_codecs import Codec, open_codec, pixels_per_latent
 from pid_pipelines.vae_graphs import is_exported
+from pid_runtime.backends.choice import device_name
+from pid_runtime.bundle.folder import read_manifest
 from pid_runtime.bundle.manifest import Manifest
 from pid_runtime.command.images import to_uint8
 from pid_runtime.decoder import Decoder
@@ -115,22 +117,27 @@ class OpenDecoder:
             engines=self.engines,
             cuda_graphs=self.cuda_graphs,
         )
-        return DecodeSession(decoder, self.backend, self.vae)
+        return DecodeSession(decoder, self.backend, self.vae, about_of(self))
+
+
+def about_of(opener: OpenDecoder) -> About:
+    """What its session will say, without opening it."""
+    manifest = read_manifest(opener.bundle, verify=False)
+    takes_pictures = manifest.codec is not None or opener.vae is not None
+    multiple = pixels_per_latent(manifest) if takes_pictures else None
+    return About(manifest, opener.backend, device_name(opener.backend, opener.device), multiple)
 
 
 class DecodeSession:
     """A decoder, and what encodes photos for it."""
 
-    def __init__(self, decoder: Decoder, backend: str, vae: str | None) -> None:
+    def __init__(self, decoder: Decoder, backend: str, vae: str | None, about: About) -> None:
         manifest, device = decoder.manifest, decoder.device
-        self._decoder = decoder
+        self._decoder, self.about = decoder, about
         self._codec: Codec | None = None
-        multiple = None
-        if manifest.codec is not None or vae is not None:
-            multiple = pixels_per_latent(manifest)
+        if about.multiple is not None:
             find = graph_device if manifest.codec or is_exported(vae) else torch_device
             self._codec = open_codec(manifest, vae, find(backend, device))
-        self.about = About(manifest, backend, device, multiple)
 
     def run(
         self, tasks: Sequence[DecodeTask], report: Callable[[Sequence[Any]], None]
