@@ -122,6 +122,8 @@ class Limits:
     """Most seconds from the body's end to the answer."""
     upload_seconds: float = 60.0
     """Most seconds until the body has come."""
+    result_pixels: int = 2**26
+    """Most pixels of an image that is made."""
     bodies: int = 64
     """Most bodies that are held at a time."""
 
@@ -152,7 +154,7 @@ def make_app(
         lifespan=lifespan,
     )
     metrics = Metrics(pools)
-    service = Service(models, captions, limits.pixels, metrics)
+    service = Service(models, captions, limits.pixels, limits.result_pixels, metrics)
 
     def openapi() -> dict[str, Any]:
         if not app.openapi_schema:

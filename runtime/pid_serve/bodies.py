@@ -5,20 +5,20 @@ import binascii
 import io
 import math
 import warnings
+from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
 import numpy as np
 from fastapi import UploadFile
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import ExifTags, Image
 from pydantic import BaseModel, ConfigDict, Field
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
-from pid_runtime.bundle.manifest import Manifest
 from pid_runtime.errors import PidRuntimeError
 from pid_runtime.nano.photos import padded, read_photo
-from pid_runtime.request import check_fits
+from pid_runtime.tiles import LARGEST_SIDE, TileOption
 
 _NAMES = ("latent", "caption", "sigma")
 _PHOTOS = ("PNG", "JPEG", "WEBP", "TIFF", "BMP")
@@ -52,7 +52,13 @@ class Settings(BaseModel):
 
     model: str | None = Field(None, max_length=200, description="name of a bundle; the first one")
     seed: int = Field(0, ge=0, le=2**64 - 1, description="of the first image")
-    steps: int | None = Field(None, ge=1, le=4, description="1, 2 or 4; the bundle's default")
+    steps: int | None = Field(None, ge=1, le=100, description="1, 2 or 4; the bundle's default")
+    tile: str | None = Field(
+        None,
+        pattern="^(auto|[0-9]{1,5}x[0-9]{1,5})$",
+        description="auto, or width x height of tiles in pixels of the image",
+    )
+    overlap: int | None = Field(None, ge=0, le=LARGEST_SIDE, description="of tiles, in pixels")
     sigma: float | None = Field(
         None, ge=0, le=1, description="noise level of the latent, or to add to a picture's"
     )
@@ -60,6 +66,13 @@ class Settings(BaseModel):
     output: Literal["png", "jpeg", "webp", "safetensors"] = "png"
     preview: bool = Field(False, description="of the state after each step, in events")
     native: bool = Field(False, description="also what the latent's own decoder makes, in events")
+
+    @property
+    def tiles(self) -> TileOption:
+        """As `Decoder.decode` takes them."""
+        if self.tile is None or self.tile == "auto":
+            return self.tile
+        return tuple(map(int, self.tile.split("x")))
 
 
 class DecodeSettings(Settings):
@@ -158,21 +171,23 @@ def _batched(tensors: dict[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
 
 
 def read_picture(
-    body: bytes, most_pixels: int, manifest: Manifest, multiple: int
+    body: bytes, most_pixels: int, check: Callable[[int, int], object], multiple: int
 ) -> tuple[NDArray[np.float32], tuple[int, int]]:
     """A picture as `[1, 3, H, W]` in [-1, 1], padded to sides of `multiple`; and its own H and W.
 
-    Only its head has been looked at when it is refused: `TooManyPixelsError` above `most_pixels`,
-    and `PidRuntimeError` for no picture, or one that is too large for the bundle.
+    check: called with height and width of its latent; raises for one that is too large. Only its
+    head has been looked at when it is refused: `TooManyPixelsError` above `most_pixels`,
+    `PidRuntimeError` for no picture, and what check raises.
     """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             image = Image.open(io.BytesIO(body), formats=_PHOTOS)
             width, height = image.size
+            if image.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8):
+                width, height = height, width
             if width * height <= most_pixels:
-                # On its side or not, it has as many pixels.
-                check_fits(manifest, -(-height // multiple), -(-width // multiple))
+                check(-(-height // multiple), -(-width // multiple))
                 photo = read_photo(image)
                 return padded(photo, multiple)[None], (photo.shape[1], photo.shape[2])
     except PidRuntimeError:

@@ -72,6 +72,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--vae", metavar="ID_OR_DIR", help="encodes pictures, as pid-upscale takes it")
     add("--max-body", type=_positive, default=64, metavar="MIB", help="of a request")
     add("--max-pixels", type=_positive, default=2**24, metavar="N", help="of a picture sent")
+    add("--max-result", type=_positive, default=2**26, metavar="N", help="pixels of an image made")
     add("--timeout", type=number, default=300.0, metavar="S", help="seconds until an answer")
     add("--upload-timeout", type=number, default=60.0, metavar="S", help="seconds for a body")
     add(
@@ -117,6 +118,7 @@ def _serve(arguments: Namespace) -> None:
         arguments.max_pixels,
         arguments.timeout,
         arguments.upload_timeout,
+        arguments.max_result,
     )
     token = os.environ.get(TOKEN) or None
     if arguments.ray is not None:

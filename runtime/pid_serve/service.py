@@ -11,8 +11,10 @@ import numpy as np
 from fastapi import HTTPException
 from safetensors.numpy import save
 
+from pid_runtime.bundle.manifest import Manifest
 from pid_runtime.errors import NotFiniteError, OutOfMemoryError, PidRuntimeError
-from pid_runtime.request import check_request
+from pid_runtime.request import check_request, check_size
+from pid_runtime.tiles import pixels_per_latent_pixel
 from pid_serve.bodies import (
     CaptionBody,
     Settings,
@@ -83,10 +85,13 @@ class Service:
         models: Mapping[str, Model],
         captions: Captions | None,
         most_pixels: int,
+        most_result_pixels: int,
         metrics: Metrics,
     ) -> None:
+        """most_pixels: of a picture that is sent; most_result_pixels: of an image that is made."""
         self._models, self._captions = models, captions
-        self._most_pixels, self._metrics = most_pixels, metrics
+        self._most_pixels, self._most_result_pixels = most_pixels, most_result_pixels
+        self._metrics = metrics
 
     async def decode(self, tensors: Mapping[str, Any], settings: Settings, report: Report) -> Files:
         """The image of a latent `[1, C, h, w]`."""
@@ -100,6 +105,8 @@ class Service:
             _number(tensors.get("sigma", 0.0) if settings.sigma is None else settings.sigma),
             settings.seed,
             settings.steps,
+            settings.tiles,
+            settings.overlap,
             settings.preview,
             settings.native,
         )
@@ -110,7 +117,10 @@ class Service:
             sigma=task.sigma,
             seed=task.seed,
             steps=task.steps,
+            tile=task.tile,
+            overlap=task.overlap,
         )
+        self._check_result(manifest, *tensors["latent"].shape[2:])
         for name, array, most in (("latent", task.latent, 1e4), ("caption", task.caption, 1e6)):
             _check_size(name, array, most)
         made = await model.run(task, report)
@@ -123,9 +133,13 @@ class Service:
         if about.multiple is None:
             raise unfit("model", "expected a model that enlarges pictures; it decodes latents")
 
+        def check(height: int, width: int) -> None:
+            check_size(about.manifest, height, width, settings.tiles, settings.overlap)
+            self._check_result(about.manifest, height, width)
+
         def read() -> tuple[Floats, tuple[int, int]]:
             with self._metrics.stage("read"):
-                return read_picture(body, self._most_pixels, about.manifest, about.multiple or 1)
+                return read_picture(body, self._most_pixels, check, about.multiple or 1)
 
         photo, (height, width) = await asyncio.to_thread(read)
         caption = await self._caption(model, None, settings.prompt)
@@ -136,6 +150,8 @@ class Service:
             settings.sigma or 0.0,
             settings.seed,
             settings.steps,
+            settings.tiles,
+            settings.overlap,
             settings.preview,
             settings.native,
         )
@@ -166,6 +182,15 @@ class Service:
             "backend": about.backend,
             "device": about.device,
         }
+
+    def _check_result(self, manifest: Manifest, height: int, width: int) -> None:
+        """Raise `TooManyPixelsError` for a latent of a height and width that makes a huge image."""
+        side = pixels_per_latent_pixel(manifest)
+        if height * width * side**2 > self._most_result_pixels:
+            raise TooManyPixelsError(
+                f"expected an image of at most {self._most_result_pixels} pixels, but got "
+                f"{width * side}x{height * side}; ask for less"
+            )
 
     def _chosen(self, name: str | None) -> Model:
         if name is None:

@@ -20,6 +20,7 @@ from pid_runtime.command.images import to_uint8
 from pid_runtime.decoder import Decoder
 from pid_runtime.latents import noisy
 from pid_runtime.request import check_request
+from pid_runtime.tiles import TileOption
 
 Floats = NDArray[np.float32]
 Bytes = NDArray[np.uint8]
@@ -41,6 +42,10 @@ class DecodeTask:
     """Of 64 bits."""
     steps: int | None
     """None for the bundle's default."""
+    tile: TileOption = None
+    """As of `Decoder.decode`."""
+    overlap: int | None = None
+    """As of `Decoder.decode`."""
     preview: bool = False
     """Whether steps are to be seen."""
     native: bool = False
@@ -49,7 +54,12 @@ class DecodeTask:
     def kind(self) -> Hashable:
         """What tasks of a batch have in common."""
         arrays = (self.latent, self.photo, self.caption)
-        return (self.steps, *(None if each is None else each.shape for each in arrays))
+        return (
+            self.steps,
+            self.tile,
+            self.overlap,
+            *(None if each is None else each.shape for each in arrays),
+        )
 
 
 @dataclass(frozen=True)
@@ -152,6 +162,8 @@ class DecodeSession:
             sigma=[task.sigma for task in tasks],
             seed=[task.seed for task in tasks],
             steps=tasks[0].steps,
+            tile=tasks[0].tile,
+            overlap=tasks[0].overlap,
         )
 
         def progress(done: int, steps: int) -> None:

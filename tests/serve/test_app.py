@@ -36,7 +36,7 @@ RunCommand = Callable[..., tuple[int, str, str]]
 @pytest.fixture(scope="module")
 def port(golden_bundle: Path, nano: Path) -> Iterator[int]:
     models = {"golden": pool(golden_bundle), "nano": pool(nano)}
-    with serving(models, Limits(2**20, 128 * 128)) as port:
+    with serving(models, Limits(2**20, 128 * 128, result_pixels=2**16)) as port:
         yield port
 
 
@@ -316,6 +316,22 @@ def test_json_is_decoded_as_safetensors_are(port: int) -> None:
 def test_wrong_json_is_told_by_field(port: int, sent: dict[str, Any], field: str) -> None:
     status, _, body = ask_json(port, "/v1/decode", **sent)
     assert status == 422 and field in json.loads(body)["detail"][0]["loc"]
+
+
+def test_tiles(port: int, golden_bundle: Path) -> None:
+    latent = np.random.default_rng(5).standard_normal((16, 4, 6), np.float32)
+    with Decoder.open(golden_bundle) as pid:
+        wanted = pid.decode(latent[None], tile=(128, 96), overlap=32, output="uint8")[0]
+        assert (wanted != pid.decode(latent[None], output="uint8")[0]).any()
+    asked = "/v1/decode?output=safetensors&tile=128x96&overlap=32"
+    found = ask(port, "POST", asked, save({"latent": latent}))[2]
+    np.testing.assert_array_equal(load(found)["image"], wanted)
+    for query, field in (("tile=9", "tile"), ("overlap=8", "body"), ("tile=8x8", "body")):
+        status, _, body = ask(port, "POST", f"/v1/decode?{query}", save({"latent": latent}))
+        assert status == 422 and field in json.loads(body)["detail"][0]["loc"]
+    many = save({"latent": np.zeros((16, 16, 16), np.float32)})
+    status, _, body = ask(port, "POST", "/v1/decode?tile=auto", many)
+    assert status == 413 and b"at most 65536 pixels, but got 512x512" in body
 
 
 def test_json_with_a_query_or_that_is_none(port: int) -> None:

@@ -88,6 +88,7 @@ def test_a_picture_by_keyboard_alone(browser: Browser, served: Served) -> None:
         press("Tab")
         page.keyboard.type("2")  # steps
         press("Tab")  # save as
+        press("Tab")  # tiles
         press("Tab")
         expect(page.locator("#start")).to_be_focused()
         press("Enter")

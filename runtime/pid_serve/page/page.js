@@ -55,6 +55,7 @@ function settings() {
     seed: $("seed").value,
     steps: $("steps").value,
     output: $("output").value,
+    tile: $("tile").value,
     prompt: $("prompt-row").hidden ? "" : $("prompt").value.trim(),
     preview: "true",
     native: "true",
