@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from pid_ref.config import PidConfig
 from pid_runtime.bundle.manifest import PRECISIONS
+from pid_runtime.tiles import Axis, cut
 
 PID = "pid"
 """The pipeline that cascades are compared with."""
@@ -99,6 +100,15 @@ class Case:
     """Patch blocks of PiD; of a cascade the share of its network's blocks that is kept."""
     weights: str
     """random or real."""
+    tile: tuple[int, ...] = ()
+    """Width and height in pixels of the tiles that a bundle decodes in; empty for none."""
+    overlap: int = 0
+    """Of the tiles, at least, in pixels; 0 where there are none."""
+
+    @property
+    def tile_name(self) -> str:
+        """Such as "tile2176x2176-256"; empty where there are none."""
+        return f"tile{self.tile[0]}x{self.tile[1]}-{self.overlap}" if self.tile else ""
 
     @property
     def key(self) -> str:
@@ -106,7 +116,7 @@ class Case:
         parts = [self.pipeline, self.backend, self.space, self.variant]
         parts += [f"{self.width}x{self.height}", self.precision, self.device]
         parts += [f"depth{self.depth:g}", f"steps{self.steps}" if self.steps else ""]
-        parts += [f"threads{self.threads}" if self.threads else "", self.weights]
+        parts += [f"threads{self.threads}" if self.threads else "", self.weights, self.tile_name]
         return "/".join(part for part in parts if part)
 
     @property
@@ -115,9 +125,16 @@ class Case:
         return self.width, self.height
 
     @property
+    def decoded_size(self) -> tuple[int, int]:
+        """Width and height of what a bundle decodes at a time: a tile, or the image."""
+        return (self.tile[0], self.tile[1]) if self.tile else self.size
+
+    @property
     def label(self) -> str:
         """Pipeline and backend, for people."""
-        return f"{self.pipeline}, {self.backend}" if self.backend else self.pipeline
+        parts = [self.pipeline, self.backend]
+        parts += [f"tiles {self.tile[0]}x{self.tile[1]}"] if self.tile else []
+        return ", ".join(part for part in parts if part)
 
     @property
     def compile(self) -> str:
@@ -133,6 +150,19 @@ class Case:
         if BACKENDS[self.backend].network == "program" and dtype != "float32":
             return f"{dtype}, norms and tables float32"
         return dtype
+
+
+def axes_of(case: Case, config: PidConfig) -> tuple[Axis, Axis]:
+    """Where a case's tiles lie, down and across, in pixels of the latent; one tile if it has none.
+
+    Its sides are multiples of the network's `size_multiple`.
+    """
+    width, height = case.decoded_size
+    side, overlap = config.size_multiple, case.overlap // config.size_multiple
+    return (
+        cut(case.height // side, height // side, overlap),
+        cut(case.width // side, width // side, overlap),
+    )
 
 
 def tokens_of(config: PidConfig, size: tuple[int, int]) -> int:

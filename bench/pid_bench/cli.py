@@ -51,6 +51,12 @@ def _parser() -> console.ArgumentParser:
     what.add_argument("--bundle", type=Path, help="a bundle (default: exported for the run)")
     which = parser.add_argument_group("which cases")
     which.add_argument("--size", metavar="LIST", help="output sizes, as 2048x2048,2688x1536")
+    which.add_argument(
+        "--tile", metavar="WxH", help="bundles also in tiles of so many pixels of the result"
+    )
+    which.add_argument(
+        "--overlap", type=int, metavar="N", help="of tiles (default: 8 latent pixels)"
+    )
     which.add_argument("--backends", metavar="LIST", help="eager,compile,onnxruntime,.. or all")
     which.add_argument(
         "--cascades", metavar="LIST", help="vae+rrdbnet,.. or all, none (default: the quick ones)"

@@ -143,7 +143,7 @@ def _program(case: Case, backend: Backend, materials: Materials) -> Contender:
     elif backend.runtime == "tensorrt":
         clock = EventClock()
         bucket = read_engine_sets(manifest)[materials.engines].buckets[
-            manifest.bucket_for(tokens_of(config, (case.width, case.height)))[0]
+            manifest.bucket_for(tokens_of(config, case.decoded_size))[0]
         ]
         attention = f"TensorRT, {bucket.attentions_fused} of {bucket.attentions} fused"
     elif backend.provider:
@@ -156,9 +156,13 @@ def _program(case: Case, backend: Backend, materials: Materials) -> Contender:
     latent, caption, _ = inputs_of(case, config)
     given = (latent, caption) if on_device else (latent.numpy(), caption.numpy())
 
+    tile, overlap = (case.tile, case.overlap) if case.tile else (None, None)
+
     def decode() -> Any:
         with clock.span(WHOLE):
-            return decoder.decode(*given, seed=SEED, steps=case.steps, dlpack=on_device)
+            return decoder.decode(
+                *given, seed=SEED, steps=case.steps, tile=tile, overlap=overlap, dlpack=on_device
+            )
 
     return Contender(decode, clock, attention, decoder.close)
 

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, replace
 
 from pid_bench.cascades import build_cascade
-from pid_bench.cases import BACKENDS, PID, Case, Network, tokens_of
+from pid_bench.cases import BACKENDS, PID, Case, Network, axes_of, tokens_of
 from pid_bench.pid_stages import caption_tokens_of, program_works, reference_step
 from pid_bench.report import Counted, Row, StageRow
 from pid_bench.work import Work, count, total
@@ -31,18 +31,20 @@ def counted_row(case: Case, network: Network, manifest: Manifest | None = None) 
         return _row(case, pipeline.encoded, pipeline.reduced, works, stages)
     config, flavor = network.config, BACKENDS[case.backend].flavor
     by_section = _pid_works(case, config)
+    down, across = axes_of(case, config)
+    tiles = len(down.starts) * len(across.starts)
     row = _row(
         case,
         (case.width // config.scale, case.height // config.scale),
         network.reduced,
         list(by_section.values()),
         [
-            _stage(name, work, case.steps if name == "step" else 1)
+            _stage(name, work, case.steps if name == "step" or case.tile else 1, tiles=tiles)
             for name, work in by_section.items()
         ],
     )
     if manifest is not None and flavor:
-        bucket, memory = engine_memory(manifest, flavor, tokens_of(config, case.size))
+        bucket, memory = engine_memory(manifest, flavor, tokens_of(config, case.decoded_size))
         row = replace(row, counted=replace(row.counted, engine_memory=memory, bucket=bucket))
     return row
 
@@ -82,12 +84,30 @@ def _stage(name: str, work: Work, steps: int, cfg: int = 1, tiles: int = 1) -> S
 def _pid_works(case: Case, config: PidConfig) -> Mapping[str, Work]:
     """Work of a decode by what is timed of it."""
     given = config, case.height, case.width, case.steps, case.precision
+    if case.tile:
+        return _tiled_works(case, config)
     if BACKENDS[case.backend].network == "program":
         return _section_works(*given)
     work = _reference_work(*given)
     if case.backend == "public":
         work = work._replace(weight_bytes=4 * work.parameters)
     return {"step": work}
+
+
+def _tiled_works(case: Case, config: PidConfig) -> Mapping[str, Work]:
+    """Of a decode in tiles: in every step every tile takes its latent in, and runs."""
+    width, height = case.decoded_size
+    down, across = axes_of(case, config)
+    tiles = len(down.starts) * len(across.starts)
+    works = dict(_section_works(config, height, width, case.steps, case.precision))
+    del works["image"]  # the host makes it
+    times = {"prologue": tiles * case.steps, "step": tiles}
+    return {
+        name: work._replace(
+            flop=times[name] * work.flop, bytes_moved=times[name] * work.bytes_moved
+        )
+        for name, work in works.items()
+    }
 
 
 @functools.cache

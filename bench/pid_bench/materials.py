@@ -70,7 +70,9 @@ def make_jobs(cases: Sequence[Case], selection: Selection, folder: Path) -> list
             bundle, manifest = selection.bundle, given
             if bundle is None or manifest is None:
                 sizes = tuple(
-                    c.size for c in cases if (c.pipeline, c.precision) == (PID, case.precision)
+                    c.decoded_size
+                    for c in cases
+                    if (c.pipeline, c.precision) == (PID, case.precision)
                 )
                 bundle, manifest, seconds = export(
                     folder / case.precision, case.precision, network, selection.checkpoint, sizes

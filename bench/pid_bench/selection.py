@@ -27,6 +27,7 @@ from pid_runtime.bundle.folder import read_manifest
 from pid_runtime.bundle.manifest import PRECISIONS, Manifest
 from pid_runtime.command.console import read_size
 from pid_runtime.noise import core_count
+from pid_runtime.tiles import DEFAULT_OVERLAP
 
 _log = logging.getLogger(__name__)
 
@@ -76,6 +77,9 @@ class Selection:
     """A bundle; one is exported when None."""
     manifest: Manifest | None
     """Of the bundle."""
+    tile: tuple[int, ...] = ()
+    """Width and height of tiles to decode in as well; empty for none."""
+    overlap: int = 0
 
 
 def plan(selection: Selection) -> list[Case]:
@@ -100,6 +104,9 @@ def plan(selection: Selection) -> list[Case]:
                 weights=network.weights,
             )
             cases += [replace(pid, backend=name) for name in selection.backends]
+            if selection.tile and selection.tile != (width, height):
+                tiled = replace(pid, tile=selection.tile, overlap=selection.overlap)
+                cases += [replace(tiled, backend=name) for name in selection.backends]
             cascade = replace(pid, variant="", depth=selection.cascade_depth, weights="random")
             for name in selection.cascades:
                 steps = selection.sdx4_steps if name == "vae+sdx4" else 0
@@ -111,10 +118,13 @@ def plan(selection: Selection) -> list[Case]:
 
 
 def _exists(case: Case) -> bool:
-    """Whether a backend has a precision at all.
+    """Whether a backend has such a decode at all.
 
-    What the public code does is bf16 autocast. ONNX Runtime has no bf16 on the CPU.
+    Bundles alone are decoded in tiles. What the public code does is bf16 autocast. ONNX Runtime
+    has no bf16 on the CPU.
     """
+    if case.tile and BACKENDS[case.backend].network != "program":
+        return False
     if case.backend == "public":
         return case.precision == "bf16"
     return not (case.backend == "onnxruntime" and case.device == "cpu" and case.precision == "bf16")
@@ -132,10 +142,13 @@ def select(args: Namespace) -> Selection:
     network = _network(args) if manifest is None else network_in(manifest)
     device = _device(args)
     sizes = DRY_SIZES if args.dry_run else DEFAULT_SIZES[device]
+    if args.size is not None:
+        sizes = parse_sizes(args.size, network.config)
+    tile, overlap = _tile(args, network.config, sizes)
     return Selection(
         network=network,
         backends=_backends(args, device, manifest),
-        sizes=sizes if args.size is None else parse_sizes(args.size, network.config),
+        sizes=sizes,
         cascades=_cascades(args, network),
         precisions=_precisions(args, device, manifest),
         device=device,
@@ -146,7 +159,37 @@ def select(args: Namespace) -> Selection:
         checkpoint=args.checkpoint,
         bundle=args.bundle,
         manifest=manifest,
+        tile=tile,
+        overlap=overlap,
     )
+
+
+def _tile(
+    args: Namespace, config: PidConfig, sizes: Iterable[tuple[int, int]]
+) -> tuple[tuple[int, ...], int]:
+    """--tile and --overlap. Raises `BenchInputError` for tiles that no size can be cut into."""
+    side = config.size_multiple
+    if args.tile is None:
+        if args.overlap is not None:
+            raise BenchInputError("expected --tile with --overlap, but got none; add --tile WxH")
+        return (), 0
+    tile = read_size(args.tile)
+    overlap = DEFAULT_OVERLAP * side if args.overlap is None else args.overlap
+    if 0 in tile or any(length % side for length in (*tile, overlap)) or overlap < 0:
+        raise BenchInputError(
+            f"expected --tile and --overlap in multiples of {side} pixels, but got {args.tile} and "
+            f"{overlap}"
+        )
+    for width, height in sizes:
+        if tile[0] > width or tile[1] > height:
+            raise BenchInputError(
+                f"expected a --tile no larger than the size, {width}x{height}, but got {args.tile}"
+            )
+        if any(2 * overlap >= t < side_ for t, side_ in zip(tile, (width, height), strict=True)):
+            raise BenchInputError(
+                f"expected an --overlap below half of the tile, {args.tile}, but got {overlap}"
+            )
+    return tile, overlap
 
 
 def network_in(manifest: Manifest) -> Network:

@@ -66,7 +66,9 @@ def tables(report: Report) -> list[Table]:
     counted = [row for row in report.rows if row.kind == "counted"]
     reported = [row for row in report.rows if row.kind == "reported"]
     engines = {
-        (row.case.backend, row.case.size): row for row in report.rows if row.counted.engine_memory
+        (row.case.backend, row.case.size, row.case.tile): row
+        for row in report.rows
+        if row.counted.engine_memory
     }
     found = [
         _table("Decodes", _DECODES, measured),
@@ -192,9 +194,15 @@ def _engine_peak(line: Line) -> str:
     return f"{gigabytes(memory['peak_bytes'])} GB ({bucket})" if memory else ""
 
 
+def _px(row: Row) -> str:
+    """What is decoded, to what, and in which tiles."""
+    whole = f"{pixels(row.input_size)} to {pixels(row.case.size)}"
+    return f"{whole} in {pixels(row.case.tile)}" if row.case.tile else whole
+
+
 _PIPELINE = Column("pipeline", lambda line: _of_part(line.row.case.pipeline, line.row))
 _BACKEND = Column("backend", "row.case.backend")
-_PX = Column("px", lambda line: f"{pixels(line.row.input_size)} to {pixels(line.row.case.size)}")
+_PX = Column("px", lambda line: _px(line.row))
 _PRECISION = Column("precision", "row.case.precision")
 _CALLED = Column("steps x CFG x tiles", _calls)
 _SPREAD = Column("p10-p90 ms", _spread, _AS_IT_IS)

@@ -219,6 +219,48 @@ def test_dry_run_counts_the_released_network(run_command: Any) -> None:
     assert rows["eager", 2048]["counted"]["parameters"] == pytest.approx(1362e6, rel=1e-3)
 
 
+def test_a_step_in_tiles_is_less_than_half_the_work(run_command: Any) -> None:
+    arguments = ("--dry-run", "--cascades", "none", "--size", "4096x4096", "--tile", "2176x2176")
+    code, out, err = run_command(main, *arguments, "--json")
+    assert code == 0, err
+    rows = {(r["case"]["backend"], len(r["case"]["tile"])): r for r in json.loads(out)["rows"]}
+    assert set(rows) == {("eager", 0), ("torch", 0), ("torch", 2)}
+    whole, tiled = (
+        next(s for s in rows["torch", sides]["stages"] if s["name"] == "step") for sides in (0, 2)
+    )
+    assert (tiled["steps"], tiled["tiles"], whole["tiles"]) == (4, 4, 1)
+    assert tiled["tflop"] <= 0.46 * whole["tflop"]
+    assert rows["torch", 2]["case"]["overlap"] == 256
+
+
+def test_tiles_are_measured_beside_the_whole(
+    golden_bundle: Path, tmp_path: Path, run_command: Any
+) -> None:
+    tiles = ("--size", "160x96", "--tile", "96x96", "--overlap", "32", "--backends", "torch")
+    given = (*QUICK, "--bundle", golden_bundle, *tiles, "-o", tmp_path / "report")
+    code, out, err = run_command(main, *given)
+    assert code == 0, err
+    whole, tiled = measured(tmp_path / "report")
+    assert (whole.case.tile, tiled.case.tile, tiled.status) == ((), (96, 96), "ok")
+    assert tiled.case.key == f"{whole.case.key}/tile96x96-32"
+    assert tiled.measured.rms_error is None  # it is another picture
+    assert "to 160x96 in 96x96" in out and "pid, torch, tiles 96x96" in err
+
+
+@pytest.mark.parametrize(
+    ("tile", "message"),
+    [
+        (["--tile", "100x96"], "--tile and --overlap in multiples of 32 pixels, but got 100x96"),
+        (["--tile", "big"], "expected a size such as 512x512, but got 'big'"),
+        (["--overlap", "32"], "expected --tile with --overlap"),
+        (["--tile", "4096x64"], "a --tile no larger than the size, 2048x2048, but got 4096x64"),
+        (["--tile", "512x512", "--overlap", "256"], "below half of the tile, 512x512, but got 256"),
+    ],
+)
+def test_tiles_that_cannot_be_are_refused(refusal: Any, tile: list[str], message: str) -> None:
+    assert message in refusal(main, "--dry-run", "--size", "2048x2048", *tile)
+
+
 def test_dry_run_shows_the_record_of_the_build(edit_bundle: Any, run_command: Any) -> None:
     bundle = edit_bundle()
     add_engines(bundle, "rtx-1", peak_device_bytes=123 * 10**7)
