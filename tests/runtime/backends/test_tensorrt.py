@@ -250,6 +250,23 @@ def test_steps_are_recorded_once_per_shape_and_replayed(gpu: Gpu, rtx: Path) -> 
     assert gpu.count("capture") == 2 * recorded
 
 
+def test_tiles_and_branches_replay_one_recording(gpu: Gpu, rtx: Path, expected: Decoder) -> None:
+    options: dict[str, Any] = {"latent": normal(2, CHANNELS, 2, 5, seed=4), "steps": 2}
+    options |= {"tile": (96, 64), "overlap": 32}
+    options |= {"negative": normal(1, TEXT, DIM, seed=5), "guidance": 2}
+    with open_decoder(rtx) as decoder:
+        for _ in range(3):
+            image = decode(decoder, **options)
+            np.testing.assert_allclose(image, decode(expected, **options), atol=10 * CLOSE)
+        recorded = gpu.count("capture")
+        gpu.runs.clear()
+        np.testing.assert_array_equal(decode(decoder, **options), image)
+        # Two steps, each before and after its noise, and what of the prologue depends on the
+        # latent, and on the caption.
+        assert gpu.count("capture") == recorded == 2 * 2 + 2
+        assert gpu.runs and all(run.replayed for run in gpu.runs)
+
+
 def test_inputs_are_read_when_graphs_are_replayed(rtx: Path, expected: Decoder) -> None:
     with open_decoder(rtx) as decoder:
         for seed in range(4):
