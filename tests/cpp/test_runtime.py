@@ -4,6 +4,7 @@ Its own tests (runtime/cpp/tests) get what they compare with from here, in a fol
 skipped where what it is built with cannot be had.
 """
 
+import contextlib
 import copy
 import functools
 import hashlib
@@ -18,6 +19,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +35,7 @@ from pid_ref.registry import CHECKPOINTS
 from pid_runtime.advice import advice
 from pid_runtime.bundle.flavors import FLAVORS
 from pid_runtime.bundle.folder import parse_manifest, read_manifest
-from pid_runtime.bundle.manifest import MANIFEST_FILE
+from pid_runtime.bundle.manifest import MANIFEST_FILE, RULES, FlowShift, Sampler
 from pid_runtime.bundle.manifest_check import ALIGNMENT, LARGEST_ARENA
 from pid_runtime.bundle.sizes import Sizes, sizes_for
 from pid_runtime.bundle.source import Table, read_source
@@ -42,8 +44,9 @@ from pid_runtime.command.latent_files import LatentForm, open_latent_file
 from pid_runtime.decoder import Decoder
 from pid_runtime.errors import PidRuntimeError
 from pid_runtime.noise import image_noise
-from pid_runtime.request import Rule
+from pid_runtime.schedule import Rule, check_schedule
 from pid_runtime.tables import compute_table
+from pid_runtime.tiles import described, tiling_of
 from places import ROOT
 
 BUILD = ROOT / "build" / "cpp"
@@ -296,6 +299,119 @@ def tables() -> list[dict[str, Any]]:
     return found
 
 
+FREE = Sampler(4, 100, (), {})
+SHIFTED = Sampler(25, 100, (), {}, "dpm++2m", 5.0, FlowShift(6.0, 2048))
+KNOWN = Sampler(2, 2, (0.9, 0.4), {"1": (0,), "2": (0, 1)})
+
+
+def schedules() -> list[dict[str, Any]]:
+    """Schedules as Python makes them, or why it does not."""
+    found: list[dict[str, Any]] = []
+    cases: list[tuple[Sampler, dict[str, Any]]] = [
+        (KNOWN, {}),
+        (KNOWN, {"steps": 1, "rule": "dpm++2m"}),
+        (KNOWN, {"steps": 3}),
+        (KNOWN, {"times": (1.0, 0.5, 0.0)}),
+        (FREE, {}),
+        (FREE, {"steps": 2}),
+        (FREE, {"times": (0.5, 0.0), "steps": 2}),
+        (replace(FREE, max_steps=1), {"times": (0.5, 0.2, 0.0)}),
+        *((FREE, {"times": (1.0, 0.866, 0.3, 0.0), "rule": rule}) for rule in RULES),
+        *((FREE, {"times": times}) for times in ((0.5, 0.7, 0.0), (1.5, 0.0), (0.5, 0.1))),
+        (SHIFTED, {}),
+        (SHIFTED, {"steps": 7, "size": (2048, 2048)}),
+        (SHIFTED, {"steps": 100, "size": (4096, 1024), "rule": "sde"}),
+        (SHIFTED, {"steps": 1}),
+        (SHIFTED, {"steps": 101}),
+        (SHIFTED, {"times": (0.97, 0.7, 0.3, 0.0)}),
+    ]
+    for sampler, options in cases:
+        given = {**options, "sampler": asdict(sampler)}
+        if "rule" in options:
+            given["rule"] = RULES.index(options["rule"])  # those of pid_rule
+        try:
+            made = check_schedule(sampler, **options)
+        except PidRuntimeError as error:
+            found.append({**given, "message": str(error)})
+            continue
+        wanted = {
+            "rows": made.rows,
+            "rule": made.rule,
+            "times": made.times,
+            "moments": [] if made.moments is None else made.moments[:, 0].tolist(),
+            "mixes": made.mixes.tolist(),
+            "predictions": made.predictions.tolist(),
+            "updates": made.updates.tolist(),
+        }
+        found.append({**given, "wanted": wanted})
+    return found
+
+
+def tilings() -> list[dict[str, Any]]:
+    """How Python cuts pictures, or why it does not."""
+    base = manifest_tests().MANIFESTS[False]
+    network = {**base.network, "patch_size": 16, "text_max_length": 12, "text_dim": 32}
+    (bucket,) = list(base.buckets.values())[:1]
+    found: list[dict[str, Any]] = []
+
+    def add(max_tokens: int, height: int, width: int, tile: Any, **more: Any) -> None:
+        overlap = more.pop("overlap", None)
+        manifest = replace(
+            base,
+            model=more,
+            network=network,
+            tokens_per_latent=2,
+            buckets={"only": replace(bucket, max_tokens=max_tokens)},
+        )
+        given = {"max_tokens": max_tokens, "height": height, "width": width, **more}
+        given["tile"] = {"auto": (-1, -1), None: (0, 0)}.get(tile, tile)
+        if overlap is not None:
+            given["overlap"] = overlap
+        try:
+            tiling = tiling_of(manifest, height, width, tile, overlap)
+        except PidRuntimeError as error:
+            found.append({**given, "message": str(error)})
+            return
+        wanted = tiling and {
+            "latent": tiling.latent,
+            "rows": tiling.rows.starts,
+            "columns": tiling.columns.starts,
+            "reason": tiling.reason,
+            "text": described(tiling, 32),
+            "weights": tiling.rows.weights(len(tiling.rows.starts) - 1, 3).tolist(),
+        }
+        found.append({**given, "wanted": wanted})
+
+    add(18_816, 128, 128, (2176, 2176), overlap=256)
+    add(18_816, 60, 60, (640, 640))
+    add(1024, 8, 6, (192, 256))
+    add(1024, 16, 16, "auto")
+    add(1024, 16, 16, None)
+    for height, width in ((17, 16), (40, 40), (16, 200), (511, 30), (512, 512), (100, 100)):
+        for overlap in (0, 96, 200, 7 * 32, None):
+            add(1024, height, width, "auto", overlap=overlap)
+    for tile, overlap in (
+        ((288, 32), None),
+        ((100, 64), None),
+        ((0, 64), None),
+        ((-1, 64), None),
+        ((64, 64), 32),
+        ((128, 128), None),
+        ((128, 128), 20),
+        ((128, 128), -32),
+        (None, 32),
+    ):
+        add(1024, 8, 8, tile, overlap=overlap)
+    add(1024, 40, 40, (640, 640))
+    add(1024, 1, 513, "auto")
+    sizes = [[2048, 2048], [2688, 1536], [1536, 2688], [2304, 1728], [1000, 1000]]
+    for side in (32, 64, 65, 128, 200):
+        add(65_536, side, side, "auto", trained_sizes=sizes, variant="2k")
+    for variant in ("2k", "2kto4k"):
+        add(65_536, 128, 128, "auto", trained_sizes=[[3584, 3584]], variant=variant)
+    return found
+
+
 def edited(bundle: Path, copy_to: Path, edit: Callable[[Any], object]) -> Path:
     """A copy of a bundle with another manifest."""
     shutil.copytree(bundle, copy_to)
@@ -306,27 +422,40 @@ def edited(bundle: Path, copy_to: Path, edit: Callable[[Any], object]) -> Path:
     return copy_to
 
 
-def make_huge(tree: Any) -> None:
-    """Let the only bucket hold so much that a batch of 512 has no address."""
+def bucket_of(tree: Any, tokens: int) -> dict[str, Any]:
+    """A bucket of a manifest, in which every buffer has a place of its own."""
     manifest = parse_manifest(json.dumps(tree))
+    sizes = sizes_for(
+        manifest.network, manifest.tokens_per_latent, manifest.sampler.max_steps, tokens
+    )
+    row = sizes.extended({"h": "w", "w": "h", "Hs": "Ws", "Ws": "Hs", "H": "W", "W": "H"})
+    offsets: dict[str, int] = {}
+    end = 0
+    for name, buffer in manifest.buffers.items():
+        offsets[name] = end
+        size = max(each.bytes(buffer.dtype, buffer.shape) for each in (sizes, row))
+        end += -(-size // ALIGNMENT) * ALIGNMENT
+    tokens_and_bytes = {"max_tokens": tokens, "chunk_tokens": tokens, "arena_bytes": end}
+    return {**tokens_and_bytes, "offsets": offsets}
+
+
+def huge_bucket(tree: Any) -> dict[str, Any]:
+    """A bucket that holds so much that a batch of 512 has no address."""
     tokens = 1 << 24
-    while True:
-        sizes = sizes_for(
-            manifest.network, manifest.tokens_per_latent, manifest.sampler.max_steps, tokens
-        )
-        row = sizes.extended({"h": "w", "w": "h", "Hs": "Ws", "Ws": "Hs", "H": "W", "W": "H"})
-        offsets: dict[str, int] = {}
-        end = 0
-        for name, buffer in manifest.buffers.items():
-            offsets[name] = end
-            size = max(each.bytes(buffer.dtype, buffer.shape) for each in (sizes, row))
-            end += -(-size // ALIGNMENT) * ALIGNMENT
-        if end <= LARGEST_ARENA:
-            break
+    while (bucket := bucket_of(tree, tokens))["arena_bytes"] > LARGEST_ARENA:
         tokens //= 2
-    assert 512 * end > 1 << 47
-    bucket = {"max_tokens": tokens, "chunk_tokens": tokens, "arena_bytes": end}
-    tree["buckets"] = {"huge": {**bucket, "offsets": offsets}}
+    assert 512 * bucket["arena_bytes"] > 1 << 47
+    return bucket
+
+
+def make_huge(tree: Any) -> None:
+    """Let that be the only bucket."""
+    tree["buckets"] = {"huge": huge_bucket(tree)}
+
+
+def make_short(tree: Any) -> None:
+    """Let no other bucket hold more than 2 x 2 pixels of the latent."""
+    tree["buckets"] = {"tiny": bucket_of(tree, 16), "huge": huge_bucket(tree)}
 
 
 def advice_cases() -> list[dict[str, Any]]:
@@ -374,12 +503,24 @@ def data(
         tree["graphs"]["unpatchify"].pop("contrib_file", None)
 
     edited(golden_bundle, folder / "wrong_graph", exchange)
-    bundles = [folder / name for name in (*NETWORKS, "any_times", "huge", "wrong_graph")]
+    edited(golden_bundle, folder / "short", make_short)
+
+    def shift(tree: Any) -> None:
+        tree["sampler"] |= {"rule": "dpm++2m", "guidance": 5, "steps": 6}
+        tree["sampler"]["flow_shift"] = {"shift": 6.0, "size": 2048}
+
+    edited(free_bundle, folder / "undistilled", shift)
+    bundles = [
+        folder / name
+        for name in (*NETWORKS, "any_times", "huge", "short", "undistilled", "wrong_graph")
+    ]
     for name, content in (
         ("valid_manifests", valid_manifests(bundles)),
         ("broken_manifests", broken_manifests()),
         ("tables", tables()),
         ("advice", advice_cases()),
+        ("schedules", schedules()),
+        ("tilings", tilings()),
     ):
         (folder / f"{name}.json").write_text(json.dumps(content), "utf-8")
     with (folder / "mutated_manifests.jsonl").open("w", encoding="utf-8") as file:
@@ -807,12 +948,147 @@ def test_any_times_and_chunks_are_those_of_python(
         assert_equal(process.decode({"latent": latent}, seeds=[4, 4], **options), want, TOLERANCE)
 
 
+SIDE = 32
+TILES: dict[str, Any] = {"tile": (4 * SIDE, 3 * SIDE), "overlap": SIDE}
+"""2 x 2 tiles of 5 x 6 pixels of the latent."""
+
+
+class Both:
+    """One bundle, opened by both runtimes."""
+
+    def __init__(self, process: Process, python: Decoder) -> None:
+        self.process, self.python = process, python
+
+    def check(
+        self,
+        tensors: dict[str, Any],
+        *,
+        seeds: tuple[int, ...] = (),
+        tolerance: float = TOLERANCE,
+        **options: Any,
+    ) -> Floats:
+        """Decode with both and compare; Python's image."""
+        given = {**options, "tile": (-1, -1)} if options.get("tile") == "auto" else options
+        got = self.process.decode(tensors, seeds=seeds, **given)
+        want = self.python.decode(**tensors, seed=seeds or 0, **options)
+        if want.dtype == np.uint8:
+            assert_equal(got, want, 1)
+            assert (got != want).mean() < 1e-3
+        else:
+            assert_equal(got, want, tolerance)
+        return want
+
+    def check_refusal(self, tensors: dict[str, Any], **options: Any) -> None:
+        """Both refuse in the same words."""
+        given = {**options, "tile": (-1, -1)} if options.get("tile") == "auto" else options
+        with pytest.raises(PidRuntimeError) as python:
+            self.python.decode(**tensors, **options)
+        with pytest.raises(ChildError) as cpp:
+            self.process.decode(tensors, **given)
+        assert str(python.value) in str(cpp.value)
+
+
+@pytest.fixture
+def open_both(process: Process) -> Iterator[Callable[[Path], Both]]:
+    with contextlib.ExitStack() as opened:
+
+        def open_it(bundle: Path) -> Both:
+            process.ask({"open": str(bundle), "threads": 1})
+            decoder = Decoder.open(bundle, threads=1, verify=False)
+            return Both(process, opened.enter_context(decoder))
+
+        yield open_it
+
+
+def normal(*shape: int, seed: int) -> Floats:
+    return np.random.default_rng(seed).standard_normal(shape, np.float32)
+
+
+def test_tiles_are_those_of_python(open_both: Callable[[Path], Both], data: Path) -> None:
+    both = open_both(data / "v1")
+    latent, caption = normal(2, 16, 5, 6, seed=1), normal(2, 9, 32, seed=2)
+    tensors: dict[str, Any] = {"latent": latent, "caption": caption}
+    whole = both.check(tensors, seeds=(7, 7))
+    tiled = both.check(tensors, seeds=(7, 7), sigma=[0, 0.4], **TILES)
+    assert np.abs(tiled - whole).max() > 0.01
+    both.check(tensors, seeds=(7, 8), output="uint8", **TILES)
+    both.check({**tensors, "caption": caption[:1]}, seeds=(2**64 - 1, 3), rule="ode", **TILES)
+    both.check(tensors, seeds=(7, 8), rule="dpm++2m")
+    draws = [np.stack([image_noise(b, k, 160, 192) for b in (9, 10)]) for k in range(4)]
+    noise = {"noise": draws[0], "step_noise": draws[1:]}
+    given = both.check({**tensors, **noise}, **TILES)
+    np.testing.assert_array_equal(both.python.decode(**tensors, seed=9, **TILES), given)
+    both.check({"latent": normal(1, 16, 20, 21, seed=3)}, steps=1, tile="auto", overlap=64)
+
+
+def test_guidance_is_that_of_python(open_both: Callable[[Path], Both], data: Path) -> None:
+    tensors: dict[str, Any] = {
+        "latent": normal(2, 16, 5, 6, seed=1),
+        "caption": normal(2, 12, 32, seed=2),
+        "negative": normal(1, 12, 32, seed=3),
+    }
+    both = open_both(data / "any_times")
+    guided: dict[str, Any] = {"times": [0.97, 0.7, 0.3, 0.0], "guidance": 3.0}
+    for rule in RULES:
+        # Each step makes of an error 3 + 2 times as much.
+        both.check(tensors, seeds=(4, 4), tolerance=10 * TOLERANCE, rule=rule, **guided)
+    both.check(tensors, seeds=(4, 4), tolerance=10 * TOLERANCE, **TILES, **guided)
+    both.check(tensors, seeds=(4, 4), **{**guided, "guidance": 1.0})
+    shifted = open_both(data / "undistilled")
+    assert shifted.python.manifest.sampler.rule == "dpm++2m"
+    shifted.check(tensors, seeds=(4, 4), tolerance=50 * TOLERANCE)
+    shifted.check(tensors, seeds=(4, 4), steps=3, guidance=2.0, **TILES, tolerance=50 * TOLERANCE)
+
+
+def test_both_refuse_in_the_same_words(
+    open_both: Callable[[Path], Both], data: Path, tmp_path: Path
+) -> None:
+    latent, negative = normal(1, 16, 5, 6, seed=1), normal(1, 12, 32, seed=3)
+    one: dict[str, Any] = {"latent": latent}
+    both = open_both(data / "v1")
+    for options in (
+        {"tile": (100, 64)},
+        {"tile": (192, 192)},
+        {"tile": (64, 64)},
+        {"tile": (64, 64), "overlap": 10},
+        {"overlap": 32},
+        {"steps": 3},
+        {"times": [1.0, 0.0]},
+        {"guidance": 5.0},
+    ):
+        both.check_refusal(one, **options)
+    both.check_refusal({"latent": normal(1, 16, 20, 20, seed=1)})
+    both.check_refusal({"latent": normal(1, 16, 513, 1, seed=1)}, tile="auto")
+    both.check_refusal({"latent": normal(1, 16, 40, 40, seed=1)}, tile=(640, 640))
+    both.check_refusal({"latent": normal(1, 16, 40, 40, seed=1)}, tile="auto", overlap=320)
+    both = open_both(data / "undistilled")
+    both.check_refusal(one)
+    for options in ({"guidance": 0.5}, {"guidance": 1000.5}, {"guidance": 2.0, "steps": 101}):
+        both.check_refusal({**one, "negative": negative}, **options)
+    both.check_refusal({**one, "negative": negative[:, 1:]})
+    both.check_refusal({**one, "negative": negative[0]})
+    both.check_refusal({**one, "negative": negative}, times=[0.5, 0.7, 0.0])
+    both = open_both(data / "any_times")
+    both.check_refusal({**one, "negative": negative}, times=[1.0, 0.0])
+    distilled = edited(
+        data / "v1",
+        tmp_path / "distilled",
+        lambda tree: tree["model"].update(name="flux 2k", distilled=True),
+    )
+    both = open_both(distilled)
+    both.check_refusal(one, guidance=5.0)
+    both.check_refusal(one, guidance=2.5)
+    both.check_refusal({**one, "negative": negative})
+
+
 def test_an_image_of_nan_is_refused(process: Process, spoilt_bundle: Path) -> None:
     process.ask({"open": str(spoilt_bundle), "threads": 1})
     latent = np.random.default_rng(5).standard_normal((1, 16, 2, 3), np.float32)
     process.decode({"latent": latent}, steps=1)
     with pytest.raises(ChildError, match="step 3 of 4 gave NaN or infinity; check the bundle"):
         process.decode({"latent": latent}, output="uint8")
+    with pytest.raises(ChildError, match="step 3 of 4 gave NaN or infinity; check the bundle"):
+        process.decode({"latent": latent}, tile=(64, 32), overlap=0)
 
 
 # The command
@@ -895,6 +1171,60 @@ def test_command_decodes_one_latent(work: Work) -> None:
     assert_equal(work.pixels("image.png"), want[0], 1)
     assert "exists; choose another name or add --overwrite" in work.refusal(*ONE)
     assert work.run(*ONE, "--overwrite")[0] == 0
+
+
+def test_command_decodes_in_tiles_as_python_does(
+    work: Work, capsys: pytest.CaptureFixture[str]
+) -> None:
+    work.file("large", latent=normal(1, 16, 20, 20, seed=4), caption=work.caption)
+    for name, words in (
+        ("latent", ("--tile", "64x64", "--overlap", 0, "--rule", "dpm++2m")),
+        ("large", ("--tile", "auto", "--overlap", 64, "--steps", 1)),
+    ):
+        given = (*words, "--seed", 5, "--json")
+        code, out, err = work.run("--latent", f"{name}.safetensors", "-o", "cpp.png", *given)
+        assert code == 0, err
+        latent, python = work.folder / f"{name}.safetensors", work.folder / f"{name}.png"
+        arguments = (work.bundle, "--threads", 1, "--latent", latent, "-o", python, *given)
+        assert decode_cli.main([str(word) for word in arguments]) == 0
+        want, got = json.loads(capsys.readouterr().out), json.loads(out)
+        del want["images"], want["sheet"], got["images"]
+        assert got == want
+        assert_equal(work.pixels("cpp.png"), work.pixels(f"{name}.png"), 1)
+        (work.folder / "cpp.png").unlink()
+    assert err.endswith("pixels or more: no bucket holds the whole picture\n")
+    assert err.startswith("Decoding in ") and err.count("\n") == 1
+    large = ("--latent", "large.safetensors", "-o", "quiet.png", *words)
+    assert work.run(*large, "--quiet")[::2] == (0, "")
+
+
+def test_command_decodes_with_guidance_as_python_does(
+    work: Work, data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    negative = normal(12, 32, seed=5)
+    work.file("negative", caption=work.caption, negative=negative)
+    work.file("other", embedding=negative)
+    options = ("--steps", 3, "--seed", 5, "--json")
+    bundle = data / "undistilled"
+    results: list[Any] = []
+    for file in ("negative", "other"):
+        guided = ("--negative", f"{file}.safetensors", *options)
+        code, out, err = work.run(*ONE[:-1], f"{file}.png", *guided, bundle=bundle)
+        assert code == 0, err
+        results.append(json.loads(out))
+    np.testing.assert_array_equal(work.pixels("negative.png"), work.pixels("other.png"))
+    paths = {name: work.folder / f"{name}.safetensors" for name in ("latent", "caption")}
+    words = [f"--{name}={path}" for name, path in paths.items()]
+    words += ["--negative", str(work.folder / "other.safetensors"), *map(str, options)]
+    assert decode_cli.main([str(bundle), *words, "-o", str(work.folder / "python.png")]) == 0
+    want = json.loads(capsys.readouterr().out)
+    del want["images"], want["sheet"], results[1]["images"]
+    assert (want["rule"], want["guidance"], want["steps"]) == ("dpm++2m", 5, 3)
+    assert results[1] == {**want, "negative": "other.safetensors"}
+    errors = np.abs(work.pixels("other.png").astype(int) - work.pixels("python.png"))
+    assert errors.max() <= 1
+    refused = work.refusal(*ONE, *options, bundle=bundle)
+    assert "expected a negative caption for guidance 5, but got none; give one" in refused
 
 
 def test_command_decodes_a_folder_in_order(work: Work) -> None:
@@ -1015,7 +1345,22 @@ def test_command_warns(work: Work, tmp_path: Path) -> None:
         ((*ONE, "--sigma", "nan"), "expected sigma in [0, 1], but got [nan]"),
         ((*ONE, "--sigma", "high"), "expected a number, but got 'high'"),
         ((*ONE, "--times", "1,half,0"), "expected a number, but got"),
-        ((*ONE, "--rule", "euler"), "'euler'"),
+        ((*ONE, "--rule", "euler"), "expected sde, ode, dpm++2m, but got 'euler'"),
+        ((*ONE, "--tile", "big"), "expected auto or a size such as 2048x2048, but got 'big'"),
+        ((*ONE, "--tile", "0x0"), "expected auto or a size such as 2048x2048, but got '0x0'"),
+        ((*ONE, "--tile", "100x64"), "width and height in multiples of 32 pixels, but got 100x64"),
+        ((*ONE, "--tile", "96x96"), "no larger than the picture, 96x64, but got 96x96; give a sm"),
+        ((*ONE, "--overlap", 32), "expected --tile with --overlap, but got none; add --tile auto"),
+        ((*ONE, "--tile", "auto", "--overlap", "-1"), "whole number from 0 to 16777216, but got"),
+        ((*ONE, "--guidance", "much"), "expected a number, but got 'much'"),
+        (
+            (*ONE, "--guidance", 5),
+            "a negative caption for guidance 5, but got none; give one, made",
+        ),
+        ((*ONE, "--guidance", 0), "expected guidance from 1 to 100, but got 0.0; 5 is usual"),
+        ((*ONE, "--negative", "."), "expected a file for --negative, but . is a folder; give a fi"),
+        ((*ONE, "--negative", "absent"), "expected a safetensors file, but absent is none"),
+        ((*ONE, "--negative", "caption.safetensors"), "expected guidance with the negative captio"),
         ((*ONE, "--steps", 3), "expected 1, 2, 4 steps, but got 3"),
         ((*ONE, "--steps", 0), "steps"),
         ((*ONE, "--times", "1,0"), "--arbitrary-timesteps"),
@@ -1366,10 +1711,7 @@ def test_a_library_has_the_flavor_that_engine_sets_have(
 
 
 FLAGS_OF_ONE = {
-    **dict.fromkeys(
-        ("--guidance", "--negative", "--overlap", "--plan", "--tile"),
-        "C++ decodes whole pictures, without guidance",
-    ),
+    "--plan": "what a decode takes is told by Python, which counts its work",
     "--provider-library": "Python finds plug-in providers by their packages",
 }
 """Flags that one of the two commands does not have, and why."""

@@ -8,9 +8,11 @@
 #include <regex>
 #include <string_view>
 #include <system_error>
+#include <tuple>
 
 #include <CLI/CLI.hpp>
 
+#include "bundle/manifest.h"
 #include "console.h"
 #include "errors.h"
 
@@ -22,6 +24,7 @@ using core::refuse;
 constexpr const char* try_help = "; try pid-decode-cpp --help";
 constexpr std::uint64_t most_threads = 4096;
 constexpr std::uint64_t most_steps = 1000;
+constexpr std::uint64_t most_overlap = std::uint64_t{1} << 24U;
 constexpr std::size_t help_column = 30;
 
 constexpr const char* examples =
@@ -29,6 +32,9 @@ constexpr const char* examples =
   pid-decode-cpp flux-2k --latent latent.safetensors --caption caption.safetensors -o image.png
   pid-decode-cpp flux-2k --latents latents/ --captions captions/ --seed 7 -o images/
   pid-decode-cpp flux-2k --latent latent.safetensors -o image.png --backend tensorrt
+  pid-decode-cpp flux-2k --latent large.safetensors -o large.png --tile auto
+  pid-decode-cpp flux-any --latent latent.safetensors --caption caption.safetensors \
+      --negative caption.safetensors --guidance 5 -o image.png
 
 files:
   A latent file has one tensor, or one named "latent": [C, h, w] or [B, C, h, w] in float32,
@@ -90,9 +96,24 @@ LatentForm latent_form(const std::string& text) {
 }
 
 pid_rule rule(const std::string& text) {
-    if (text != "sde" && text != "ode")
-        throw Unusable{"sde or ode"};
-    return text == "sde" ? PID_SDE : PID_ODE;
+    const auto found = std::find(core::rules.begin(), core::rules.end(), text);
+    if (found == core::rules.end())
+        throw Unusable{core::joined(core::rules)};
+    return static_cast<pid_rule>(found - core::rules.begin());
+}
+
+// Width and height.
+std::pair<std::int64_t, std::int64_t> tile(const std::string& text) {
+    if (text == "auto")
+        return {PID_TILE_AUTO, PID_TILE_AUTO};
+    static const std::regex pattern("([0-9]{1,8})[xX]([0-9]{1,8})");
+    std::smatch found;
+    if (!std::regex_match(text, found, pattern))
+        throw Unusable{"auto or a size such as 2048x2048"};
+    const std::pair<std::int64_t, std::int64_t> size{std::stoll(found[1]), std::stoll(found[2])};
+    if (size.first == 0 && size.second == 0) // which stands for no tiles
+        throw Unusable{"auto or a size such as 2048x2048"};
+    return size;
 }
 
 void check_format(const std::string& text) {
@@ -146,14 +167,29 @@ public:
                   to_.seed =
                       integer(text, 0, std::numeric_limits<std::uint64_t>::max(), "2^64 - 1");
               });
-        value("--steps", "STEPS", "1, 2 or 4 (default: what the bundle says)",
+        value("--steps", "STEPS", "1, 2 or 4; undistilled 1 to 100 (default: what the bundle says)",
               [this](const std::string& text) {
                   to_.steps = static_cast<int>(integer(text, 1, most_steps, "1000"));
               });
         value("--times", "TIMES", "for bundles of any times: 1.0,0.75,0.5,0.25,0",
               [this](const std::string& text) { to_.times = times(text); });
-        value("--rule", "{sde,ode}", "sde, which adds noise between steps, or ode (default: sde)",
+        value("--rule", "{sde,ode,dpm++2m}",
+              "sde, which adds noise between steps, ode, or dpm++2m (default: what the bundle "
+              "says)",
               [this](const std::string& text) { to_.rule = rule(text); });
+        value("--negative", "FILE", "undistilled: a caption to stay away from", path(to_.negative));
+        value("--guidance", "G",
+              "undistilled: how far, 1 for not at all (default: what the bundle says)",
+              [this](const std::string& text) { to_.guidance = number(text); });
+        value("--tile", "WxH",
+              "decode in tiles of so many pixels of the result, or auto: where it has to be",
+              [this](const std::string& text) {
+                  std::tie(to_.tile_width, to_.tile_height) = tile(text);
+              });
+        value(
+            "--overlap", "N", "of tiles, in pixels of the result", [this](const std::string& text) {
+                to_.overlap = static_cast<std::int64_t>(integer(text, 0, most_overlap, "16777216"));
+            });
         value("--format", "{png}", "of the images in a folder: png (default: png)", check_format);
         value("--sheet", "FILE", "not here: pid-decode makes sheets", [](const std::string&) {
             refuse("expected no --sheet, whose labels need a font that this command does not have; "

@@ -44,7 +44,14 @@ struct Arguments {
     // 0 for what the bundle says.
     int steps = 0;
     std::vector<double> times;
-    pid_rule rule = PID_SDE;
+    pid_rule rule = PID_DEFAULT_RULE;
+    // A caption file, "" for none.
+    Path negative;
+    std::optional<double> guidance;
+    // As of pid_decode_params.
+    std::int64_t tile_width = 0;
+    std::int64_t tile_height = 0;
+    std::int64_t overlap = -1;
     bool overwrite = false;
     bool skip_existing = false;
     bool metadata = true;

@@ -1,5 +1,6 @@
 #include "console.h"
 
+#include <algorithm>
 #include <atomic>
 #include <cerrno>
 #include <csignal>
@@ -66,7 +67,7 @@ void throw_if_interrupted() {
         throw core::Failure(PID_ERROR_CANCELLED, "interrupted");
 }
 
-Progress::Progress(std::size_t total, bool quiet)
+Progress::Progress(double total, bool quiet)
     : total_(total), shown_(!quiet && isatty(STDERR_FILENO) != 0) {
     show();
 }
@@ -76,17 +77,18 @@ Progress::~Progress() {
         std::fputs("\n", stderr);
 }
 
-void Progress::advance() {
-    ++done_;
+void Progress::advance(double amount) {
+    done_ += amount;
     show();
 }
 
 void Progress::show() const {
     if (!shown_)
         return;
-    const std::size_t filled = bar_width * done_ / total_;
+    const double part = std::min(done_ / total_ + 1e-9, 1.0); // of a sum of fractions
+    const auto filled = static_cast<std::size_t>(part * bar_width);
     const std::string bar = std::string(filled, '#') + std::string(bar_width - filled, '.');
-    std::fprintf(stderr, "\rDecoding %s %3zu%%", bar.c_str(), 100 * done_ / total_);
+    std::fprintf(stderr, "\rDecoding %s %3d%%", bar.c_str(), static_cast<int>(100 * part));
     std::fflush(stderr);
 }
 

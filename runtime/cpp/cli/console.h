@@ -26,21 +26,21 @@ void cancel_when_interrupted(std::atomic<bool>* cancelled);
 // Throw what a cancelled decode throws, if there was an interrupt.
 void throw_if_interrupted();
 
-// Steps done of all, on one line of stderr; nothing when that is no terminal.
+// How much is done of all, on one line of stderr; nothing when that is no terminal.
 class Progress {
 public:
-    Progress(std::size_t total, bool quiet);
+    Progress(double total, bool quiet);
     ~Progress();
     Progress(const Progress&) = delete;
     Progress& operator=(const Progress&) = delete;
 
-    void advance();
+    void advance(double amount);
 
 private:
     void show() const;
 
-    std::size_t total_;
-    std::size_t done_ = 0;
+    double total_;
+    double done_ = 0;
     bool shown_;
 };
 

@@ -66,6 +66,8 @@ Inputs read_source(const core::Manifest& manifest, const Source& source,
                                      arguments.latent_form, source.caption.empty());
     if (!source.caption.empty())
         inputs.caption = read_caption_file(source.caption, arguments.caption_key);
+    if (!arguments.negative.empty())
+        inputs.negative = read_negative_file(arguments.negative);
     if (arguments.sigma)
         inputs.sigma = {{*arguments.sigma}, {1}};
     return inputs;
@@ -79,6 +81,11 @@ pid_decode_params decode_params(const Arguments& arguments, const Inputs& inputs
     const bool one_of_many = inputs.latent.given() && count < inputs.latent.images();
     params.latent = view_of(inputs.latent, first, one_of_many);
     params.caption = view_of(inputs.caption, first, one_of_many);
+    params.negative = view_of(inputs.negative, first, one_of_many);
+    params.guidance = arguments.guidance.value_or(0);
+    params.tile_width = arguments.tile_width;
+    params.tile_height = arguments.tile_height;
+    params.overlap = arguments.overlap;
     if (inputs.sigma.given()) {
         params.sigma = inputs.sigma.part(first);
         params.sigma_count = one_of_many ? 1 : inputs.sigma.images();

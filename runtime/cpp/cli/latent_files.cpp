@@ -21,6 +21,7 @@ using core::refuse;
 constexpr const char* latent_name = "latent";
 constexpr const char* caption_name = "caption";
 constexpr const char* sigma_name = "sigma";
+constexpr const char* negative_name = "negative";
 // In ComfyUI's files: the raw latent, and an empty tensor that says so.
 constexpr const char* comfyui_latent = "latent_tensor";
 constexpr const char* comfyui_mark = "latent_format_version_0";
@@ -273,6 +274,13 @@ LatentFile read_latent_file(const std::filesystem::path& path, const core::Manif
 Floats read_caption_file(const std::filesystem::path& path, const std::string& key) {
     const Tensors file = open(path);
     return read_caption(file, choose(file, caption_name, key, "--caption-key"));
+}
+
+Floats read_negative_file(const std::filesystem::path& path) {
+    const Tensors file = open(path);
+    return read_caption(file, file.find(negative_name) != nullptr
+                                  ? negative_name
+                                  : choose(file, caption_name, "", "--negative"));
 }
 
 } // namespace pid::cli

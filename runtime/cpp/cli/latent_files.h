@@ -26,6 +26,8 @@ struct LatentFile {
     Floats latent;  // [B, C, h, w]
     Floats caption; // [B, T, D] or [1, T, D]; not given if there is none
     Floats sigma;   // [B] or [1]; not given if there is none
+    // [B, T, D] or [1, T, D]; not given, as a latent file has none
+    Floats negative;
     // What was done to the latent; "" for nothing.
     std::string note;
 };
@@ -47,5 +49,11 @@ LatentFile read_latent_file(const std::filesystem::path& path, const core::Manif
 // It is the tensor called `key`; for "", the tensor called "caption", or the only one.
 // Refuses as read_latent_file() does.
 Floats read_caption_file(const std::filesystem::path& path, const std::string& key);
+
+// Read a negative caption embedding, as read_caption_file() reads a caption's.
+//
+// It is the tensor called "negative", as pid-caption --negative writes it beside the caption; in a
+// file without one what would be the caption.
+Floats read_negative_file(const std::filesystem::path& path);
 
 } // namespace pid::cli

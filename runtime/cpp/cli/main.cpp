@@ -72,10 +72,25 @@ void check_kinds(const Arguments& arguments) {
     if (std::filesystem::is_directory(arguments.caption))
         refuse("expected a file for --caption, but ", arguments.caption.string(),
                " is a folder; use --captions");
+    if (std::filesystem::is_directory(arguments.negative))
+        refuse("expected a file for --negative, but ", arguments.negative.string(),
+               " is a folder; give a file made by pid-caption");
     if (arguments.many && !std::filesystem::is_directory(arguments.latents))
         refuse("expected a folder for --latents, but ", arguments.latents.string(), " is none");
     if (!arguments.captions.empty() && !std::filesystem::is_directory(arguments.captions))
         refuse("expected a folder for --captions, but ", arguments.captions.string(), " is none");
+}
+
+// What a decode of the size that times shift by visits. Refuses what the bundle does not do.
+core::Schedule check_sampling(const Arguments& arguments, const core::Manifest& manifest) {
+    if (!arguments.negative.empty())
+        read_negative_file(arguments.negative);
+    core::Schedule schedule = core::check_schedule(
+        manifest.sampler, decode_params(arguments, Inputs(), 0, 0, arguments.seed));
+    core::check_guidance(manifest, arguments.guidance, !arguments.negative.empty());
+    if (arguments.overlap != -1 && arguments.tile_width == 0 && arguments.tile_height == 0)
+        refuse("expected --tile with --overlap, but got none; add --tile auto");
+    return schedule;
 }
 
 // What runs but not as well as it could, each line once.
@@ -108,16 +123,29 @@ double rounded_sigma(const Job& job) {
 }
 
 // How images are made, for the result and for the images themselves.
-nlohmann::ordered_json making_of(const Arguments& arguments, std::size_t steps) {
+nlohmann::ordered_json making_of(const Arguments& arguments, const core::Sampler& sampler,
+                                 const core::Schedule& schedule) {
     nlohmann::ordered_json times;
     if (!arguments.times.empty())
         times = arguments.times;
-    return {{"bundle_sha256", core::file_sha256(arguments.bundle / core::manifest_file)},
-            {"backend", arguments.backend},
-            {"device", device_of(arguments)},
-            {"steps", steps},
-            {"times", times},
-            {"rule", arguments.rule == PID_SDE ? "sde" : "ode"}};
+    nlohmann::ordered_json making{
+        {"bundle_sha256", core::file_sha256(arguments.bundle / core::manifest_file)},
+        {"backend", arguments.backend},
+        {"device", device_of(arguments)},
+        {"steps", schedule.steps()},
+        {"times", times},
+        {"rule", core::rules[static_cast<std::size_t>(schedule.rule)]}};
+    if (const double guidance = arguments.guidance.value_or(sampler.guidance); guidance != 1)
+        making["guidance"] = guidance;
+    if (!arguments.negative.empty())
+        making["negative"] = arguments.negative.string();
+    if (arguments.tile_width == PID_TILE_AUTO)
+        making["tile"] = "auto";
+    else if (arguments.tile_width != 0)
+        making["tile"] = {arguments.tile_width, arguments.tile_height};
+    if (arguments.overlap != -1)
+        making["overlap"] = arguments.overlap;
+    return making;
 }
 
 std::string text_of_json(const nlohmann::ordered_json& json) {
@@ -156,16 +184,16 @@ std::vector<double> run(core::Decoder& decoder, const std::vector<Job>& jobs,
             core::spread_warning(decoder.manifest().model, inputs.latent.part(job.index), count);
         if (!spread.empty())
             print_warning(job.source.latent.string() + ": " + spread);
-        const core::Request request = core::check_request(
+        core::Request request = core::check_request(
             decoder.manifest(), decode_params(arguments, inputs, job.index, 1, job.seed), false);
         std::vector<std::uint8_t> pixels(static_cast<std::size_t>(job.width * job.height) * 3);
         const auto begin = Clock::now();
-        const auto advance = [&](std::int32_t, std::int32_t) {
-            progress.advance();
+        const auto advance = [&](std::int32_t, std::int32_t calls) {
+            progress.advance(1.0 / calls);
             return true;
         };
         try {
-            decoder.decode(request, PID_UINT8, {pixels.data(), PID_HOST}, advance);
+            decoder.decode(std::move(request), PID_UINT8, {pixels.data(), PID_HOST}, advance);
         } catch (const core::Failure& failure) {
             if (failure.status() != PID_ERROR_INPUT)
                 throw;
@@ -212,13 +240,12 @@ void report(const Arguments& arguments, const nlohmann::ordered_json& making,
 void decode(const Arguments& arguments) {
     check_kinds(arguments);
     const core::Manifest manifest = core::read_manifest(arguments.bundle, false, 1);
-    const auto params = decode_params(arguments, Inputs(), 0, 0, arguments.seed);
-    const std::size_t steps = core::check_schedule(manifest.sampler, params).rows.size();
+    const core::Schedule schedule = check_sampling(arguments, manifest);
     std::vector<Job> jobs = plan_jobs(manifest, find_sources(arguments), arguments);
     const std::size_t planned = jobs.size();
     if (arguments.skip_existing)
         jobs = without_existing(std::move(jobs));
-    const nlohmann::ordered_json making = making_of(arguments, steps);
+    const nlohmann::ordered_json making = making_of(arguments, manifest.sampler, schedule);
     if (jobs.empty()) {
         report(arguments, making, jobs, {}, planned);
         return;
@@ -236,6 +263,11 @@ void decode(const Arguments& arguments) {
     options.verify = arguments.verify;
     core::RunOptions run_options;
     run_options.cuda_graphs = arguments.cuda_graphs;
+    if (!arguments.quiet)
+        run_options.log = [](pid_log_level, const std::string& line) {
+            if (line.rfind(core::tiles_note, 0) == 0) // what is to be warned of, warn() says
+                print_note(line);
+        };
     core::Decoder decoder(std::make_shared<core::Bundle>(arguments.bundle, options), run_options);
     throw_if_interrupted();
     const Cancellable cancellable(decoder);
@@ -245,7 +277,7 @@ void decode(const Arguments& arguments) {
     warn(manifest.model, jobs);
     std::vector<double> seconds;
     {
-        Progress progress(steps * jobs.size(), arguments.quiet);
+        Progress progress(static_cast<double>(jobs.size()), arguments.quiet);
         seconds = run(decoder, jobs, arguments, making, progress);
     }
     report(arguments, making, jobs, seconds, planned);

@@ -21,10 +21,6 @@ constexpr double same_ratio = 0.03;
 constexpr std::array<std::pair<std::int64_t, std::int64_t>, 3> demonstrated{
     {{4096, 4096}, {4096, 3072}, {3072, 4096}}};
 
-bool is_4k(const Model& model) {
-    return model.variant.rfind("2kto4k", 0) == 0;
-}
-
 std::string name_of(const Model& model) {
     return model.name.empty() ? "this decoder" : model.name;
 }
@@ -66,8 +62,7 @@ std::string about_trained_sizes(const Model& model, const ImageSize& size) {
     if (const auto scale = static_cast<std::int64_t>(model.scale); scale > 0)
         wanted += text_of(", from the latent of an image of ", near.first / scale, "x",
                           near.second / scale);
-    if (is_4k(model) &&
-        std::find(demonstrated.begin(), demonstrated.end(), size) != demonstrated.end())
+    if (is_4k(model) && is_demonstrated(size.first, size.second))
         return text_of("the release shows ", size.first, "x", size.second,
                        ", but training stopped at ", wanted,
                        "; prefer that size if the image shows artifacts");
@@ -88,6 +83,15 @@ std::string about_variants(const Model& model, const ImageSize& size) {
 }
 
 } // namespace
+
+bool is_4k(const Model& model) {
+    return model.variant.rfind("2kto4k", 0) == 0;
+}
+
+bool is_demonstrated(std::int64_t width, std::int64_t height) {
+    return std::find(demonstrated.begin(), demonstrated.end(), ImageSize(width, height)) !=
+           demonstrated.end();
+}
 
 std::vector<std::string> advice(const Model& model, std::int64_t width, std::int64_t height,
                                 float largest_sigma, bool has_caption) {

@@ -15,4 +15,10 @@ namespace pid::core {
 std::vector<std::string> advice(const Model& model, std::int64_t width, std::int64_t height,
                                 float largest_sigma, bool has_caption);
 
+// Whether it is one of the decoders to 4K.
+bool is_4k(const Model& model);
+
+// Whether a size is one beyond their training that the release itself shows these at.
+bool is_demonstrated(std::int64_t width, std::int64_t height);
+
 } // namespace pid::core

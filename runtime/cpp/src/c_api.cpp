@@ -193,16 +193,16 @@ Work prepare(const pid_decoder& decoder, const pid_decode_params* given) {
     return {params, std::move(request), std::move(shape), bytes};
 }
 
-void decode_into(pid_decoder& decoder, const Work& work, void* data) {
+void decode_into(pid_decoder& decoder, Work& work, void* data) {
     const pid_decode_params& params = work.params;
     Progress progress;
     if (params.progress != nullptr)
-        progress = [&](std::int32_t done, std::int32_t steps) {
-            return params.progress(done, steps, params.progress_user_data) == 0;
+        progress = [&](std::int32_t done, std::int32_t calls) {
+            return params.progress(done, calls, params.progress_user_data) == 0;
         };
     decoder.decoder.cancelled() = false;
-    decoder.decoder.decode(work.request, params.output, {data, params.output_memory}, progress,
-                           params.timed != 0);
+    decoder.decoder.decode(std::move(work.request), params.output, {data, params.output_memory},
+                           progress, params.timed != 0);
 }
 
 } // namespace
@@ -290,6 +290,8 @@ pid_decoder_params pid_decoder_default_params(void) {
 pid_decode_params pid_decode_default_params(void) {
     pid_decode_params params{};
     params.struct_bytes = sizeof params;
+    params.rule = PID_DEFAULT_RULE;
+    params.overlap = -1;
     return params;
 }
 
@@ -358,7 +360,11 @@ pid_status pid_decoder_get_info(const pid_decoder* decoder, pid_decoder_info* in
             most_tokens(manifest.buckets), product(network.patch_size, network.patch_size)));
         own.default_steps = static_cast<std::int32_t>(manifest.sampler.steps);
         own.max_steps = static_cast<std::int32_t>(manifest.sampler.max_steps);
-        own.takes_times = manifest.sampler.times.empty() ? 1 : 0;
+        const bool any_times = manifest.sampler.times.empty();
+        own.takes_times = any_times ? 1 : 0;
+        own.takes_steps = !any_times || manifest.sampler.flow_shift ? 1 : 0;
+        own.default_rule = default_rule(manifest.sampler);
+        own.default_guidance = manifest.sampler.guidance;
         std::memcpy(info, &own, std::min(info->struct_bytes, sizeof own));
     });
 }
@@ -379,7 +385,7 @@ pid_status pid_decoder_decode(pid_decoder* decoder, const pid_decode_params* par
         require_given(decoder, "decoder");
         require_given(image, "image");
         const Use use(*decoder);
-        const Work work = prepare(*decoder, params);
+        Work work = prepare(*decoder, params);
         const pid_memory memory = work.params.output_memory;
         auto result = std::make_unique<pid_array>();
         result->memory = allocate_result(decoder->decoder.memory(), memory, work.bytes);
@@ -395,7 +401,7 @@ pid_status pid_decoder_decode_into(pid_decoder* decoder, const pid_decode_params
         require_given(decoder, "decoder");
         require_given(data, "data");
         const Use use(*decoder);
-        const Work work = prepare(*decoder, params);
+        Work work = prepare(*decoder, params);
         if (data_bytes != work.bytes)
             refuse("expected data of ", work.bytes, " bytes for images ", text_of_shape(work.shape),
                    ", but got ", data_bytes);
@@ -412,7 +418,7 @@ pid_status pid_decoder_output_shape(const pid_decoder* decoder, const pid_decode
         const pid_decode_params own =
             own_copy(params, pid_decode_default_params(), "pid_decode_params");
         const Shape images =
-            Decoder::image_shape(check_sizes(decoder->decoder.manifest(), own.latent), own.output);
+            Decoder::image_shape(check_sizes(decoder->decoder.manifest(), own), own.output);
         std::copy(images.begin(), images.end(), shape);
     });
 }
@@ -424,12 +430,12 @@ pid_status pid_decoder_read_state(pid_decoder* decoder, pid_array** state) {
         std::optional<Use> use; // not from within a progress callback, where a call runs already
         if (decoder->user.load() != std::this_thread::get_id())
             use.emplace(*decoder);
-        const Tensor tensor = decoder->decoder.state();
-        Memory& memory = decoder->decoder.memory();
+        const Shape shape = decoder->decoder.state_shape();
         auto result = std::make_unique<pid_array>();
-        result->memory = allocate_result(memory, PID_HOST, tensor.bytes());
-        result->view = view_of(result->memory.get(), PID_FLOAT32, PID_HOST, tensor.shape);
-        memory.read(tensor, result->memory.get(), PID_HOST);
+        result->memory =
+            allocate_result(decoder->decoder.memory(), PID_HOST, count_of(shape) * sizeof(float));
+        result->view = view_of(result->memory.get(), PID_FLOAT32, PID_HOST, shape);
+        decoder->decoder.read_state(reinterpret_cast<float*>(result->memory.get()));
         *state = result.release();
     });
 }

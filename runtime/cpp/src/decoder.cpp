@@ -58,22 +58,49 @@ Shape Decoder::image_shape(const Sizes& sizes, pid_dtype output) {
     refuse("expected output float32 or uint8, but got another");
 }
 
-void Decoder::decode(const Request& request, pid_dtype output, const Target& target,
+void Decoder::decode(Request request, pid_dtype output, const Target& target,
                      const Progress& progress, bool timed) {
-    try {
-        run(request, output, target, progress, timed);
-    } catch (const Shortage& shortage) {
-        throw too_large(request.sizes, shortage.what());
-    } catch (const std::bad_alloc&) {
-        throw too_large(request.sizes, "too little");
+    if (log_)
+        advise(request);
+    while (true) {
+        tell_tiles(request);
+        try {
+            run(request, output, target, progress, timed);
+            canvas_.reset();
+            return;
+        } catch (const Shortage& shortage) {
+            take_smaller_tiles(request, shortage.what());
+        } catch (const std::bad_alloc&) {
+            take_smaller_tiles(request, "too little");
+        } catch (...) {
+            canvas_.reset(); // it refers to the request
+            throw;
+        }
     }
 }
 
-// Give the arena back, and say what memory does not suffice for.
-Failure Decoder::too_large(const Sizes& sizes, const char* reason) {
+void Decoder::take_smaller_tiles(Request& request, const char* reason) {
+    canvas_.reset();
     program_.reset();
     arena_.reset();
     arena_bytes_ = 0;
+    std::optional<Tiling> smaller = smaller_tiles(manifest(), request);
+    if (!smaller || !request.is_automatic)
+        throw too_large(request, smaller, reason);
+    request.tiling = std::move(smaller);
+}
+
+// What was chosen, and why.
+void Decoder::tell_tiles(const Request& request) const {
+    if (request.is_automatic && request.tiling)
+        note(log_, tiles_note, described(*request.tiling, manifest().network.pixels_per_latent()),
+             ": ", request.tiling->reason);
+}
+
+// What to say of a shape that memory does not suffice for.
+Failure Decoder::too_large(const Request& request, const std::optional<Tiling>& smaller_tiling,
+                           const char* reason) const {
+    const Sizes sizes = request.program_sizes();
     const std::uint64_t tokens = sizes.value("L"), batch = sizes.value("B");
     const Bucket& bucket = graphs_->bucket_for(tokens);
     const std::pair<const std::string, Bucket>* smaller = nullptr;
@@ -87,6 +114,11 @@ Failure Decoder::too_large(const Sizes& sizes, const char* reason) {
     if (smaller != nullptr)
         cures.push_back("at most " + manifest().megapixels(smaller->second.max_tokens) +
                         ": bucket " + smaller->first);
+    if (smaller_tiling) {
+        const std::uint64_t side = manifest().network.pixels_per_latent();
+        cures.push_back(text_of("in tiles, of ", smaller_tiling->columns.tile * side, "x",
+                                smaller_tiling->rows.tile * side, " for example"));
+    }
     if (cures.empty())
         cures.emplace_back("a smaller shape");
     return {PID_ERROR_MEMORY,
@@ -98,7 +130,6 @@ Failure Decoder::too_large(const Sizes& sizes, const char* reason) {
 
 void Decoder::run(const Request& request, pid_dtype output, const Target& target,
                   const Progress& progress, bool timed) {
-    const Schedule& schedule = request.schedule;
     timings_.reset();
     pid_timings timings{};
     auto last = Clock::now();
@@ -110,22 +141,22 @@ void Decoder::run(const Request& request, pid_dtype output, const Target& target
         section_ms = ms_between(last, now);
         last = now;
     };
-    if (log_)
-        advise(request);
-    Program& program = bind(request.sizes);
+    state_in_arena_ = false;
+    Program& program = bind(request.program_sizes());
+    if (!request.is_plain())
+        canvas_.emplace(program, request);
+    state_in_arena_ = !canvas_;
     end_of(timings.prepare_ms);
     denoise(program, request, progress, [&] { end_of(timings.prologue_ms); });
     end_of(timings.steps_ms);
-    if (!memory_.is_finite(state()))
+    if (!is_finite())
         refuse("expected a finite image, but step ", first_not_finite(program, request), " of ",
-               schedule.rows.size(), " gave NaN or infinity; ",
+               request.schedule.steps(), " gave NaN or infinity; ",
                manifest().precision == "fp16"
                    ? "float16 may have overflowed: export with --precision bf16, or "
                    : "",
                "check the bundle with pid-verify");
-    const char* image = output == PID_UINT8 ? "image_bytes" : "image";
-    program.run(image, 0, 0, nullptr);
-    memory_.read(program.buffer(image), target.data, target.memory);
+    give_images(program, output, target);
     end_of(timings.image_ms);
     if (!timed)
         return;
@@ -137,34 +168,63 @@ void Decoder::run(const Request& request, pid_dtype output, const Target& target
 
 void Decoder::denoise(Program& program, const Request& request, const Progress& progress,
                       const std::function<void()>& prologue_done) {
-    const Schedule& schedule = request.schedule;
-    write_inputs(program, request);
-    program.run("prologue", 0, 0,
-                [&](const BoundNoise& noise) { fill_noise(program, request, noise, 0); });
-    if (!schedule.moments.empty())
-        for (const std::uint64_t row : schedule.rows)
-            program.run("timestep", row, row, nullptr);
-    prologue_done();
-    const auto steps = static_cast<std::int32_t>(schedule.rows.size());
-    for (std::size_t step = 0; step < schedule.rows.size(); ++step) {
-        program.run("step", schedule.rows[step], step, [&](const BoundNoise& noise) {
-            fill_noise(program, request, noise, step + 1);
-        });
-        if (progress && !progress(static_cast<std::int32_t>(step) + 1, steps))
-            graphs_->cancelled = true;
-        graphs_->throw_if_cancelled();
-    }
+    const auto calls = static_cast<std::int32_t>(request.calls());
+    std::int32_t done = 0;
+    const Listener listener{prologue_done, [&] {
+                                if (progress && !progress(++done, calls))
+                                    graphs_->cancelled = true;
+                                graphs_->throw_if_cancelled();
+                            }};
+    if (canvas_)
+        canvas_->denoise(listener);
+    else
+        denoise_in_arena(program, request, listener);
 }
 
-std::int32_t Decoder::first_not_finite(Program& program, const Request& request) {
-    std::int32_t bad = 0;
-    const auto look = [&](std::int32_t step, std::int32_t) {
-        if (bad == 0 && !memory_.is_finite(state()))
-            bad = step;
+bool Decoder::is_finite() {
+    return canvas_ ? all_finite(canvas_->state().data(), canvas_->state().size())
+                   : memory_.is_finite(program_->buffer("state"));
+}
+
+std::size_t Decoder::first_not_finite(Program& program, const Request& request) {
+    const std::size_t steps = request.schedule.steps();
+    std::size_t bad = 0;
+    const auto look = [&](std::int32_t done, std::int32_t calls) {
+        const auto call = static_cast<std::size_t>(done), all = static_cast<std::size_t>(calls);
+        if (bad == 0 && call % (all / steps) == 0 && !is_finite())
+            bad = call / (all / steps);
         return true;
     };
     denoise(program, request, look, [] {});
-    return bad == 0 ? static_cast<std::int32_t>(request.schedule.rows.size()) : bad;
+    return bad == 0 ? steps : bad;
+}
+
+// The images of the last state.
+void Decoder::give_images(Program& program, pid_dtype output, const Target& target) {
+    const char* image = output == PID_UINT8 ? "image_bytes" : "image";
+    if (!canvas_) {
+        program.run(image, 0, 0, nullptr);
+        memory_.read(program.buffer(image), target.data, target.memory);
+        return;
+    }
+    const auto fill = [&](void* data) {
+        if (output == PID_UINT8)
+            canvas_->read_image_bytes(static_cast<std::uint8_t*>(data));
+        else
+            canvas_->read_image(static_cast<float*>(data));
+    };
+    if (target.memory == PID_HOST) {
+        fill(target.data);
+        return;
+    }
+    const std::size_t count = canvas_->state().size();
+    const DType dtype = output == PID_UINT8 ? DType::uint8 : DType::float32;
+    const Tensor on_device{
+        static_cast<std::byte*>(target.data), dtype, {static_cast<std::int64_t>(count)}};
+    std::vector<std::byte> pixels(on_device.bytes());
+    fill(pixels.data());
+    memory_.write(on_device, pixels.data(), PID_HOST);
+    memory_.synchronize();
 }
 
 pid_timings Decoder::timings() const {
@@ -190,12 +250,23 @@ void Decoder::advise(const Request& request) const {
         log_(PID_LOG_WARNING, spread);
 }
 
-Tensor Decoder::state() const {
-    if (!program_)
-        refuse("expected a decode before its state is read");
-    Tensor state = program_->buffer("state");
-    state.shape = {state.shape[0], state.shape[1], state.shape[2] / 3, 3};
-    return state;
+Shape Decoder::state_shape() const {
+    if (canvas_)
+        return canvas_->state_shape();
+    if (!program_ || !state_in_arena_)
+        refuse("expected a decode before its state is read",
+               program_ ? ", but the last one was in tiles or with guidance and has ended; read it "
+                          "in a progress callback"
+                        : "");
+    const Shape shape = program_->buffer("state").shape;
+    return {shape[0], shape[1], shape[2] / 3, 3};
+}
+
+void Decoder::read_state(float* values) {
+    if (canvas_)
+        std::copy(canvas_->state().begin(), canvas_->state().end(), values);
+    else
+        memory_.read(program_->buffer("state"), values, PID_HOST);
 }
 
 // The program at these sizes: the one of the last decode if they have not changed.
@@ -220,47 +291,6 @@ Program& Decoder::bind(const Sizes& sizes) {
     }
     program_.emplace(manifest(), memory_, *graphs_, bucket, sizes, arena_, bundle_->constants());
     return *program_;
-}
-
-// Put a decode's inputs into the arena.
-void Decoder::write_inputs(const Program& program, const Request& request) {
-    const auto write_padded = [&](const char* name, const void* values, std::size_t bytes) {
-        const Tensor buffer = program.buffer(name);
-        std::vector<std::byte> padded(buffer.bytes()); // unused rows are zero
-        std::copy_n(static_cast<const std::byte*>(values), bytes, padded.begin());
-        memory_.write(buffer, padded.data(), PID_HOST);
-    };
-    const std::uint64_t batch = request.sizes.value("B");
-    memory_.write(program.buffer("latent"), request.latent.data, request.latent.memory);
-    if (static_cast<std::uint64_t>(request.caption.shape[0]) == batch)
-        memory_.write(program.buffer("caption"), request.caption.data, request.caption.memory);
-    else
-        for (std::uint64_t image = 0; image < batch; ++image)
-            memory_.write(program.image_part("caption", image), request.caption.data,
-                          request.caption.memory);
-    memory_.write(program.buffer("sigma"), request.sigmas.data(), PID_HOST);
-    const Schedule& schedule = request.schedule;
-    write_padded("update", schedule.updates.data(),
-                 schedule.updates.size() * sizeof schedule.updates[0]);
-    if (!schedule.moments.empty())
-        write_padded("timestep", schedule.moments.data(),
-                     schedule.moments.size() * sizeof schedule.moments[0]);
-}
-
-// Fill a noise instruction's target with one draw.
-void Decoder::fill_noise(Program& program, const Request& request, const BoundNoise& noise,
-                         std::size_t draw) {
-    const std::string& target = noise.instruction.target;
-    const Input& given = request.noises[draw];
-    if (draw > 0 && request.schedule.updates[draw - 1][2] == 0) {
-        memory_.fill_zero(program.buffer(target)); // not used, but must not hold a NaN
-    } else if (given.data != nullptr) {
-        program.load_noise(noise, given.data, given.memory);
-    } else {
-        for (std::size_t image = 0; image < request.seeds.size(); ++image)
-            memory_.fill_normal(program.image_part(target, image), request.seeds[image],
-                                static_cast<std::uint32_t>(draw));
-    }
 }
 
 } // namespace pid::core

@@ -7,11 +7,13 @@
 #include <functional>
 #include <memory>
 #include <optional>
+#include <vector>
 
 #include "backends/backends.h"
 #include "backends/graphs.h"
 #include "backends/memory.h"
 #include "bundle/manifest.h"
+#include "denoise.h"
 #include "errors.h"
 #include "interpreter.h"
 #include "log.h"
@@ -40,13 +42,16 @@ private:
     double open_ms_;
 };
 
+// How the log begins to tell of tiles that were chosen.
+constexpr const char* tiles_note = "Decoding in ";
+
 // Where a decode puts its images.
 struct Target {
     void* data;
     pid_memory memory;
 };
 
-// Called after every step with (steps done, steps); returns whether to go on.
+// Called after every call of the network with (calls done, calls); returns whether to go on.
 using Progress = std::function<bool(std::int32_t, std::int32_t)>;
 
 // Decodes latents with one bundle. Serves one thread at a time.
@@ -68,11 +73,14 @@ public:
 
     // Decode a request into `target`, which takes images of `output`.
     // timed: measure it, for timings(); on a GPU this waits for it between sections.
-    void decode(const Request& request, pid_dtype output, const Target& target,
-                const Progress& progress, bool timed = false);
+    void decode(Request request, pid_dtype output, const Target& target, const Progress& progress,
+                bool timed = false);
 
-    // The state after the last step that ran. Refuses before the first decode.
-    Tensor state() const;
+    // The shape of the state after the last step that ran, float32 [B, L, P * P, 3], and its values
+    // on the host. Refuse before the first decode; of one that is not plain it is there until it
+    // ends.
+    Shape state_shape() const;
+    void read_state(float* values);
 
     // Of the last decode. Refuses unless it was timed.
     pid_timings timings() const;
@@ -83,17 +91,22 @@ public:
 private:
     void run(const Request& request, pid_dtype output, const Target& target,
              const Progress& progress, bool timed);
-    Failure too_large(const Sizes& sizes, const char* reason);
+    // Put smaller tiles into a request that memory does not suffice for. Throws what there is to
+    // say if it may not choose them, or there are none.
+    void take_smaller_tiles(Request& request, const char* reason);
+    Failure too_large(const Request& request, const std::optional<Tiling>& smaller,
+                      const char* reason) const;
+    void tell_tiles(const Request& request) const;
     Program& bind(const Sizes& sizes);
     // From the inputs to the state after the last step; `prologue_done` is called on the way.
     void denoise(Program& program, const Request& request, const Progress& progress,
                  const std::function<void()>& prologue_done);
     // Which step gave NaN or infinity first: decodes again, looking at every step.
-    std::int32_t first_not_finite(Program& program, const Request& request);
+    std::size_t first_not_finite(Program& program, const Request& request);
+    // Whether the state has neither NaN nor infinity.
+    bool is_finite();
+    void give_images(Program& program, pid_dtype output, const Target& target);
     void advise(const Request& request) const;
-    void write_inputs(const Program& program, const Request& request);
-    void fill_noise(Program& program, const Request& request, const BoundNoise& noise,
-                    std::size_t draw);
 
     std::shared_ptr<const Bundle> bundle_; // outlives what refers to it
     Log log_;
@@ -102,6 +115,8 @@ private:
     Allocation arena_;
     std::uint64_t arena_bytes_ = 0;
     std::optional<Program> program_;
+    std::optional<Canvas> canvas_; // while a decode runs that is not plain
+    bool state_in_arena_ = false;
     std::optional<pid_timings> timings_;
 };
 

@@ -79,6 +79,18 @@ void Program::run(const std::string& section, std::uint64_t row, std::uint64_t s
     }
 }
 
+void Program::refresh(const std::string& input) {
+    auto found = refreshes_.find(input);
+    if (found == refreshes_.end()) {
+        std::vector<Call> calls;
+        for (const std::size_t index : manifest_.dependent("prologue", {input}))
+            bind("prologue", index, sizes_, calls);
+        found = refreshes_.emplace(input, graphs_.sequence(std::move(calls))).first;
+    }
+    graphs_.throw_if_cancelled();
+    found->second();
+}
+
 void Program::load_noise(const BoundNoise& noise, const void* image, pid_memory memory) {
     memory_.write(buffer(noise.instruction.image), image, memory);
     noise.patchify();
@@ -95,21 +107,27 @@ std::vector<Program::Part> Program::bind_section(const std::string& section, con
     };
     const std::vector<Instruction>& instructions = manifest_.program.at(section);
     for (std::size_t index = 0; index < instructions.size(); ++index) {
-        const Instruction& instruction = instructions[index];
-        if (const auto* run = std::get_if<Run>(&instruction)) {
-            bind_run(*run, sizes, scratch_of(section, index), calls);
-        } else if (const auto* copy = std::get_if<Copy>(&instruction)) {
-            calls.push_back(memory_.copy(buffer(copy->source), buffer(copy->target)));
-        } else {
-            end_sequence();
-            const auto& noise = std::get<Noise>(instruction);
-            bind_run(noise.patchify(), sizes_, scratch_of(section, index), calls);
-            parts.emplace_back(BoundNoise{noise, graphs_.sequence(std::move(calls))});
-            calls.clear();
+        const auto* noise = std::get_if<Noise>(&instructions[index]);
+        if (noise == nullptr) {
+            bind(section, index, sizes, calls);
+            continue;
         }
+        end_sequence();
+        bind_run(noise->patchify(), sizes_, scratch_of(section, index), calls);
+        parts.emplace_back(BoundNoise{*noise, graphs_.sequence(std::move(calls))});
+        calls.clear();
     }
     end_sequence();
     return parts;
+}
+
+void Program::bind(const std::string& section, std::size_t index, const Sizes& sizes,
+                   std::vector<Call>& calls) {
+    const Instruction& instruction = manifest_.program.at(section)[index];
+    if (const auto* copy = std::get_if<Copy>(&instruction))
+        calls.push_back(memory_.copy(buffer(copy->source), buffer(copy->target)));
+    else
+        bind_run(std::get<Run>(instruction), sizes, scratch_of(section, index), calls);
 }
 
 // One call per slice of the chunked axis, and per image where slices are not contiguous.

@@ -44,6 +44,7 @@ public:
     static std::uint64_t arena_bytes(const Bucket& bucket, const Sizes& sizes);
 
     const Sizes& sizes() const { return sizes_; }
+    Memory& memory() const { return memory_; }
 
     // A whole buffer.
     Tensor buffer(const std::string& name) const;
@@ -55,6 +56,9 @@ public:
     void run(const std::string& section, std::uint64_t row, std::uint64_t step,
              const NoiseSource& noise);
 
+    // Run again what of the prologue depends on an input, which has new values.
+    void refresh(const std::string& input);
+
     // Fill a noise instruction's target from an image [B, 3, H, W] float32.
     void load_noise(const BoundNoise& noise, const void* image, pid_memory memory);
 
@@ -62,6 +66,9 @@ private:
     using Part = std::variant<Call, BoundNoise>;
 
     std::vector<Part> bind_section(const std::string& section, const Sizes& sizes);
+    // The calls of an instruction other than noise.
+    void bind(const std::string& section, std::size_t index, const Sizes& sizes,
+              std::vector<Call>& calls);
     void bind_run(const Run& run, const Sizes& sizes, const Scratch& scratch,
                   std::vector<Call>& calls);
     Scratch scratch_of(const std::string& section, std::size_t index) const;
@@ -77,6 +84,7 @@ private:
     Sizes sizes_;
     Allocation arena_;
     std::map<std::tuple<std::string, std::uint64_t, std::uint64_t>, std::vector<Part>> parts_;
+    std::map<std::string, Call> refreshes_; // by input
 };
 
 // Every kind of call that a decode of one image of these sizes makes.

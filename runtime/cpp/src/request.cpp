@@ -1,8 +1,11 @@
 #include "request.h"
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <cstddef>
+#include <limits>
+#include <string>
 #include <utility>
 
 #include "backends/memory.h"
@@ -13,7 +16,7 @@
 namespace pid::core {
 namespace {
 
-constexpr std::size_t most_steps = 1000;
+constexpr double largest_guidance = 100;
 
 struct FloatKind {
     pid_dtype dtype;
@@ -22,41 +25,6 @@ struct FloatKind {
 
 constexpr std::array<FloatKind, 4> floats{
     {{PID_FLOAT32, 4}, {PID_FLOAT16, 2}, {PID_BFLOAT16, 2}, {PID_FLOAT64, 8}}};
-
-const char* name_of(pid_rule rule) {
-    return rule == PID_SDE ? "sde" : "ode";
-}
-
-template <typename Numbers>
-std::string listed(const Numbers& numbers) {
-    std::string text = "[";
-    for (const auto number : numbers)
-        text += (text.size() > 1 ? ", " : "") + shown(static_cast<double>(number));
-    return text + "]";
-}
-
-// Factors of state, velocity and noise from t to t_next. sde: x0 = x - t v, then
-// (1 - t_next) x0 + t_next noise. ode: x + (t_next - t) v.
-std::array<float, 3> update_factors(double t, double t_next, pid_rule rule) {
-    if (rule == PID_ODE)
-        return {1, static_cast<float>(t_next - t), 0};
-    return {static_cast<float>(1 - t_next), static_cast<float>(-(1 - t_next) * t),
-            static_cast<float>(t_next)};
-}
-
-void add_updates(Schedule& schedule, const std::vector<double>& visited, pid_rule rule) {
-    for (std::size_t step = 0; step + 1 < visited.size(); ++step)
-        schedule.updates.push_back(update_factors(visited[step], visited[step + 1], rule));
-}
-
-// The numbers of steps a bundle knows, in ascending order: "1, 2, 4".
-std::string known_steps(const Sampler& sampler) {
-    std::vector<std::size_t> numbers;
-    for (const auto& [steps, rows] : sampler.schedules)
-        numbers.push_back(rows.size());
-    std::sort(numbers.begin(), numbers.end());
-    return joined(numbers);
-}
 
 [[noreturn]] void refuse_shape(const std::string& name, const SymbolicShape& wanted,
                                const Shape& shape, const std::string& fix) {
@@ -150,20 +118,36 @@ Input empty_caption(const Network& network) {
     return caption;
 }
 
-Input check_caption(const Manifest& manifest, const pid_tensor& tensor, std::uint64_t batch,
-                    bool has_device) {
+// name: "caption" or "negative".
+Input check_caption(const Manifest& manifest, const char* name, const pid_tensor& tensor,
+                    std::uint64_t batch, bool has_device) {
     const Network& network = manifest.network;
     if (tensor.data == nullptr)
         return empty_caption(network);
     const SymbolicShape wanted{"B", "T", network.text_dim};
     const std::string fix = text_of("B is 1 or that of the latent, ", batch, ", and T at most ",
                                     network.text_max_length);
-    Shape shape = check_shape(tensor, "caption", wanted, fix);
+    Shape shape = check_shape(tensor, name, wanted, fix);
     const auto images = static_cast<std::uint64_t>(shape[0]);
     if ((images != 1 && images != batch) ||
         static_cast<std::uint64_t>(shape[1]) > network.text_max_length)
-        refuse_shape("caption", wanted, shape, fix);
-    return check_values(tensor, "caption", std::move(shape), has_device);
+        refuse_shape(name, wanted, shape, fix);
+    return check_values(tensor, name, std::move(shape), has_device);
+}
+
+std::vector<Branch> check_branches(const Manifest& manifest, const pid_decode_params& params,
+                                   double guidance, std::uint64_t batch, bool has_device) {
+    std::vector<Branch> branches;
+    Input caption = check_caption(manifest, "caption", params.caption, batch, has_device);
+    if (guidance != 1) {
+        Input other = check_caption(manifest, "negative", params.negative, batch, has_device);
+        if (other.shape[1] != caption.shape[1])
+            refuse("expected a negative of as many tokens as the caption, ", caption.shape[1],
+                   ", but got ", other.shape[1], "; make both with pid-caption");
+        branches.push_back({std::move(other), 1 - guidance});
+    }
+    branches.push_back({std::move(caption), guidance});
+    return branches;
 }
 
 // "" or " or B", after "expected one sigma".
@@ -205,10 +189,11 @@ std::vector<std::uint64_t> check_seeds(const pid_decode_params& params, std::uin
 
 // The noise image of every draw.
 std::vector<Input> check_noises(const pid_decode_params& params, const Sizes& sizes,
-                                std::size_t steps, bool has_device) {
+                                const Schedule& schedule, bool has_device) {
+    const std::size_t steps = schedule.steps();
     std::vector<pid_tensor> given(steps + 1); // the last one is multiplied by 0
     given[0] = params.noise;
-    if (params.step_noise_count > 0 && params.rule == PID_SDE) { // ode adds none
+    if (params.step_noise_count > 0 && schedule.rule == PID_SDE) { // others add none
         if (params.step_noise_count != steps - 1 || params.step_noise == nullptr)
             refuse("expected ", steps - 1,
                    " step noises, one after every step but the last, but got ",
@@ -228,62 +213,6 @@ std::vector<Input> check_noises(const pid_decode_params& params, const Sizes& si
                              has_device));
     }
     return noises;
-}
-
-Schedule schedule_of_times(const Sampler& sampler, const pid_decode_params& params) {
-    if (params.time_count == 0 || params.times == nullptr)
-        refuse("expected times, since this bundle takes any, but got none; give for example ",
-               "1.0,0.75,0.5,0.25,0");
-    if (params.time_count - 1 > std::min<std::uint64_t>(sampler.max_steps, most_steps))
-        refuse("expected at most ", sampler.max_steps, " steps, but got ", params.time_count - 1,
-               "; leave out some times");
-    const std::vector<double> visited(params.times, params.times + params.time_count);
-    bool descending = visited.size() > 1 && visited.front() <= 1 && visited.back() == 0;
-    for (std::size_t step = 0; step + 1 < visited.size(); ++step)
-        descending = descending && visited[step] > visited[step + 1];
-    if (!descending)
-        refuse("expected times descending from at most 1 to 0, but got ", listed(visited),
-               "; the last is 0");
-    const std::size_t steps = visited.size() - 1;
-    if (params.steps != 0 && static_cast<std::size_t>(params.steps) != steps)
-        refuse("expected ", params.steps, " steps, but got times of ", steps,
-               "; give the times alone");
-    Schedule schedule;
-    add_updates(schedule, visited, params.rule);
-    for (std::size_t step = 0; step < steps; ++step) {
-        schedule.rows.push_back(step);
-        schedule.moments.push_back(static_cast<float>(visited[step]) * 1000.0F);
-    }
-    return schedule;
-}
-
-} // namespace
-
-Schedule check_schedule(const Sampler& sampler, const pid_decode_params& params) {
-    if (params.rule != PID_SDE && params.rule != PID_ODE)
-        refuse("expected rule ", name_of(PID_SDE), " or ", name_of(PID_ODE), ", but got ",
-               static_cast<int>(params.rule));
-    if (params.steps < 0)
-        refuse("expected at least one step, but got ", params.steps, "; 0 is the bundle's default");
-    if (sampler.times.empty())
-        return schedule_of_times(sampler, params);
-    if (params.time_count > 0)
-        refuse("expected no times, since this bundle knows only its own, but got ",
-               params.time_count, "; give steps, or export with --arbitrary-timesteps");
-    const std::uint64_t steps =
-        params.steps == 0 ? sampler.steps : static_cast<std::uint64_t>(params.steps);
-    const auto found = sampler.schedules.find(std::to_string(steps));
-    if (found == sampler.schedules.end())
-        refuse("expected ", known_steps(sampler), " steps, but got ", steps,
-               "; more steps need a bundle exported with --arbitrary-timesteps");
-    Schedule schedule;
-    schedule.rows = found->second;
-    std::vector<double> visited;
-    for (const std::uint64_t row : schedule.rows)
-        visited.push_back(sampler.times[row]);
-    visited.push_back(0);
-    add_updates(schedule, visited, params.rule);
-    return schedule;
 }
 
 // Refuse a latent of a height and width that no bucket holds.
@@ -306,11 +235,14 @@ void check_fits(const Manifest& manifest, std::uint64_t height, std::uint64_t wi
            ", the largest bucket of this bundle, but got ", product(side, width), "x",
            product(side, height), "; the largest of this shape is ", side * columns, "x",
            side * rows, ", of a latent of height ", rows, " and width ", columns,
-           "; or export with --buckets large=", tokens);
+           "; or export with --buckets large=", tokens, ", or decode in tiles (tile auto)");
 }
 
-Sizes check_sizes(const Manifest& manifest, const pid_tensor& latent) {
+// The sizes of the images and their tiles.
+std::pair<Sizes, std::optional<Tiling>> check_size(const Manifest& manifest,
+                                                   const pid_decode_params& params) {
     const Network& network = manifest.network;
+    const pid_tensor& latent = params.latent;
     if (latent.data == nullptr)
         refuse("expected a latent, but got none; this bundle takes ", latents_of(manifest.model));
     const bool has_axes = latent.rank > 0 && latent.rank <= PID_MAX_RANK;
@@ -319,34 +251,95 @@ Sizes check_sizes(const Manifest& manifest, const pid_tensor& latent) {
     const Shape shape =
         check_shape(latent, "latent", {"B", network.latent_channels, "h", "w"}, fix);
     const auto size = [&](std::size_t axis) { return static_cast<std::uint64_t>(shape[axis]); };
-    check_fits(manifest, size(2), size(3));
-    const Sizes sizes = Sizes::of_request(network, size(0), size(2), size(3), 1, 1);
-    Program::arena_bytes(manifest.bucket_for(sizes.value("L")).second, sizes);
-    return sizes;
+    std::optional<Tiling> tiling = tiling_of(manifest, size(2), size(3), params);
+    if (!tiling)
+        check_fits(manifest, size(2), size(3));
+    Sizes sizes = Sizes::of_request(network, size(0), size(2), size(3), 1, 1);
+    const Sizes run = tiling ? sizes.resized(tiling->rows.tile, tiling->columns.tile) : sizes;
+    Program::arena_bytes(manifest.bucket_for(run.value("L")).second, run);
+    return {std::move(sizes), std::move(tiling)};
+}
+
+} // namespace
+
+Sizes Request::program_sizes() const {
+    return tiling ? sizes.resized(tiling->rows.tile, tiling->columns.tile) : sizes;
+}
+
+std::int64_t Request::calls() const {
+    return static_cast<std::int64_t>(schedule.steps() * (tiling ? tiling->count() : 1) *
+                                     branches.size());
+}
+
+bool Request::is_plain() const {
+    return !tiling && branches.size() == 1 && schedule.rule != PID_DPMPP_2M;
+}
+
+double check_guidance(const Manifest& manifest, std::optional<double> guidance, bool has_negative) {
+    const Model& model = manifest.model;
+    if (model.distilled && (has_negative || guidance.value_or(1) != 1)) {
+        std::string given = shown(guidance.value_or(1));
+        if (const std::size_t end = given.rfind(".0"); end + 2 == given.size())
+            given.resize(end);
+        refuse("expected no guidance, which ", model.name,
+               " has learned at its distillation, but got ",
+               has_negative ? "a negative caption" : "guidance " + given, "; drop it");
+    }
+    const double asked = guidance.value_or(manifest.sampler.guidance);
+    if (has_negative && !guidance && asked == 1)
+        refuse("expected guidance with the negative caption, but got none; give for example 5");
+    if (!(1 <= asked && asked <= largest_guidance))
+        refuse("expected guidance from 1 to ", largest_guidance, ", but got ", shown(asked),
+               "; 5 is usual");
+    if (asked != 1 && !has_negative)
+        refuse("expected a negative caption for guidance ", asked,
+               ", but got none; give one, made by pid-caption of an empty text for example, or "
+               "guidance 1");
+    return asked;
+}
+
+Sizes check_sizes(const Manifest& manifest, const pid_decode_params& params) {
+    return check_size(manifest, params).first;
+}
+
+std::optional<Tiling> smaller_tiles(const Manifest& manifest, const Request& request) {
+    const std::uint64_t most = request.program_sizes().value("L") / 2;
+    return automatic(manifest, request.sizes.value("h"), request.sizes.value("w"), request.overlap,
+                     "memory is short", std::min(most, most_tokens(manifest.buckets)));
 }
 
 Request check_request(const Manifest& manifest, const pid_decode_params& params, bool has_device) {
-    Schedule schedule = check_schedule(manifest.sampler, params);
-    Sizes sizes = check_sizes(manifest, params.latent);
+    const auto given = params.guidance == 0 ? std::nullopt : std::optional<double>(params.guidance);
+    const double guidance = check_guidance(manifest, given, params.negative.data != nullptr);
+    auto [sizes, tiling] = check_size(manifest, params);
     const std::uint64_t batch = sizes.value("B");
+    const ImageSize image{sizes.value("W"), sizes.value("H")};
+    Schedule schedule = check_schedule(manifest.sampler, params, &image);
     Input latent = check_values(params.latent, "latent",
                                 Shape(params.latent.shape, params.latent.shape + 4), has_device);
-    Input caption = check_caption(manifest, params.caption, batch, has_device);
+    std::vector<Branch> branches = check_branches(manifest, params, guidance, batch, has_device);
     std::vector<float> sigmas = check_sigmas(manifest.model, params, batch);
     std::vector<std::uint64_t> seeds = check_seeds(params, batch);
     const std::size_t times = manifest.sampler.times.size();
     sizes = Sizes::of_request(manifest.network, batch, sizes.value("h"), sizes.value("w"),
-                              static_cast<std::uint64_t>(caption.shape[1]),
-                              times > 0 ? times : schedule.rows.size());
-    std::vector<Input> noises = check_noises(params, sizes, schedule.rows.size(), has_device);
-    return {std::move(sizes),
-            std::move(schedule),
-            std::move(latent),
-            std::move(caption),
-            params.caption.data != nullptr,
-            std::move(sigmas),
-            std::move(seeds),
-            std::move(noises)};
+                              static_cast<std::uint64_t>(branches[0].caption.shape[1]),
+                              times > 0 ? times : schedule.steps());
+    std::vector<Input> noises = check_noises(params, sizes, schedule, has_device);
+    Request request{std::move(sizes),
+                    std::move(schedule),
+                    std::move(latent),
+                    std::move(branches),
+                    params.caption.data != nullptr,
+                    std::move(sigmas),
+                    std::move(seeds),
+                    std::move(noises),
+                    std::move(tiling),
+                    overlap_of(manifest, params),
+                    is_automatic(params)};
+    if (request.calls() > std::numeric_limits<std::int32_t>::max())
+        refuse("expected at most ", std::numeric_limits<std::int32_t>::max(),
+               " calls of the network, but got ", request.calls(), "; give larger tiles");
+    return request;
 }
 
 } // namespace pid::core

@@ -53,10 +53,12 @@ static int use_decoder(pid_decoder* decoder, struct counts* counts) {
     uint8_t own[64 * 96 * 3];
 
     CHECK(params.struct_bytes == sizeof params && params.output == PID_FLOAT32);
-    CHECK(params.rule == PID_SDE && params.output_memory == PID_HOST);
+    CHECK(params.rule == PID_DEFAULT_RULE && params.output_memory == PID_HOST);
     CHECK(pid_decoder_get_info(decoder, &info) == PID_OK);
     CHECK(info.latent_channels == 16 && info.text_dim == 32 && info.text_max_length == 12);
     CHECK(info.pixels_per_latent == 32 && info.default_steps == 4 && info.takes_times == 0);
+    CHECK(info.takes_steps == 1 && info.default_rule == PID_SDE && info.default_guidance == 1);
+    CHECK(params.guidance == 0 && params.tile_width == 0 && params.overlap == -1);
     CHECK(strcmp(info.precision, "fp32") == 0 && info.max_image_pixels == 1024 * 256);
     CHECK(pid_decoder_model_json(decoder)[0] == '{');
     CHECK(pid_decoder_cuda_stream(decoder) == NULL);

@@ -246,6 +246,102 @@ TEST_F(Decode, ReportsEveryStep) {
     EXPECT_EQ(floats(decoder().state()), last);
 }
 
+// A picture of 5 x 6 latent pixels in 2 x 2 tiles.
+class Tiled : public Case {
+public:
+    explicit Tiled(std::int64_t batch = 1) : Case(batch, 5, 6) {
+        request.tile_width = 4 * pixels_per_latent;
+        request.tile_height = 3 * pixels_per_latent;
+        request.overlap = pixels_per_latent;
+    }
+};
+
+TEST_F(Decode, ReportsEveryTile) {
+    Tiled one;
+    std::vector<std::pair<int, int>> told;
+    std::vector<float> last;
+    one.request.steps = 2;
+    one.request.progress = [&](int done, int calls) {
+        told.emplace_back(done, calls);
+        last = floats(decoder().state());
+        return true;
+    };
+    const pid::Array image = decoder().decode(one.request);
+    EXPECT_EQ(image.shape(), decoder().output_shape(one.request));
+    ASSERT_EQ(told.size(), 8U);
+    for (int call = 0; call < 8; ++call)
+        EXPECT_EQ(told[static_cast<std::size_t>(call)], std::make_pair(call + 1, 8));
+    // The state is the picture's, by tokens of 16 x 16 pixels.
+    const auto values = floats(image);
+    ASSERT_EQ(last.size(), values.size());
+    for (std::size_t y = 0; y < 160; ++y)
+        for (std::size_t x = 0; x < 192; ++x) {
+            const std::size_t token = (y / 16 * 12 + x / 16) * 256 + y % 16 * 16 + x % 16;
+            ASSERT_EQ(values[y * 192 + x], std::min(std::max(last[3 * token], -1.0F), 1.0F));
+        }
+    EXPECT_THROW(decoder().state(), pid::Error); // it was kept no longer
+    one.request.output = PID_UINT8;
+    const pid::Array pixels = decoder().decode(one.request);
+    for (std::size_t i = 0; i < 160U * 192; ++i)
+        ASSERT_EQ(pixels.data<std::uint8_t>()[3 * i],
+                  static_cast<int>(std::nearbyint((values[i] + 1) * 127.5F)));
+}
+
+TEST_F(Decode, StopsBetweenTiles) {
+    Tiled one;
+    const auto wanted = floats(decoder().decode(one.request));
+    for (const int stop : {1, 2, 7}) {
+        int calls = 0;
+        one.request.progress = [&](int done, int) {
+            ++calls;
+            return done < stop;
+        };
+        EXPECT_EQ(status_of(one.request), PID_ERROR_CANCELLED);
+        EXPECT_EQ(calls, stop);
+    }
+    one.request.progress = nullptr;
+    EXPECT_EQ(floats(decoder().decode(one.request)), wanted);
+}
+
+TEST_F(Decode, OneTileIsTheWholePicture) {
+    Case one(1, 5, 6);
+    const auto whole = floats(decoder().decode(one.request));
+    one.request.tile_width = one.request.tile_height = PID_TILE_AUTO;
+    EXPECT_EQ(floats(decoder().decode(one.request)), whole);
+    one.request.tile_width = 6 * pixels_per_latent;
+    one.request.tile_height = 5 * pixels_per_latent;
+    EXPECT_EQ(floats(decoder().decode(one.request)), whole);
+}
+
+TEST_F(Decode, TakesSmallerTilesWhereMemoryIsShort) {
+    // Of the larger bucket's arenas so many have no address.
+    std::vector<std::string> notes;
+    pid::DecoderOptions options = quick();
+    options.log = [&](pid_log_level, const std::string& line) { notes.push_back(line); };
+    Decoder decoder((data_folder() / "short").string(), options);
+    Case many(300, 4, 4);
+    many.request.steps = 1;
+    many.request.tile_width = many.request.tile_height = 128; // all of it
+    many.request.overlap = 0;
+    EXPECT_THROW(decoder.decode(many.request), pid::Error);
+    EXPECT_NE(std::string(pid_last_error()).find("bucket tiny or in tiles, of 128x64 for example"),
+              std::string::npos)
+        << pid_last_error();
+    many.request.tile_width = many.request.tile_height = PID_TILE_AUTO;
+    const auto images = floats(decoder.decode(many.request));
+    const std::string wanted =
+        "Decoding in 4 tiles of 64x64, overlapping by 0 pixels or more: memory is short";
+    EXPECT_NE(std::find(notes.begin(), notes.end(), wanted), notes.end()) << notes.back();
+    Case one(1, 4, 4);
+    one.request.steps = 1;
+    one.request.tile_width = one.request.tile_height = 64;
+    one.request.overlap = 0;
+    const auto alone = floats(decoder.decode(one.request));
+    const std::vector<float> first(images.begin(),
+                                   images.begin() + static_cast<std::ptrdiff_t>(alone.size()));
+    EXPECT_LE(difference(first, alone), close);
+}
+
 TEST_F(Decode, StopsWhenProgressSaysSo) {
     Case one;
     const auto wanted = floats(decoder().decode(one.request));

@@ -60,6 +60,8 @@ json decode(pid::Decoder& decoder, const json& line) {
     request.latent = tensors.read(given.at("latent"));
     if (given.contains("caption"))
         request.caption = tensors.read(given["caption"]);
+    if (given.contains("negative"))
+        request.negative = tensors.read(given["negative"]);
     if (given.contains("noise"))
         request.noise = tensors.read(given["noise"]);
     for (const json& noise : given.value("step_noise", json::array()))
@@ -68,7 +70,14 @@ json decode(pid::Decoder& decoder, const json& line) {
     request.seeds = line.value("seeds", std::vector<std::uint64_t>());
     request.times = line.value("times", std::vector<double>());
     request.steps = line.value("steps", 0);
-    request.rule = line.value("rule", "sde") == "ode" ? PID_ODE : PID_SDE;
+    const std::map<std::string, pid_rule> rules{
+        {"", PID_DEFAULT_RULE}, {"sde", PID_SDE}, {"ode", PID_ODE}, {"dpm++2m", PID_DPMPP_2M}};
+    request.rule = rules.at(line.value("rule", ""));
+    request.guidance = line.value("guidance", 0.0);
+    const auto tile = line.value("tile", std::vector<std::int64_t>{0, 0}); // -1, -1: automatic
+    request.tile_width = tile.at(0);
+    request.tile_height = tile.at(1);
+    request.overlap = line.value("overlap", std::int64_t{-1});
     request.output = line.value("output", "float32") == "uint8" ? PID_UINT8 : PID_FLOAT32;
     const auto begin = Clock::now();
     const pid::Array image = decoder.decode(request);

@@ -266,6 +266,62 @@ TEST_F(Errors, OfSchedules) {
     EXPECT_EQ(free.decode(one.request).size(3), 96);
 }
 
+TEST_F(Errors, OfGuidance) {
+    Decoder free((data_folder() / "any_times").string(), quick());
+    std::vector<float> values(12 * 32, 0.5F);
+    const auto with = [&](auto change) {
+        Case one;
+        one.request.times = {0.9, 0.4, 0};
+        one.request.guidance = 5;
+        one.request.negative = pid::host_tensor(values.data(), {1, 12, 32});
+        change(one.request);
+        return failed(free, one.request, PID_ERROR_INPUT);
+    };
+    EXPECT_SAYS(with([](DecodeRequest& r) { r.negative = pid_tensor{}; }),
+                "expected a negative caption for guidance 5, but got none");
+    for (const double bad : {0.5, -1.0, 101.0, static_cast<double>(NAN)})
+        EXPECT_SAYS(with([&](DecodeRequest& r) { r.guidance = bad; }),
+                    "expected guidance from 1 to 100, but got ");
+    EXPECT_SAYS(with([](DecodeRequest& r) { r.guidance = 0; }),
+                "expected guidance with the negative caption, but got none");
+    EXPECT_SAYS(
+        with([&](DecodeRequest& r) { r.negative = pid::host_tensor(values.data(), {1, 11, 32}); }),
+        "expected a negative of as many tokens as the caption, 12, but got 11");
+    EXPECT_SAYS(
+        with([&](DecodeRequest& r) { r.negative = pid::host_tensor(values.data(), {12, 32}); }),
+        "expected negative shape [B, T, 32], but got [12, 32]");
+    values[7] = NAN;
+    EXPECT_SAYS(with([](DecodeRequest&) {}), "expected a finite negative");
+}
+
+TEST_F(Errors, OfTiles) {
+    const auto with = [](std::int64_t width, std::int64_t height, std::int64_t overlap) {
+        return refused_request([&](DecodeRequest& r) {
+            r.tile_width = width;
+            r.tile_height = height;
+            r.overlap = overlap;
+        });
+    };
+    EXPECT_SAYS(with(PID_TILE_AUTO, 64, -1), "width and height in multiples of 32 pixels, but got");
+    EXPECT_SAYS(with(0, 64, -1), "width and height in multiples of 32 pixels, but got 0x64");
+    EXPECT_SAYS(with(96, 96, -1), "no larger than the picture, 96x64, but got 96x96");
+    EXPECT_SAYS(with(64, 64, 32), "an overlap below half of the tile, 64x64, but got 32");
+    EXPECT_SAYS(with(64, 64, -7), "an overlap in multiples of 32 pixels, but got '-7'");
+    EXPECT_SAYS(with(0, 0, 32), "expected a tile with the overlap, but got none");
+    const std::int64_t huge = std::numeric_limits<std::int64_t>::max();
+    std::vector<float> values(16);
+    EXPECT_SAYS(refused_request([&](DecodeRequest& r) {
+                    r.latent = pid::host_tensor(values.data(), {1, 16, huge, huge});
+                    r.tile_width = r.tile_height = PID_TILE_AUTO;
+                }),
+                "expected sides of at most 16384 pixels");
+    refused_request([&](DecodeRequest& r) {
+        r.latent = pid::host_tensor(values.data(), {huge, 16, 512, 512});
+        r.tile_width = r.tile_height = PID_TILE_AUTO;
+        r.overlap = 32;
+    });
+}
+
 TEST_F(Errors, OfStructures) {
     pid_decoder_params open = pid_decoder_default_params();
     pid_decoder* opened = nullptr;

@@ -35,6 +35,11 @@ TEST(Sizes, LargestOfABucket) {
     EXPECT_EQ(row.value(std::string("step")), 4U);
 }
 
+TEST(Sizes, OfATile) {
+    const Sizes sizes = Sizes::of_request(network, 3, 9, 8, 7, 4);
+    EXPECT_EQ(sizes.resized(2, 5), Sizes::of_request(network, 3, 2, 5, 7, 4));
+}
+
 TEST(Sizes, IndexOfAStart) {
     const Sizes sizes = Sizes::of_request(network, 1, 1, 1, 7, 4);
     const SymbolicShape shape{"B", "S", three};

@@ -246,8 +246,14 @@ typedef struct pid_decoder_info {
     int64_t max_image_pixels;
     int32_t default_steps;
     int32_t max_steps;
-    /* 1 when a decode must give `times`; 0 when it may give `steps`. */
+    /* 1 when a decode may give `times`, and must unless `takes_steps` is 1. */
     int32_t takes_times;
+    /* 1 when a decode may give `steps`, or neither. */
+    int32_t takes_steps;
+    /* A pid_rule. */
+    int32_t default_rule;
+    /* 1, or more where a decode needs a `negative` caption unless it says guidance 1. */
+    double default_guidance;
 } pid_decoder_info;
 
 /* Fill `info`, whose `struct_bytes` must be set (in C and C++20):
@@ -266,14 +272,22 @@ PID_API void* pid_decoder_cuda_stream(const pid_decoder* decoder);
 
 typedef int32_t pid_rule;
 enum {
+    /* The bundle's: its `default_rule`. */
+    PID_DEFAULT_RULE = -1,
     /* Adds noise between steps; what distilled decoders were trained for. */
     PID_SDE = 0,
-    PID_ODE = 1
+    PID_ODE = 1,
+    /* DPM-Solver++(2M), for undistilled networks. */
+    PID_DPMPP_2M = 2
 };
 
-/* Called after every step. Return 0 to go on, anything else to stop with PID_ERROR_CANCELLED. May
- * call pid_decoder_read_state() and pid_decoder_cancel(), and must not throw. */
-typedef int (*pid_progress_callback)(int32_t steps_done, int32_t steps, void* user_data);
+/* In place of a tile's width and height: tiles where the picture needs them. */
+#define PID_TILE_AUTO (-1)
+
+/* Called after every call of the network, of which there is one per step, times tiles, times 2 with
+ * guidance. Return 0 to go on, anything else to stop with PID_ERROR_CANCELLED. May call
+ * pid_decoder_read_state() and pid_decoder_cancel(), and must not throw. */
+typedef int (*pid_progress_callback)(int32_t calls_done, int32_t calls, void* user_data);
 
 typedef struct pid_decode_params {
     size_t struct_bytes;
@@ -304,10 +318,10 @@ typedef struct pid_decode_params {
     size_t step_noise_count;
     /* 0 (default) for the bundle's. */
     int32_t steps;
-    /* Default PID_SDE. */
+    /* Default PID_DEFAULT_RULE. */
     pid_rule rule;
     /* `time_count` times, descending from at most 1 to 0: only for bundles whose `takes_times`
-     * is 1. */
+     * is 1. Not with `steps`, unless of as many. */
     const double* times;
     size_t time_count;
     /* PID_FLOAT32 (default): [B, 3, H, W] in [-1, 1]. PID_UINT8: [B, H, W, 3]. RGB. */
@@ -321,6 +335,21 @@ typedef struct pid_decode_params {
     /* Not 0: measure the decode for pid_decoder_get_timings(), which on a GPU waits for it between
      * sections. 0 (default) costs nothing. */
     int32_t timed;
+    /* Of undistilled bundles: a caption to stay away from, as `caption` and of as many tokens.
+     * Given with guidance, and only then. */
+    pid_tensor negative;
+    /* Of undistilled bundles: how much more of the caption than of `negative`, from 1 (the caption
+     * alone, half the work) to 100; 0 (default) for the bundle's. */
+    double guidance;
+    /* Decode in tiles within each step, every one run as an image of its own. Width and height in
+     * pixels of the result, multiples of `pixels_per_latent`; both 0 (default) for the whole
+     * picture at once; both PID_TILE_AUTO for tiles where no bucket holds the picture, where it is
+     * larger than the decoder was trained for, or than memory allows, as the log then says. */
+    int64_t tile_width;
+    int64_t tile_height;
+    /* Of neighbouring tiles, in the same pixels, the least; -1 (default) for 8 pixels of the
+     * latent. */
+    int64_t overlap;
 } pid_decode_params;
 
 PID_API pid_decode_params pid_decode_default_params(void);
@@ -338,14 +367,15 @@ PID_API pid_status pid_decoder_decode(pid_decoder* decoder, const pid_decode_par
 PID_API pid_status pid_decoder_decode_into(pid_decoder* decoder, const pid_decode_params* params,
                                            void* data, size_t data_bytes);
 
-/* The shape of the images of a request, without decoding it; only `latent` and `output` are looked
- * at. `shape` gets 4 sizes. */
+/* The shape of the images of a request, without decoding it; only `latent`, `output`, the tile and
+ * the overlap are looked at. `shape` gets 4 sizes. */
 PID_API pid_status pid_decoder_output_shape(const pid_decoder* decoder,
                                             const pid_decode_params* params, int64_t* shape);
 
 /* The sampler's state after the last step that ran, float32 [B, L, P * P, 3] on the host, in the
  * order of patches, pixels and channels; for previews and tests. May be called by a progress
- * callback. Owned: give *state to pid_array_free(). */
+ * callback; of a decode in tiles or with guidance, or by PID_DPMPP_2M, only there: it is kept no
+ * longer. Owned: give *state to pid_array_free(). */
 PID_API pid_status pid_decoder_read_state(pid_decoder* decoder, pid_array** state);
 
 /* Where the time of a decode went, in milliseconds of the clock. */

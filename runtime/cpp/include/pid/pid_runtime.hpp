@@ -125,14 +125,20 @@ struct DecodeRequest {
     pid_tensor noise{};
     std::vector<pid_tensor> step_noise;
     int steps = 0;
-    pid_rule rule = PID_SDE;
+    pid_rule rule = PID_DEFAULT_RULE;
     std::vector<double> times;
     pid_dtype output = PID_FLOAT32;
     pid_memory output_memory = PID_HOST;
-    // Called with (steps done, steps); return false to stop, which decode() throws as
-    // PID_ERROR_CANCELLED. What it throws comes out of decode().
+    // Called with (calls of the network done, calls), see pid_progress_callback; return false to
+    // stop, which decode() throws as PID_ERROR_CANCELLED. What it throws comes out of decode().
     std::function<bool(int, int)> progress;
     bool timed = false;
+    pid_tensor negative{};
+    double guidance = 0; // 0: the bundle's
+    // 0, 0: no tiles; PID_TILE_AUTO, PID_TILE_AUTO: where it has to be
+    std::int64_t tile_width = 0;
+    std::int64_t tile_height = 0;
+    std::int64_t overlap = -1; // -1: 8 pixels of the latent
 };
 
 namespace detail {
@@ -247,6 +253,7 @@ public:
         pid_decode_params params = pid_decode_default_params();
         params.latent = request.latent;
         params.output = request.output;
+        set_tiles(params, request);
         std::vector<std::int64_t> shape(4);
         check(pid_decoder_output_shape(decoder_.get(), &params, shape.data()));
         return shape;
@@ -293,10 +300,16 @@ private:
         std::exception_ptr thrown;
     };
 
-    static int step(std::int32_t done, std::int32_t steps, void* user_data) noexcept {
+    static void set_tiles(pid_decode_params& params, const DecodeRequest& request) {
+        params.tile_width = request.tile_width;
+        params.tile_height = request.tile_height;
+        params.overlap = request.overlap;
+    }
+
+    static int step(std::int32_t done, std::int32_t calls, void* user_data) noexcept {
         auto* progress = static_cast<Progress*>(user_data);
         try {
-            return (*progress->function)(done, steps) ? 0 : 1;
+            return (*progress->function)(done, calls) ? 0 : 1;
         } catch (...) {
             progress->thrown = std::current_exception();
             return 1;
@@ -322,6 +335,9 @@ private:
         params.output = request.output;
         params.output_memory = request.output_memory;
         params.timed = request.timed ? 1 : 0;
+        params.negative = request.negative;
+        params.guidance = request.guidance;
+        set_tiles(params, request);
         Progress progress{&request.progress, nullptr};
         if (request.progress) {
             params.progress = step;

@@ -40,6 +40,7 @@ public:
     // Wait for all that was started.
     void synchronize();
 
+    std::size_t threads() const { return threads_; }
     const std::shared_ptr<CudaDevice>& device() const { return device_; }
 
 private:

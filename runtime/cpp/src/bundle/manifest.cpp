@@ -127,6 +127,15 @@ Sampler read_sampler(const Json& value, const std::string& where) {
         for (const Json& row : list(rows, schedules))
             schedule.push_back(integer(row, schedules));
     }
+    if (const auto rule = value.find("rule"); rule != value.end())
+        sampler.rule = text(*rule, where + ", rule");
+    if (const auto guidance = value.find("guidance"); guidance != value.end())
+        sampler.guidance = number(*guidance, where + ", guidance");
+    const std::string shift = where + ", flow_shift";
+    if (const auto given = value.find("flow_shift"); given != value.end() && !given->is_null())
+        sampler.flow_shift =
+            FlowShift{number(member(object(*given, shift), "shift", shift), shift + ", shift"),
+                      integer(member(*given, "size", shift), shift + ", size")};
     return sampler;
 }
 
@@ -249,7 +258,7 @@ Model read_model(const Json& value, const std::string& where) {
     model.latent_convention = text_or_none("latent_convention");
     model.weights_license = text_or_none("weights_license");
     model.captioned = value.value("captioned", Json(true)) != false;
-    model.distilled = value.value("distilled", Json(true)) != false;
+    model.distilled = value.value("distilled", Json()) == true;
     const Json sizes = value.value("trained_sizes", Json::array());
     const bool usable =
         sizes.is_array() && std::all_of(sizes.begin(), sizes.end(), [](const Json& size) {
@@ -387,6 +396,32 @@ const std::pair<const std::string, Bucket>& Manifest::bucket_for(std::uint64_t t
                ", the largest bucket of this bundle, but got ", megapixels(tokens),
                "; export with --buckets large=", tokens, ", or decode a smaller latent");
     return *smallest;
+}
+
+std::vector<std::size_t> Manifest::dependent(const std::string& section,
+                                             std::set<std::string> inputs) const {
+    std::vector<std::size_t> found;
+    const auto follows = [&](const auto& operands) {
+        return std::any_of(operands.begin(), operands.end(), [&](const auto& operand) {
+            return inputs.count(operand.second.buffer) > 0;
+        });
+    };
+    const std::vector<Instruction>& instructions = program.at(section);
+    for (std::size_t index = 0; index < instructions.size(); ++index) {
+        if (const auto* run = std::get_if<Run>(&instructions[index])) {
+            if (!follows(run->inputs))
+                continue;
+            for (const auto& [name, operand] : run->outputs)
+                inputs.insert(operand.buffer);
+            found.push_back(index);
+        } else if (const auto* copy = std::get_if<Copy>(&instructions[index])) {
+            if (inputs.count(copy->source) == 0)
+                continue;
+            inputs.insert(copy->target);
+            found.push_back(index);
+        }
+    }
+    return found;
 }
 
 std::string Manifest::megapixels(std::uint64_t tokens) const {

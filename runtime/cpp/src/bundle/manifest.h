@@ -3,9 +3,11 @@
 
 #include <algorithm>
 #include <array>
+#include <cstddef>
 #include <cstdint>
 #include <map>
 #include <optional>
+#include <set>
 #include <string>
 #include <string_view>
 #include <utility>
@@ -154,14 +156,29 @@ smallest_bucket(const std::map<std::string, AnyBucket>& buckets, std::uint64_t t
     return smallest;
 }
 
-// The times a decode visits.
+// How a state follows from the one before, in the order of pid_rule; see schedule.h.
+constexpr std::array<const char*, 3> rules{"sde", "ode", "dpm++2m"};
+
+// How the times of an undistilled decode depend on the image; see shifted_times().
+struct FlowShift {
+    double shift;
+    // Side in pixels of the square image that is shifted by `shift` itself.
+    std::uint64_t size;
+};
+
+// The times a decode visits, and how.
 struct Sampler {
+    // Defaults are these, `rule` and `guidance`.
     std::uint64_t steps;
     std::uint64_t max_steps;
+    std::string rule = rules[0];
+    double guidance = 1;
     // The times the network knows; empty when any time goes.
     std::vector<double> times;
     // By number of steps, the rows of `times` visited.
     std::map<std::string, std::vector<std::uint64_t>> schedules;
+    // Of a bundle that takes any times, what those of a number of steps follow from.
+    std::optional<FlowShift> flow_shift;
 };
 
 // Size and hash of one file of the bundle.
@@ -204,7 +221,7 @@ struct Model {
     // Whether a latent of noise level sigma may be x0 + sigma noise, of an Euler schedule.
     bool is_euler = false;
     bool captioned = true;
-    bool distilled = true;
+    bool distilled = false;
     // (width, height) of images in pixels; empty when they are not known.
     std::vector<std::pair<std::int64_t, std::int64_t>> trained_sizes;
     // All of it as JSON.
@@ -231,6 +248,10 @@ struct Manifest {
 
     // The smallest bucket that holds `tokens` patch tokens. Refuses when none does.
     const std::pair<const std::string, Bucket>& bucket_for(std::uint64_t tokens) const;
+
+    // Where in a section stand the instructions whose results follow from these buffers, in order.
+    std::vector<std::size_t> dependent(const std::string& section,
+                                       std::set<std::string> inputs) const;
 
     // The size of an image of so many patch tokens, such as "4.19 megapixels".
     std::string megapixels(std::uint64_t tokens) const;

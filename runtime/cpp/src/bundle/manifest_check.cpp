@@ -14,6 +14,7 @@ namespace {
 
 constexpr std::size_t largest_rank = 8;
 constexpr std::uint64_t largest_steps = 1000;
+constexpr double largest_guidance = 100;
 constexpr std::uint64_t largest_arena = std::uint64_t{1} << 40U;
 constexpr std::uint64_t most_tokens_per_latent = 1024;
 
@@ -75,6 +76,16 @@ void check_network(const Manifest& manifest) {
 void check_sampler(const Sampler& sampler) {
     require(0 < sampler.max_steps && sampler.max_steps <= largest_steps, "from 1 to 1000 steps",
             sampler.max_steps);
+    require(std::find(rules.begin(), rules.end(), sampler.rule) != rules.end(),
+            "a rule of " + joined(rules), sampler.rule);
+    require(1 <= sampler.guidance && sampler.guidance <= largest_guidance, "guidance from 1 to 100",
+            shown(sampler.guidance));
+    if (sampler.flow_shift) {
+        const auto& [shift, size] = *sampler.flow_shift;
+        require(sampler.times.empty(), "no flow_shift where times are known", shown(shift));
+        require(1e-3 <= shift && shift <= 1e3, "a flow_shift from 0.001 to 1000", shown(shift));
+        require(0 < size && size <= largest_size, "a positive size of flow_shift", size);
+    }
     if (sampler.times.empty()) {
         require(sampler.schedules.empty(), "no schedules where there are no times", "some");
         require(0 < sampler.steps && sampler.steps <= sampler.max_steps, "steps up to max_steps",

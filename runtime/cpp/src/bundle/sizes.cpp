@@ -121,6 +121,24 @@ std::uint64_t Sizes::index(const SymbolicShape& shape, const SymbolicShape& star
     return flat;
 }
 
+Sizes Sizes::resized(std::uint64_t height, std::uint64_t width) const {
+    const std::uint64_t per_latent = values_.at("Ws") / values_.at("w");
+    const std::uint64_t patch = values_.at("W") / values_.at("Ws");
+    const std::uint64_t hs = per_latent * height, ws = per_latent * width;
+    Sizes sizes = *this;
+    for (const auto& [symbol, value] :
+         std::map<std::string, std::uint64_t>{{"h", height},
+                                              {"w", width},
+                                              {"Hs", hs},
+                                              {"Ws", ws},
+                                              {"H", hs * patch},
+                                              {"W", ws * patch},
+                                              {"L", hs * ws},
+                                              {"S", values_.at("T") + hs * ws}})
+        sizes.values_[symbol] = value;
+    return sizes;
+}
+
 Sizes Sizes::extended(const std::map<std::string, std::string>& dims) const {
     Sizes sizes = *this;
     for (const auto& [local, symbol] : dims)

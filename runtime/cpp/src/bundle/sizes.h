@@ -69,6 +69,8 @@ public:
     std::uint64_t index(const SymbolicShape& shape, const SymbolicShape& start) const;
 
     void set(const std::string& symbol, std::uint64_t value) { values_[symbol] = value; }
+    // These sizes with a latent `height` x `width` instead.
+    Sizes resized(std::uint64_t height, std::uint64_t width) const;
     // These sizes with the symbols of a graph added.
     Sizes extended(const std::map<std::string, std::string>& dims) const;
     bool operator==(const Sizes& other) const { return values_ == other.values_; }
