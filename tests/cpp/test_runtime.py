@@ -31,6 +31,8 @@ from safetensors.numpy import save_file
 
 from pid_engines.child import Child, ChildError
 from pid_export.bundle import _model
+from pid_export.golden_guided import TOLERANCE as GUIDED_TOLERANCE
+from pid_export.golden_guided import export_guided, read_guided
 from pid_ref.registry import CHECKPOINTS
 from pid_runtime.advice import advice
 from pid_runtime.bundle.flavors import FLAVORS
@@ -47,13 +49,16 @@ from pid_runtime.noise import image_noise
 from pid_runtime.schedule import Rule, check_schedule
 from pid_runtime.tables import compute_table
 from pid_runtime.tiles import described, tiling_of
-from places import ROOT
+from places import GOLDEN, ROOT
 
 BUILD = ROOT / "build" / "cpp"
 TOLERANCE = 1e-5
 
 NETWORKS = {"v1": "flux_2k", "v1.5": "flux_v1pt5", "flux2": "flux2_2k"}
 """Bundles by the name of their folder, and the golden file of their network."""
+
+GUIDED = sorted((GOLDEN / "guided").glob("*.safetensors"))
+"""Golden files of undistilled decodes."""
 
 Floats = NDArray[np.float32]
 
@@ -1038,6 +1043,23 @@ def test_guidance_is_that_of_python(open_both: Callable[[Path], Both], data: Pat
     assert shifted.python.manifest.sampler.rule == "dpm++2m"
     shifted.check(tensors, seeds=(4, 4), tolerance=50 * TOLERANCE)
     shifted.check(tensors, seeds=(4, 4), steps=3, guidance=2.0, **TILES, tolerance=50 * TOLERANCE)
+
+
+@pytest.mark.parametrize("file", GUIDED, ids=lambda file: file.stem)
+def test_guided_golden_files_agree(process: Process, tmp_path: Path, file: Path) -> None:
+    golden = read_guided(file)
+    export_guided(golden, tmp_path / "bundle")
+    process.ask({"open": str(tmp_path / "bundle"), "threads": 1})
+    tensors: dict[str, Any] = {**golden.inputs}
+    sigma = np.atleast_1d(tensors.pop("sigma")).tolist()
+    options = {"steps": golden.steps, "guidance": golden.guidance, "sigma": sigma}
+    process.decode(tensors, **options, state_to=str(tmp_path / "state"))
+    batch, _, height, width = golden.unclamped.shape
+    patch = golden.config.patch_size
+    grid = (batch, height // patch, width // patch, patch, patch, 3)
+    state = np.frombuffer((tmp_path / "state").read_bytes(), np.float32).reshape(grid)
+    image = state.transpose(0, 5, 1, 3, 2, 4).reshape(golden.unclamped.shape)
+    assert_equal(image, golden.unclamped, GUIDED_TOLERANCE)
 
 
 def test_both_refuse_in_the_same_words(

@@ -5,7 +5,8 @@
 //     {"decode": {"latent": {"file": "l.f32", "shape": [1, 16, 2, 3]}, ..}, "seeds": [7],
 //      "output": "uint8", "to": "image.u8"}                         -> {"seconds": .., "shape": ..}
 //
-// Files hold the values alone. What fails is answered with {"error": .., "status": ..}.
+// Files hold the values alone; with "state_to" there is one of the last state, before it is
+// clamped. What fails is answered with {"error": .., "status": ..}.
 #include <chrono>
 #include <fstream>
 #include <iostream>
@@ -79,6 +80,15 @@ json decode(pid::Decoder& decoder, const json& line) {
     request.tile_height = tile.at(1);
     request.overlap = line.value("overlap", std::int64_t{-1});
     request.output = line.value("output", "float32") == "uint8" ? PID_UINT8 : PID_FLOAT32;
+    if (line.contains("state_to"))
+        request.progress = [&](int done, int calls) {
+            if (done < calls)
+                return true;
+            const pid::Array state = decoder.state();
+            std::ofstream(line["state_to"].get<std::string>(), std::ios::binary)
+                .write(state.data<char>(), static_cast<std::streamsize>(4 * state.count()));
+            return true;
+        };
     const auto begin = Clock::now();
     const pid::Array image = decoder.decode(request);
     const double seconds = seconds_since(begin);
