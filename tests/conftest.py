@@ -1,6 +1,7 @@
 """Small bundles, exported once for all workers of a run."""
 
 import functools
+import gc
 import hashlib
 import json
 import logging
@@ -19,6 +20,7 @@ import torch
 from filelock import FileLock
 from numpy.typing import NDArray
 from safetensors import safe_open
+from torch._export import utils as torch_export
 from torch.onnx._internal.exporter._registration import ONNXRegistry
 
 from altered import alter
@@ -48,6 +50,28 @@ def pytest_configure() -> None:
     torch.set_num_threads(1)
 
 
+def pytest_collection_finish() -> None:
+    """Have the garbage collector come less often."""
+    pass_over_what_is_there()
+    gc.set_threshold(50_000, 20, 20)
+
+
+def pass_over_what_is_there() -> None:
+    """Let the garbage collector pass over all objects of now.
+
+    Modules of torch, diffusers and transformers are millions of them: a collection, which ends
+    every command that frees a model, took a third of a second.
+    """
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _pass_over_what_modules_leave() -> Iterator[None]:
+    yield
+    pass_over_what_is_there()
+
+
 def golden_config(name: str) -> PidConfig:
     """The network of a golden file, such as "flux_2k"."""
     with safe_open(GOLDEN / f"{name}.safetensors", "np") as file:
@@ -63,6 +87,7 @@ def export_golden(folder: Path, name: str, **options: Any) -> Path:
     chosen = replace(ExportOptions(buckets=SMALL_BUCKETS), **options)
     bundle = folder / name
     export_bundle(bundle, config, weights, chosen, weights={"random_seed": seed})
+    pass_over_what_is_there()
     return bundle
 
 
@@ -114,10 +139,12 @@ def _traces_are_shared(shared_folder: Path) -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def _torch_collects_its_operators_once() -> Iterator[None]:
-    """torch does so for every stage it exports, which is a quarter of the time."""
+    """torch does so for every stage it exports, which is a third of the time."""
     with pytest.MonkeyPatch.context() as patch:
         collect = staticmethod(functools.cache(ONNXRegistry.from_torchlib))
         patch.setattr(ONNXRegistry, "from_torchlib", collect)
+        find = functools.cache(torch_export._materialize_cpp_cia_ops)
+        patch.setattr(torch_export, "_materialize_cpp_cia_ops", find)
         yield
 
 
