@@ -22,6 +22,7 @@ from quality import psnr, resized, ssim
 from skimage import data
 from sklearn.datasets import load_sample_image
 
+from pid_export import bundle as exporter
 from pid_export.bundle import ExportOptions, export_bundle
 from pid_ref.checkpoint import read_checkpoint
 from pid_ref.network import PidNet
@@ -219,8 +220,11 @@ def test_the_doctor_knows_the_image(
 
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
 def test_half_precision_costs_less_than_a_tenth_of_a_decibel(
-    pid: Decoder, tmp_path: Path, precision: str
+    pid: Decoder, tmp_path: Path, precision: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    # The torch backend makes its stages of the manifest: no graph need be traced for it.
+    monkeypatch.setattr(exporter.GraphExporter, "export", lambda *_: b"")
+    monkeypatch.setattr(exporter, "check_graph", lambda *_: None)
     original = piece("astronaut")
     with Decoder.open(_export(tmp_path, precision), backend="torch") as half:
         lost = psnr(original, decoded(pid, original)) - psnr(original, decoded(half, original))

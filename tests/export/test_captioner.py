@@ -1,5 +1,7 @@
 """Captioners: the language model of captions as a graph, exported, and run without torch."""
 
+import contextlib
+import io
 import json
 import os
 import shutil
@@ -31,9 +33,23 @@ Refusal = Callable[..., str]
 
 @pytest.fixture(scope="module")
 def captioner_once(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Of the small encoder, in float32: not to be changed."""
+    """Of the small encoder, in float32, by the command: not to be changed.
+
+    What the command printed is beside it.
+    """
     folder = tmp_path_factory.mktemp("captioner") / "captioner"
-    export_captioner(ENCODER, folder)
+    shown = io.StringIO()
+    with contextlib.redirect_stdout(shown):
+        code = main(["--caption-encoder", str(ENCODER), "-o", str(folder), "--json", "--quiet"])
+    assert code == 0
+    folder.with_suffix(".json").write_text(shown.getvalue())
+    return folder
+
+
+@pytest.fixture(scope="module")
+def bf16_captioner(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("captioner") / "bf16"
+    export_captioner(ENCODER, folder, "bf16")
     return folder
 
 
@@ -61,11 +77,10 @@ def test_states_are_those_of_transformers(captioner_once: Path, length: int) -> 
     np.testing.assert_allclose(plain, wanted, rtol=0, atol=1e-4)
 
 
-def test_what_the_command_writes(run_command: RunCommand, tmp_path: Path) -> None:
-    folder = tmp_path / "captioner"
-    code, out, _ = run_command(main, "--caption-encoder", ENCODER, "-o", folder, "--json")
-    result = json.loads(out)
-    assert code == 0 and result["encoder"] == "encoder" and result["width"] == 32
+def test_what_the_command_writes(run_command: RunCommand, captioner_once: Path) -> None:
+    folder = captioner_once
+    result = json.loads(folder.with_suffix(".json").read_text())
+    assert result["encoder"] == "encoder" and result["width"] == 32
     names = {"captioner.json", "captioner.onnx", "captioner.onnx.data"}
     names |= {"tokenizer.json", "tokenizer_config.json"}
     assert {path.name for path in folder.iterdir()} == names
@@ -80,9 +95,11 @@ def test_what_the_command_writes(run_command: RunCommand, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
-def test_other_precisions(precision: str, tmp_path: Path) -> None:
-    folder = tmp_path / "captioner"
-    export_captioner(ENCODER, folder, precision)
+def test_other_precisions(precision: str, bf16_captioner: Path, tmp_path: Path) -> None:
+    folder = bf16_captioner
+    if precision == "fp16":
+        folder = tmp_path / "captioner"
+        export_captioner(ENCODER, folder, precision)
     kind = {"fp16": onnx.TensorProto.FLOAT16, "bf16": onnx.TensorProto.BFLOAT16}[precision]
     graph = onnx.load(folder / "captioner.onnx", load_external_data=False).graph
     assert kind in {tensor.data_type for tensor in graph.initializer}
@@ -94,24 +111,25 @@ def test_other_precisions(precision: str, tmp_path: Path) -> None:
         encoded(folder)
 
 
-def test_the_beginning_is_what_the_tokenizer_says(tmp_path: Path) -> None:
-    encoder = shutil.copytree(ENCODER, tmp_path / "encoder")
+def test_another_beginning_and_a_window_shorter_than_the_text(tmp_path: Path) -> None:
+    """The beginning is what the tokenizer says.
+
+    The window is that of half of the layers, in which tokens see no further; a real one is longer.
+    """
+    usual = shutil.copytree(ENCODER, tmp_path / "usual")
+    config = usual / "config.json"
+    config.write_text(config.read_text().replace('window": 4096', 'window": 200'))
+    encoder = shutil.copytree(usual, tmp_path / "encoder")
     for name in ("tokenizer.json", "tokenizer_config.json"):
         file = encoder / name
+        assert "<bos>" in file.read_text()
         file.write_text(file.read_text().replace("<bos>", "<s>"))
     export_captioner(encoder, tmp_path / "captioner")
-    wanted = encoded(ENCODER, dtype="fp32")
-    np.testing.assert_allclose(encoded(tmp_path / "captioner"), wanted, rtol=0, atol=1e-4)
-
-
-def test_a_window_shorter_than_the_text(tmp_path: Path) -> None:
-    """Of half of the layers, in which tokens see no further; a real one is longer."""
-    encoder = shutil.copytree(ENCODER, tmp_path / "encoder")
-    config = encoder / "config.json"
-    config.write_text(config.read_text().replace('window": 4096', 'window": 200'))
-    export_captioner(encoder, tmp_path / "captioner")
-    wanted = encoded(encoder, 300, dtype="fp32")
-    np.testing.assert_allclose(encoded(tmp_path / "captioner", 300), wanted, rtol=0, atol=1e-4)
+    for length in (12, 300):
+        wanted = encoded(usual, length, dtype="fp32")
+        got = encoded(tmp_path / "captioner", length)
+        np.testing.assert_allclose(got, wanted, rtol=0, atol=1e-4)
+    np.testing.assert_allclose(encoded(encoder, 300, dtype="fp32"), wanted, rtol=0, atol=1e-4)
     assert np.abs(wanted - encoded(ENCODER, 300, dtype="fp32")).max() > 0.1
 
 
@@ -207,12 +225,11 @@ def test_what_cannot_be_exported(refusal: Refusal, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_tensorrt_builds_it(captioner_once: Path, tmp_path: Path, precision: str) -> None:
+def test_tensorrt_builds_it(
+    captioner_once: Path, bf16_captioner: Path, tmp_path: Path, precision: str
+) -> None:
     pytest.importorskip("tensorrt_rtx", reason="pip install 'pid-trt[tensorrt-rtx]'")
-    captioner = captioner_once
-    if precision != "fp32":
-        captioner = tmp_path / "captioner"
-        export_captioner(ENCODER, captioner, precision)
+    captioner = {"fp32": captioner_once, "bf16": bf16_captioner}[precision]
     shapes = {"min": "[1,300]", "opt": "[1,600]", "max": "[4,1000]"}
     command = [str(Path(sys.executable).with_name("polygraphy")), "convert"]
     command += [str(captioner / "captioner.onnx"), "--convert-to", "trt"]

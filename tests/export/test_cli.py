@@ -45,17 +45,20 @@ SEED = 7
 BUCKETS = "tiny=64,small=1024"
 
 DIMENSIONS = {
-    "hidden_size": 128,
+    "hidden_size": 64,
     "num_heads": 2,
     "patch_depth": 2,
-    "pixel_attn_size": 144,
+    "pixel_hidden_size": 4,
+    "pixel_attn_size": 48,
     "pixel_num_heads": 2,
     "pixel_depth": 1,
     "text_dim": 32,
     "text_max_length": 12,
     "latent_hidden": 16,
 }
-"""Of the networks here: the released head sizes, as in golden file flux_2k_real_heads."""
+"""Of the networks here: the sizes of golden file flux_2k, most of whose stages are traced for other
+tests too, and half of its depth, as rounding grows in such a network. Nano has the released sizes
+of heads."""
 
 
 def reduced(checkpoint: Checkpoint) -> Checkpoint:
@@ -206,7 +209,7 @@ def test_a_folder_with_the_official_file(export: Export) -> None:
 
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
 def test_half_precision(export: Export, precision: str) -> None:
-    # One block alone is first and last at once; the other stages are traced for nano's own tests.
+    # One block alone is first and last at once.
     shallow = export.folder / "shallow.json"
     shallow.write_text(json.dumps(asdict(NANO.config) | {"patch_depth": 1}))
     how = ["--random-weights", SEED, "--buckets", BUCKETS, "--precision", precision]
@@ -816,10 +819,9 @@ def test_an_error_in_the_exporter_is_a_traceback_and_leaves_nothing(
 
 def test_dimensions_are_those_of_the_golden_file(tmp_path: Path) -> None:
     """They are the same so that stages need not be traced twice: a trace takes a second."""
-    golden = GOLDEN / "flux_2k_real_heads.safetensors"
-    with safe_open(golden, "np") as file:
+    with safe_open(GOLDEN / "flux_2k.safetensors", "np") as file:
         config = PidConfig.from_upstream(json.loads(file.metadata()["config"]))
-    assert asdict(config) == asdict(FLUX.config)
+    assert replace(config, patch_depth=2, pixel_depth=1) == FLUX.config
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
