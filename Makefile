@@ -23,7 +23,7 @@ demo: venv  ## decode a photograph with the small decoder: leaves demo/sheet.png
 	$(BIN)/python tools/demo.py
 
 test: lint  ## lint, types, and every test that needs no GPU and no minutes
-	$(BIN)/python -m pytest -q -n auto --dist loadfile -m 'not gpu and not slow'
+	$(BIN)/python -m pytest -q -n auto --dist loadfile --no-loadscope-reorder -m 'not gpu and not slow'
 
 test-gpu: venv  ## the tests that need a GPU
 	$(BIN)/python -m pytest -q -m gpu || test $$? -eq 5  # 5: there are none
