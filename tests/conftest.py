@@ -1,5 +1,6 @@
 """Small bundles, exported once for all workers of a run."""
 
+import contextlib
 import functools
 import gc
 import hashlib
@@ -9,7 +10,7 @@ import os
 import shutil
 import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -68,7 +69,8 @@ def pass_over_what_is_there() -> None:
 
 @pytest.fixture(scope="module", autouse=True)
 def _pass_over_what_modules_leave() -> Iterator[None]:
-    yield
+    with console_undone():
+        yield
     pass_over_what_is_there()
 
 
@@ -214,8 +216,8 @@ def edit_bundle(golden_bundle: Path, tmp_path: Path) -> EditBundle:
     return copy
 
 
-@pytest.fixture(autouse=True)
-def _undo_console() -> Iterator[None]:
+@contextlib.contextmanager
+def console_undone() -> Generator[None, None, None]:
     """Commands set up logging and signals for their whole process: undo that."""
     root = logging.getLogger()
     handlers, level = list(root.handlers), root.level
@@ -227,6 +229,12 @@ def _undo_console() -> Iterator[None]:
     root.handlers[:], root.level = handlers, level
     for number, handler in signals.items():
         signal.signal(number, handler)
+
+
+@pytest.fixture(autouse=True)
+def _undo_console() -> Iterator[None]:
+    with console_undone():
+        yield
 
 
 @pytest.fixture

@@ -112,7 +112,7 @@ def test_the_manifest_says_where_all_comes_from(bundle: Path, checkpoint: Checkp
     assert manifest.codec.std == tuple(NANO_STD)
     raw = json.loads((bundle / MANIFEST_FILE).read_text())
     assert raw["codec"] == {"kind": "block_dct", "std": list(NANO_STD)}
-    assert raw["format_version"] == [1, 2]
+    assert raw["format_version"] == [1, 3]
 
 
 def test_verify_finds_the_weights_itself(
