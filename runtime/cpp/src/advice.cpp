@@ -25,27 +25,27 @@ std::string name_of(const Model& model) {
     return model.name.empty() ? "this decoder" : model.name;
 }
 
-using ImageSize = std::pair<std::int64_t, std::int64_t>;
+using Sides = std::pair<std::int64_t, std::int64_t>;
 
 // How far apart two sizes are in aspect ratio, by its logarithm.
-double ratio_between(const ImageSize& a, const ImageSize& b) {
+double ratio_between(const Sides& a, const Sides& b) {
     return std::abs(std::log(static_cast<double>(a.first) / static_cast<double>(a.second)) -
                     std::log(static_cast<double>(b.first) / static_cast<double>(b.second)));
 }
 
 // How far apart they are in area, likewise.
-double area_between(const ImageSize& a, const ImageSize& b) {
+double area_between(const Sides& a, const Sides& b) {
     return std::abs(std::log(static_cast<double>(a.first) * static_cast<double>(a.second)) -
                     std::log(static_cast<double>(b.first) * static_cast<double>(b.second)));
 }
 
 // The size nearest in area among those about as near as any in aspect ratio.
-ImageSize nearest_size(const ImageSize& size, const std::vector<ImageSize>& trained) {
+Sides nearest_size(const Sides& size, const std::vector<Sides>& trained) {
     double most = std::numeric_limits<double>::infinity();
-    for (const ImageSize& each : trained)
+    for (const Sides& each : trained)
         most = std::min(most, ratio_between(size, each) + same_ratio);
-    const ImageSize* nearest = nullptr;
-    for (const ImageSize& each : trained)
+    const Sides* nearest = nullptr;
+    for (const Sides& each : trained)
         if (ratio_between(size, each) <= most &&
             (nearest == nullptr || area_between(size, each) < area_between(size, *nearest)))
             nearest = &each;
@@ -53,11 +53,11 @@ ImageSize nearest_size(const ImageSize& size, const std::vector<ImageSize>& trai
 }
 
 // A warning about a size that is not among those trained; "" if it is, or none are known.
-std::string about_trained_sizes(const Model& model, const ImageSize& size) {
+std::string about_trained_sizes(const Model& model, const Sides& size) {
     const auto& trained = model.trained_sizes;
     if (trained.empty() || std::find(trained.begin(), trained.end(), size) != trained.end())
         return "";
-    const ImageSize near = nearest_size(size, trained);
+    const Sides near = nearest_size(size, trained);
     std::string wanted = text_of(near.first, "x", near.second);
     if (const auto scale = static_cast<std::int64_t>(model.scale); scale > 0)
         wanted += text_of(", from the latent of an image of ", near.first / scale, "x",
@@ -71,7 +71,7 @@ std::string about_trained_sizes(const Model& model, const ImageSize& size) {
 }
 
 // A warning about a size that is too small for a decoder to 4K; "" if none is.
-std::string about_variants(const Model& model, const ImageSize& size) {
+std::string about_variants(const Model& model, const Sides& size) {
     if (!is_4k(model) || size.first * size.second > largest_2k_area)
         return "";
     const auto& known = model.variants;
@@ -89,7 +89,7 @@ bool is_4k(const Model& model) {
 }
 
 bool is_demonstrated(std::int64_t width, std::int64_t height) {
-    return std::find(demonstrated.begin(), demonstrated.end(), ImageSize(width, height)) !=
+    return std::find(demonstrated.begin(), demonstrated.end(), Sides(width, height)) !=
            demonstrated.end();
 }
 

@@ -16,8 +16,6 @@
 namespace pid::core {
 namespace {
 
-constexpr double largest_guidance = 100;
-
 struct FloatKind {
     pid_dtype dtype;
     std::size_t bytes;

@@ -159,6 +159,8 @@ smallest_bucket(const std::map<std::string, AnyBucket>& buckets, std::uint64_t t
 // How a state follows from the one before, in the order of pid_rule; see schedule.h.
 constexpr std::array<const char*, 3> rules{"sde", "ode", "dpm++2m"};
 
+constexpr double largest_guidance = 100;
+
 // How the times of an undistilled decode depend on the image; see shifted_times().
 struct FlowShift {
     double shift;

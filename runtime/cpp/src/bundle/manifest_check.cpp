@@ -14,7 +14,6 @@ namespace {
 
 constexpr std::size_t largest_rank = 8;
 constexpr std::uint64_t largest_steps = 1000;
-constexpr double largest_guidance = 100;
 constexpr std::uint64_t largest_arena = std::uint64_t{1} << 40U;
 constexpr std::uint64_t most_tokens_per_latent = 1024;
 
