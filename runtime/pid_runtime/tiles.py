@@ -158,7 +158,8 @@ def automatic(
     no such tile.
     """
     per_latent = manifest.tokens_per_latent**2
-    most = min(most_tokens or manifest.most_tokens, manifest.most_tokens) // per_latent
+    allowed = manifest.most_tokens if most_tokens is None else most_tokens
+    most = min(allowed, manifest.most_tokens) // per_latent
     side = pixels_per_latent_pixel(manifest)
     trained = {
         (min(h // side, height), min(w // side, width))

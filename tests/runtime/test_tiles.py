@@ -148,6 +148,8 @@ def test_auto_takes_trained_sizes_for_pictures_beyond_training(manifest: Manifes
 def test_auto_says_when_there_is_no_such_tile(manifest: Manifest) -> None:
     with pytest.raises(PidRuntimeError, match="with an overlap of 512 pixels, but there are none"):
         automatic(manifest, 400, 400, 16, "memory is short", 1024)
+    with pytest.raises(PidRuntimeError, match="but there are none"):
+        automatic(manifest, 1, 1, 0, "memory is short", 0)
 
 
 def test_the_default_overlap_is_of_eight_latent_pixels(manifest: Manifest) -> None:
