@@ -1,10 +1,11 @@
 """What is measured, as data: backends, the network, and cases. Loads without torch."""
 
+import math
 from dataclasses import dataclass
 
 from pid_ref.config import PidConfig
 from pid_runtime.bundle.manifest import PRECISIONS
-from pid_runtime.tiles import Axis, cut
+from pid_runtime.tiles import cut
 
 PID = "pid"
 """The pipeline that cascades are compared with."""
@@ -152,17 +153,17 @@ class Case:
         return dtype
 
 
-def axes_of(case: Case, config: PidConfig) -> tuple[Axis, Axis]:
-    """Where a case's tiles lie, down and across, in pixels of the latent; one tile if it has none.
+def tiles_of(case: Case, config: PidConfig) -> int:
+    """How many tiles a case decodes; 1 if it has none.
 
-    Its sides are multiples of the network's `size_multiple`.
+    Sides and overlap are multiples of the network's `size_multiple`.
     """
-    width, height = case.decoded_size
-    side, overlap = config.size_multiple, case.overlap // config.size_multiple
-    return (
-        cut(case.height // side, height // side, overlap),
-        cut(case.width // side, width // side, overlap),
-    )
+    side = config.size_multiple
+    axes = [
+        cut(size // side, tile // side, case.overlap // side)
+        for size, tile in zip(case.size, case.decoded_size, strict=True)
+    ]
+    return math.prod(len(axis.starts) for axis in axes)
 
 
 def tokens_of(config: PidConfig, size: tuple[int, int]) -> int:

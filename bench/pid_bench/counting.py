@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, replace
 
 from pid_bench.cascades import build_cascade
-from pid_bench.cases import BACKENDS, PID, Case, Network, axes_of, tokens_of
+from pid_bench.cases import BACKENDS, PID, Case, Network, tiles_of, tokens_of
 from pid_bench.pid_stages import caption_tokens_of, program_works, reference_step
 from pid_bench.report import Counted, Row, StageRow
 from pid_bench.work import Work, count, total
@@ -31,8 +31,7 @@ def counted_row(case: Case, network: Network, manifest: Manifest | None = None) 
         return _row(case, pipeline.encoded, pipeline.reduced, works, stages)
     config, flavor = network.config, BACKENDS[case.backend].flavor
     by_section = _pid_works(case, config)
-    down, across = axes_of(case, config)
-    tiles = len(down.starts) * len(across.starts)
+    tiles = tiles_of(case, config)
     row = _row(
         case,
         (case.width // config.scale, case.height // config.scale),
@@ -97,8 +96,7 @@ def _pid_works(case: Case, config: PidConfig) -> Mapping[str, Work]:
 def _tiled_works(case: Case, config: PidConfig) -> Mapping[str, Work]:
     """Of a decode in tiles: in every step every tile takes its latent in, and runs."""
     width, height = case.decoded_size
-    down, across = axes_of(case, config)
-    tiles = len(down.starts) * len(across.starts)
+    tiles = tiles_of(case, config)
     works = dict(_section_works(config, height, width, case.steps, case.precision))
     del works["image"]  # the host makes it
     times = {"prologue": tiles * case.steps, "step": tiles}

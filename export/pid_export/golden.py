@@ -98,7 +98,7 @@ def read_golden(path: Path) -> Golden:
 
 def reference_error(golden: Golden) -> float:
     """Largest difference of the reference, in float64, from a golden file, over all its outputs."""
-    return max(map(_difference, _reference_outputs(golden, torch.float64), golden.outputs))
+    return max(map(largest_difference, _reference_outputs(golden, torch.float64), golden.outputs))
 
 
 def tolerance_here(golden: Golden, device: str = "cpu") -> float:
@@ -110,8 +110,8 @@ def tolerance_here(golden: Golden, device: str = "cpu") -> float:
     """
     exact = _reference_outputs(golden, torch.float64)
     rounded = _reference_outputs(golden, torch.float32, device)
-    off = max(map(_difference, exact, golden.outputs))
-    lost = max(map(_difference, rounded, exact))
+    off = max(map(largest_difference, exact, golden.outputs))
+    lost = max(map(largest_difference, rounded, exact))
     if not math.isfinite(lost) or not off <= TOLERANCE:
         return TOLERANCE
     return max(TOLERANCE, off + 2 * lost)
@@ -172,7 +172,7 @@ def program_error(golden: Golden, decoder: Decoder) -> float:
     def check(step: int, _steps: int) -> None:
         tokens = torch.from_numpy(decoder.state())
         state = unpatchify(tokens, height, width, golden.config.patch_size)
-        errors.append(_difference(state.numpy(), golden.states[step - 1]))
+        errors.append(largest_difference(state.numpy(), golden.states[step - 1]))
 
     with suppress(NotFiniteError):  # `check` has seen it
         decoder.decode(
@@ -187,7 +187,7 @@ def program_error(golden: Golden, decoder: Decoder) -> float:
     return max(errors)
 
 
-def _difference(got: NDArray[np.float32], want: NDArray[np.float32]) -> float:
+def largest_difference(got: NDArray[np.float32], want: NDArray[np.float32]) -> float:
     """Largest absolute difference; infinite when something is not finite."""
     if not (np.isfinite(got).all() and np.isfinite(want).all()):
         return math.inf

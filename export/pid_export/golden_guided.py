@@ -4,7 +4,6 @@ tests/golden/README.md describes the format.
 """
 
 import json
-import math
 import tempfile
 from contextlib import suppress
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 
 from pid_export.bundle import ExportOptions, export_bundle
 from pid_export.errors import ExportInputError
+from pid_export.golden import largest_difference
 from pid_export.verify import load_network
 from pid_ref.checkpoint import state_shapes
 from pid_ref.config import PidConfig
@@ -107,7 +107,7 @@ def guided_reference_error(golden: GoldenGuided) -> float:
     got = sample_guided(
         net, **given, guidance=golden.guidance, times=shifted_times(golden.steps, *golden.size)
     )
-    return _difference(got.numpy(), golden.unclamped)
+    return largest_difference(got.numpy(), golden.unclamped)
 
 
 def guided_program_error(golden: GoldenGuided, backend: str, device: str | None = None) -> float:
@@ -149,11 +149,4 @@ def decode_error(golden: GoldenGuided, decoder: Decoder) -> float:
             progress=keep,
         )
     state = unpatchify(torch.from_numpy(states[0]), *golden.size, golden.config.patch_size)
-    return _difference(state.numpy(), golden.unclamped)
-
-
-def _difference(got: NDArray[np.floating], want: Floats) -> float:
-    """Largest absolute difference; infinite when something is not finite."""
-    if not np.isfinite(got).all():
-        return math.inf
-    return float(np.abs(got - want).max())
+    return largest_difference(state.numpy(), golden.unclamped)

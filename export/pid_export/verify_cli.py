@@ -15,6 +15,7 @@ from pid_runtime.bundle.folder import read_constants, read_manifest
 from pid_runtime.bundle.manifest import Manifest
 from pid_runtime.command import console
 from pid_runtime.decoder import Bundle
+from pid_runtime.tiles import pixels_per_latent_pixel
 
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager
@@ -292,7 +293,7 @@ def _times(manifest: Manifest) -> list[float]:
 def _size(text: str | None, manifest: Manifest) -> tuple[int, int]:
     """Height and width to verify at: as asked, or that of a latent of two rows, three columns."""
     if text is None:
-        multiple = manifest.network["patch_size"] * manifest.tokens_per_latent
+        multiple = pixels_per_latent_pixel(manifest)
         return 2 * multiple, 3 * multiple
     width, height = console.read_size(text)
     return height, width

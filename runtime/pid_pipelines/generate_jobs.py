@@ -15,6 +15,7 @@ from pid_runtime.bundle.manifest import Manifest
 from pid_runtime.command.decode_jobs import check_target
 from pid_runtime.command.sampling_options import Sampling
 from pid_runtime.noise import image_seed
+from pid_runtime.tiles import pixels_per_latent_pixel
 
 MULTIPLE = 16
 """Pixels of which the sides of what generators make are multiples."""
@@ -80,7 +81,7 @@ def plan_size(
     it does, and `PidRuntimeError` for one that is too large for the bundle.
     """
     down = SPACES[backbone.space].down
-    pixels = manifest.tokens_per_latent * manifest.network["patch_size"]
+    pixels = pixels_per_latent_pixel(manifest)
     scale = pixels // down
     width, height = wanted or _default_size(manifest)
     multiple = MULTIPLE * scale

@@ -45,6 +45,7 @@ from pid_runtime.command.sampling_options import Sampling, add_sampling_options,
 from pid_runtime.errors import NotFiniteError, PidRuntimeError
 from pid_runtime.latents import noisy
 from pid_runtime.nano.photos import read_photo
+from pid_runtime.tiles import pixels_per_latent_pixel
 
 Floats = NDArray[np.float32]
 
@@ -215,8 +216,7 @@ class _Run:
         self._arguments, self._manifest, self._sampling = arguments, manifest, sampling
         self._goes_on = goes_on
         self._making = Making(arguments, manifest, sampling.schedule(manifest))
-        per_latent = manifest.tokens_per_latent * manifest.network["patch_size"]
-        self.scale = per_latent // pixels_per_latent(manifest)
+        self.scale = pixels_per_latent_pixel(manifest) // pixels_per_latent(manifest)
         self._failed: list[dict[str, str]] = []
         self._done: list[dict[str, Any]] = []
         self._skipped = 0

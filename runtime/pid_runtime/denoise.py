@@ -64,14 +64,17 @@ class Canvas:
         shape = (*sizes.shape(("B", "Hs", "Ws")), self._patch, self._patch, 3)
         self.state: Floats = np.empty(shape, np.float32)
         """`[B, Hs, Ws, P, P, 3]`: the picture's tokens, row by row those of the next step."""
-        looks_back = request.schedule.rule == "dpm++2m"
+        looks_back = request.schedule.looks_back
         self._before: Floats | None = np.empty(shape, np.float32) if looks_back else None
+        self._mixes = request.schedule.mixes
         self._latent = as_array(request.latent)
         if tiling is None:
             height, width = sizes.shape(("h", "w"))
             self._rows, self._columns = Axis(height, height, (0,)), Axis(width, width, (0,))
         else:
             self._rows, self._columns = tiling.rows, tiling.columns
+        self._down_weights = self._weights(self._rows)
+        self._across_weights = self._weights(self._columns)
 
     def denoise(self, report: Report) -> None:
         """Run all steps."""
@@ -80,10 +83,10 @@ class Canvas:
         last = len(self._columns.starts) - 1, len(branches) - 1
         _write(program, request, request.schedule.predictions)
         _compute_times(program, request)
-        for row, values in self._noise(0):
+        for row, values in enumerate(self._noise(0)):
             self.state[:, row] = values
         for step, row in enumerate(request.schedule.rows):
-            strip = self._new_strip()
+            strip, noise = self._new_strip(), self._noise(step + 1)
             for down in range(len(self._rows.starts)):
                 for across in range(len(self._columns.starts)):
                     if step == 0 or not is_one:
@@ -95,7 +98,7 @@ class Canvas:
                         self._add(strip, clean, branch.weight, down, across)
                         if (across, index) != last:
                             report()
-                self._update(step, strip, down)
+                self._update(step, strip, down, noise)
                 report()
 
     def image(self) -> Floats:
@@ -126,17 +129,24 @@ class Canvas:
         batch, _, *others = self.state.shape
         return np.zeros((batch, self._tokens(self._rows.tile), *others), np.float32)
 
+    def _weights(self, axis: Axis) -> list[Floats]:
+        """Of every tile along an axis, `[tokens, P]`."""
+        scale = self._per_latent * self._patch
+        return [
+            axis.weights(index, scale).reshape(-1, self._patch) for index in range(len(axis.starts))
+        ]
+
     def _take_in_latent(self, down: int, across: int) -> None:
         """The part of the latent under a tile."""
         top, left = self._rows.starts[down], self._columns.starts[across]
         part = self._latent[:, :, top : top + self._rows.tile, left : left + self._columns.tile]
         program = self._program
         program.memory.write(program.buffer("latent"), np.ascontiguousarray(part))
-        program.refresh(frozenset(("latent",)))
+        program.refresh("latent")
 
     def _take_in_caption(self, branch: Branch) -> None:
         _write_batch(self._program, "caption", branch.caption)
-        self._program.refresh(frozenset(("caption",)))
+        self._program.refresh("caption")
 
     def _run(self, down: int, across: int, row: int, step: int) -> Floats:
         """The clean image that the network sees in a tile, `[B, hs, ws, P, P, 3]`."""
@@ -153,22 +163,19 @@ class Canvas:
 
     def _add(self, strip: Floats, clean: Floats, weight: float, down: int, across: int) -> None:
         """Add a tile's clean image, weighted, to its row of tiles."""
-        scale = self._per_latent * self._patch
-        vertical = self._rows.weights(down, scale).reshape(-1, 1, self._patch, 1, 1)
-        horizontal = self._columns.weights(across, scale) * np.float32(weight)
-        clean *= vertical
-        clean *= horizontal.reshape(1, -1, 1, self._patch, 1)
+        horizontal = self._across_weights[across] * np.float32(weight)
+        clean *= self._down_weights[down][:, None, :, None, None]
+        clean *= horizontal[None, :, None, :, None]
         left = self._tokens(self._columns.starts[across])
         strip[:, :, left : left + clean.shape[2]] += clean
 
-    def _update(self, step: int, strip: Floats, down: int) -> None:
-        """Make the next state of the rows that no later tile touches."""
+    def _update(self, step: int, strip: Floats, down: int, fresh: Iterator[Floats]) -> None:
+        """Make the next state of the rows that no later tile touches; fresh: their noise."""
         starts = self._rows.starts
         is_last = down + 1 == len(starts)
         begin = self._tokens(starts[down])
         end = self._tokens(self._rows.size if is_last else starts[down + 1])
-        state, clean, before, noise = self._request.schedule.mixes[step]
-        fresh = self._noise(step + 1, begin, end) if noise else iter(())
+        state, clean, before, noise = self._mixes[step]
         for row in range(begin, end):
             values = strip[:, row - begin]
             mixed = state * self.state[:, row] + clean * values
@@ -177,31 +184,29 @@ class Canvas:
                     mixed += before * self._before[:, row]
                 self._before[:, row] = values
             if noise:
-                mixed += noise * next(fresh)[1]
+                mixed += noise * next(fresh)
             self.state[:, row] = mixed
         done = end - begin
         strip[:, : strip.shape[1] - done] = strip[:, done:]
         strip[:, strip.shape[1] - done :] = 0
 
-    def _noise(
-        self, draw: int, begin: int = 0, end: int | None = None
-    ) -> Iterator[tuple[int, Floats]]:
-        """Rows of tokens of a draw, `[B, Ws, P, P, 3]`, with their numbers."""
+    def _noise(self, draw: int) -> Iterator[Floats]:
+        """The rows of tokens of a draw, `[B, Ws, P, P, 3]`, one after another."""
         _, rows, columns, patch, _, _ = self.state.shape
         count = columns * patch * patch * 3
         given = self._request.noises[draw]
         image = None if given is None else as_array(given)
-        for row in range(begin, rows if end is None else end):
+        for row in range(rows):
             if image is None:
                 drawn = [
                     standard_normal(seed, draw, count, start=row * count)
                     for seed in self._request.seeds
                 ]
-                yield row, np.stack(drawn).reshape(-1, columns, patch, patch, 3)
+                yield np.stack(drawn).reshape(-1, columns, patch, patch, 3)
             else:
                 part = image[:, :, row * patch : (row + 1) * patch]
                 pixels = part.reshape(len(part), 3, patch, columns, patch)
-                yield row, pixels.transpose(0, 3, 2, 4, 1)
+                yield pixels.transpose(0, 3, 2, 4, 1)
 
 
 def _no_noise(bound: Program, instruction: Noise, _draw: int) -> None:
@@ -243,6 +248,6 @@ def _padded(values: Floats, rows: int) -> Floats:
 def kept_bytes(request: Request) -> int:
     """Bytes on the host of a decode that is not plain: states, a row of tiles, and the image."""
     values = 3 * math.prod(request.sizes.shape(("B", "H", "W")))
-    states = 2 if request.schedule.rule == "dpm++2m" else 1
+    states = 2 if request.schedule.looks_back else 1
     height = request.program_sizes.value("H") / request.sizes.value("H")
     return int(values * (4 * (states + height) + 1))

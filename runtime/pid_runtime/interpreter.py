@@ -45,6 +45,7 @@ class Program:
         # Nothing in here refers to the program: it, and its memory, go with the last reference.
         self._calls: dict[tuple[str, int, int], list[Call | Noise]] = {}
         self._patchify: dict[int, Call] = {}
+        self._refresh: dict[str, Call] = {}
         self._scratch = {
             id(instruction): bucket.scratch_offset(section, index)
             for section, instructions in manifest.program.items()
@@ -89,16 +90,13 @@ class Program:
             elif noise is not None:
                 noise(self, call, step)
 
-    def refresh(self, inputs: frozenset[str]) -> None:
-        """Run again what of the prologue depends on these inputs, which have new values."""
-        key = ("prologue of " + " ".join(sorted(inputs)), 0, 0)
-        if key not in self._calls:
-            again = self.manifest.dependent("prologue", inputs)
+    def refresh(self, name: str) -> None:
+        """Run again what of the prologue depends on this input, which has new values."""
+        if name not in self._refresh:
+            again = self.manifest.dependent("prologue", name)
             calls = [call for each in again for call in self._bind(each, self.sizes)]
-            self._calls[key] = [self.graphs.sequence("prologue", calls)]
-        for call in self._calls[key]:
-            if not isinstance(call, Noise):
-                call()
+            self._refresh[name] = self.graphs.sequence("prologue", calls)
+        self._refresh[name]()
 
     def load_noise(self, instruction: Noise, image: Tensor) -> None:
         """Fill a noise instruction's target from an image `[B, 3, H, W]` float32."""

@@ -52,7 +52,7 @@ def plan_of(
     tiles = 1 if tiling is None else tiling.count
     batch, branches = sizes.value("B"), len(request.branches)
     prologue = section_flop(manifest, "prologue", sizes)
-    if not request.is_plain and (tiles > 1 or branches > 1):
+    if tiles > 1 or branches > 1:
         prologue *= request.calls
     flop = batch * (request.calls * section_flop(manifest, "step", sizes) + prologue)
     weights = sum(graph.weights_bytes for graph in manifest.graphs.values())

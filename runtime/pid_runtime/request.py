@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pid_runtime.backends.memory import as_array
-from pid_runtime.bundle.manifest import Manifest
+from pid_runtime.bundle.manifest import LARGEST_GUIDANCE, Manifest
 from pid_runtime.bundle.sizes import Sizes, sizes_of_request
 from pid_runtime.errors import PidRuntimeError
 from pid_runtime.latents import shape_hint
@@ -29,8 +29,6 @@ from pid_runtime.tiles import (
 )
 
 _log = logging.getLogger(__name__)
-
-LARGEST_GUIDANCE = 100
 
 _FLOATS = ("float16", "bfloat16", "float32", "float64")
 
@@ -86,7 +84,7 @@ class Request:
     @property
     def is_plain(self) -> bool:
         """Whether the program makes every step on its own."""
-        return self.tiling is None and len(self.branches) == 1 and self.schedule.rule != "dpm++2m"
+        return self.tiling is None and len(self.branches) == 1 and not self.schedule.looks_back
 
 
 def empty_caption(manifest: Manifest) -> NDArray[np.float32]:
@@ -272,7 +270,7 @@ def check_fits(manifest: Manifest, height: int, width: int) -> None:
     tokens = height * width * per_latent**2
     if tokens <= manifest.most_tokens:
         return
-    side = per_latent * manifest.network["patch_size"]
+    side = pixels_per_latent_pixel(manifest)
     rows, columns = largest_latent(manifest, height, width)
     raise PidRuntimeError(
         f"expected an image of at most {manifest.megapixels(manifest.most_tokens)}, the largest "

@@ -39,6 +39,11 @@ class Schedule:
         return len(self.rows)
 
     @property
+    def looks_back(self) -> bool:
+        """Whether a step needs the clean image of the one before, which the program has not."""
+        return self.rule == "dpm++2m"
+
+    @property
     def updates(self) -> NDArray[np.float32]:
         """Factors of state, velocity and noise in the program's update, `[steps, 3]`.
 

@@ -98,18 +98,8 @@ class Service:
         model = self._chosen(settings.model)
         manifest = _about(model).manifest
         caption = await self._caption(model, tensors.get("caption"), settings.prompt)
-        task = DecodeTask(
-            tensors["latent"],
-            None,
-            caption,
-            _number(tensors.get("sigma", 0.0) if settings.sigma is None else settings.sigma),
-            settings.seed,
-            settings.steps,
-            settings.tiles,
-            settings.overlap,
-            settings.preview,
-            settings.native,
-        )
+        given = tensors.get("sigma", 0.0) if settings.sigma is None else settings.sigma
+        task = _task(settings, _number(given), caption, latent=tensors["latent"])
         check_request(
             manifest,
             task.latent,
@@ -143,18 +133,7 @@ class Service:
 
         photo, (height, width) = await asyncio.to_thread(read)
         caption = await self._caption(model, None, settings.prompt)
-        task = DecodeTask(
-            None,
-            photo,
-            caption,
-            settings.sigma or 0.0,
-            settings.seed,
-            settings.steps,
-            settings.tiles,
-            settings.overlap,
-            settings.preview,
-            settings.native,
-        )
+        task = _task(settings, settings.sigma or 0.0, caption, photo=photo)
         made = await model.run(task, report)
         scale = made.image.shape[0] // photo.shape[2]
         image = made.image[: scale * height, : scale * width]
@@ -236,6 +215,24 @@ class Service:
 
 def _about(model: Model) -> About:
     return model.about
+
+
+def _task(
+    settings: Settings, sigma: float, caption: Any, *, latent: Any = None, photo: Any = None
+) -> DecodeTask:
+    """What a request's settings make of a latent, or of a photo."""
+    return DecodeTask(
+        latent=latent,
+        photo=photo,
+        caption=caption,
+        sigma=sigma,
+        seed=settings.seed,
+        steps=settings.steps,
+        tile=settings.tiles,
+        overlap=settings.overlap,
+        preview=settings.preview,
+        native=settings.native,
+    )
 
 
 def _number(sigma: Any) -> float:

@@ -15,6 +15,7 @@ from pid_runtime.bundle.manifest import Manifest
 from pid_runtime.command import console
 from pid_runtime.errors import PidRuntimeError
 from pid_runtime.request import check_fits
+from pid_runtime.tiles import pixels_per_latent_pixel
 from pid_serve.triton_model import BUNDLE
 
 _MODEL = '''"""Written by pid-triton: the model is pid-trt's."""
@@ -136,7 +137,7 @@ def config_of(manifest: Manifest, name: str, options: Namespace) -> str:
 
 
 def _warm_up(manifest: Manifest, width: int, height: int) -> str:
-    side = manifest.tokens_per_latent * manifest.network["patch_size"]
+    side = pixels_per_latent_pixel(manifest)
     rows, columns = height // side, width // side
     if not rows or not columns:
         raise PidRuntimeError(

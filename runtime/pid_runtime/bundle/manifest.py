@@ -1,7 +1,7 @@
 """The manifest: a decoder as data. See docs/bundle-format.md, which this module implements."""
 
 import json
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -126,6 +126,8 @@ class Bucket:
 RULES = ("sde", "ode", "dpm++2m")
 """How a state follows from the one before; see `pid_runtime.schedule`."""
 
+LARGEST_GUIDANCE = 100
+
 
 @dataclass(frozen=True)
 class FlowShift:
@@ -227,9 +229,9 @@ class Manifest:
         for section in SECTIONS:
             yield from self.program.get(section, ())
 
-    def dependent(self, section: str, inputs: Collection[str]) -> list[Run | Copy]:
-        """A section's instructions whose results follow from these buffers, in order."""
-        known = set(inputs)
+    def dependent(self, section: str, name: str) -> list[Run | Copy]:
+        """A section's instructions whose results follow from this buffer, in order."""
+        known = {name}
         found: list[Run | Copy] = []
         for instruction in self.program[section]:
             if isinstance(instruction, Noise):

@@ -14,6 +14,7 @@ from typing import TypeVar
 from pid_runtime.bundle.json_reader import NAME, require
 from pid_runtime.bundle.manifest import (
     BLOCK_DCT,
+    LARGEST_GUIDANCE,
     MANIFEST_FILE,
     PRECISIONS,
     RULES,
@@ -40,7 +41,6 @@ ALIGNMENT = 256
 
 LARGEST_RANK = 8
 LARGEST_STEPS = 1000
-LARGEST_GUIDANCE = 100
 LARGEST_ARENA = 1 << 40
 
 SIZE_SYMBOLS = frozenset(("B", "T", "h", "w", "Hs", "Ws", "H", "W", "L", "S", "N"))
