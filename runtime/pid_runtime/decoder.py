@@ -191,7 +191,8 @@ class Decoder:
         self._block: Block | None = None
         self._block_bytes = 0
         self._program: Program | None = None
-        self._canvas: Canvas | None = None
+        self._canvas: Canvas | None = None  # of the decode that runs, if it is not plain
+        self._state_in_arena = False
         self._is_open = True
         self._busy = threading.Lock()
         self._told: set[str] = set()
@@ -247,7 +248,7 @@ class Decoder:
         self._begin("close it when the decode has ended")
         try:
             self._is_open = False
-            self._program = self._block = self._canvas = None
+            self._program = self._block = None
             self.graphs.close()
             self._bundle.release()
         finally:
@@ -396,11 +397,13 @@ class Decoder:
                 reason = memory_shortage(error)
                 if reason is None or isinstance(error, PidRuntimeError):
                     raise
-                self._program = self._block = self._canvas = None
+                self._program = self._block = None
                 smaller = smaller_tiles(self.manifest, request)
                 if smaller is None or not request.is_automatic:
                     message = self._too_large(request, smaller, reason)
                     raise OutOfMemoryError(message) from None
+            finally:
+                self._canvas = None
             request = smaller
             self._tell(request)
 
@@ -447,13 +450,21 @@ class Decoder:
     def state(self) -> NDArray[np.float32]:
         """The sampler's state after the last step run, `[B, L, P * P, 3]` float32 in token layout.
 
-        Meant for tests and previews, from inside a progress callback.
+        Meant for tests and previews, from inside a progress callback; of a decode in tiles or with
+        guidance, or by dpm++2m, it is kept no longer than that. Raises `PidRuntimeError` where
+        there is none.
         """
         if self._canvas is not None:
             state = self._canvas.state
             return state.reshape(len(state), -1, state.shape[3] * state.shape[4], 3).copy()
-        if self._program is None:
-            raise PidRuntimeError("expected a decode before its state is read")
+        if self._program is None or not self._state_in_arena:
+            ended = (
+                ", but the last one was in tiles or with guidance and has ended; read it in a "
+                "progress callback"
+            )
+            raise PidRuntimeError(
+                f"expected a decode before its state is read{ended if self._program else ''}"
+            )
         state = self.memory.read(self._program.buffer("state"))
         return state.reshape(*state.shape[:2], -1, 3)
 
@@ -474,8 +485,10 @@ class Decoder:
 
     def _run(self, request: Request, output: str, dlpack: bool, progress: Progress | None) -> Any:
         """Decode a request."""
+        self._state_in_arena = False
         memory, program = self.memory, self._bind(request.program_sizes)
         self._canvas = None if request.is_plain else Canvas(program, request)
+        self._state_in_arena = self._canvas is None
         self._denoise(program, request, progress)
         if not self._is_finite(program):
             raise NotFiniteError(self._first_not_finite(program, request))
@@ -485,7 +498,7 @@ class Decoder:
             image = program.buffer(name)
             return memory.clone(image) if dlpack else memory.read(image)
         pixels = self._canvas.image() if output == "float32" else self._canvas.image_bytes()
-        self._canvas = None
+        self._canvas = None  # before more is allocated
         if not dlpack:
             return pixels
         block = memory.allocate(pixels.nbytes)

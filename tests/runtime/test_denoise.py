@@ -1,6 +1,8 @@
 """Decodes in tiles and with guidance, against plain ones and against the formulas."""
 
+import gc
 import logging
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -167,6 +169,28 @@ def test_what_progress_raises_ends_the_decode_between_tiles(pid: Decoder) -> Non
     with pytest.raises(KeyboardInterrupt):
         pid.decode(LATENT, CAPTION, seed=1, progress=stop, **TILES)
     np.testing.assert_array_equal(pid.decode(LATENT, CAPTION, seed=2), whole)
+
+
+def test_the_state_of_tiles_goes_with_their_decode(pid: Decoder) -> None:
+    kept: list[weakref.ref[Any]] = []
+
+    def stop(_done: int, _calls: int) -> None:
+        kept.append(weakref.ref(pid._canvas))
+        raise KeyboardInterrupt
+
+    def refused() -> None:
+        with pytest.raises(PidRuntimeError, match="was in tiles or with guidance and has ended"):
+            pid.state()
+
+    pid.decode(LATENT[:1], CAPTION[:1], **TILES)
+    refused()
+    with pytest.raises(KeyboardInterrupt):
+        pid.decode(LATENT[:1], CAPTION[:1], progress=stop, **TILES)
+    refused()
+    gc.collect()
+    assert [each() for each in kept] == [None]
+    pid.decode(LATENT[:1], CAPTION[:1])
+    assert pid.state().shape == (1, 120, 256, 3)
 
 
 def test_a_picture_that_no_bucket_holds_is_decoded_in_tiles(
