@@ -409,6 +409,8 @@ def tilings() -> list[dict[str, Any]]:
         add(1024, 8, 8, tile, overlap=overlap)
     add(1024, 40, 40, (640, 640))
     add(1024, 1, 513, "auto")
+    for overlap in (0, 32):  # tiles of one pixel of the latent, and none
+        add(4, 3, 5, "auto", overlap=overlap)
     sizes = [[2048, 2048], [2688, 1536], [1536, 2688], [2304, 1728], [1000, 1000]]
     for side in (32, 64, 65, 128, 200):
         add(65_536, side, side, "auto", trained_sizes=sizes, variant="2k")
@@ -1247,6 +1249,28 @@ def test_command_decodes_with_guidance_as_python_does(
     assert errors.max() <= 1
     refused = work.refusal(*ONE, *options, bundle=bundle)
     assert "expected a negative caption for guidance 5, but got none; give one" in refused
+    work.file("several", a=negative, b=negative)
+    refused = work.refusal(*ONE, "--negative", "several.safetensors", bundle=bundle)
+    assert "but got a, b; name that of the negative caption 'negative'" in refused
+
+
+def test_command_gives_every_latent_its_negative_as_python_does(work: Work, data: Path) -> None:
+    latents, negatives = normal(2, 16, 2, 3, seed=6), normal(2, 12, 32, seed=7)
+    work.file("pair", latent=latents, caption=work.caption)
+    work.file("negatives", caption=negatives)
+    words = ["--negative", "negatives.safetensors", "--steps", "3", "--seed", "5"]
+    bundle = data / "undistilled"
+    pair = ["--latent", "pair.safetensors", "-o", "pair.png", *words]
+    code, _, err = work.run(*pair, bundle=bundle)
+    assert code == 0, err
+    arguments = [str(work.folder / word) if "." in word else word for word in pair]
+    arguments[3] = str(work.folder / "python.png")
+    assert decode_cli.main([str(bundle), "--threads", "1", *arguments]) == 0
+    for index in (0, 1):
+        assert_equal(work.pixels(f"pair-{index}.png"), work.pixels(f"python-{index}.png"), 1)
+    assert np.abs(work.pixels("pair-0.png").astype(int) - work.pixels("pair-1.png")).max() > 1
+    refused = work.refusal(*ONE, *words, bundle=bundle)
+    assert "expected negative shape [B, T, 32], but got [2, 12, 32]; B is 1 or that of" in refused
 
 
 def test_command_decodes_a_folder_in_order(work: Work) -> None:

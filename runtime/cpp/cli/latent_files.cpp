@@ -43,9 +43,10 @@ struct Tensors {
     }
 };
 
-// The name of the tensor that is a file's latent or caption.
+// The name of the tensor that is a file's latent or caption: the one called `key`, if that is not
+// "". fix: what to do where the file does not say.
 std::string choose(const Tensors& file, const char* role, const std::string& key,
-                   const char* option) {
+                   const char* option, const std::string& fix) {
     std::string listed, other;
     std::size_t others = 0;
     for (const auto& [name, entry] : file.entries) {
@@ -66,8 +67,13 @@ std::string choose(const Tensors& file, const char* role, const std::string& key
         return role;
     if (others != 1)
         refuse("expected one tensor, or one named '", role, "', in ", file.path.string(),
-               ", but got ", listed, "; choose with ", option);
+               ", but got ", listed, "; ", fix);
     return other;
+}
+
+std::string choose(const Tensors& file, const char* role, const std::string& key,
+                   const char* option) {
+    return choose(file, role, key, option, std::string("choose with ") + option);
 }
 
 // How a file begins, unless that may be a safetensors file: "" then.
@@ -280,7 +286,8 @@ Floats read_negative_file(const std::filesystem::path& path) {
     const Tensors file = open(path);
     return read_caption(file, file.find(negative_name) != nullptr
                                   ? negative_name
-                                  : choose(file, caption_name, "", "--negative"));
+                                  : choose(file, caption_name, "", "",
+                                           "name that of the negative caption 'negative'"));
 }
 
 } // namespace pid::cli

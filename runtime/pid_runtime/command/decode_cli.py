@@ -125,7 +125,7 @@ def _decode(arguments: Namespace) -> None:
     many = arguments.latents is not None
     _check_kinds(arguments, many=many)
     manifest = read_manifest(arguments.bundle, verify=False)
-    sampling = read_sampling(arguments, manifest)
+    sampling = read_sampling(arguments, manifest, batches=True)
     settings = Settings(
         arguments.latent_key,
         arguments.caption_key,

@@ -77,7 +77,7 @@ class Source:
         if self.caption is not None:
             caption = open_caption_file(self.caption, settings.caption_key)
         latent, embedding = values(file.latent), None if caption is None else values(caption)
-        return Inputs(latent, embedding, sigma, file.note)
+        return Inputs(latent, embedding, settings.sampling.negative, sigma, file.note)
 
 
 @dataclass(frozen=True)
@@ -88,6 +88,8 @@ class Inputs:
     """`[B, C, h, w]`."""
     caption: NDArray[np.float32] | None
     """`[B, T, D]`, `[1, T, D]` for all, or None."""
+    negative: NDArray[np.float32] | None
+    """As the caption."""
     sigma: NDArray[np.float32]
     """`[B]`, or `[1]` for all."""
     note: str | None = None
@@ -100,18 +102,15 @@ class Inputs:
             return array if len(array) == 1 else array[index : index + 1]
 
         caption = None if self.caption is None else part(self.caption)
-        return Inputs(part(self.latent), caption, part(self.sigma))
+        negative = None if self.negative is None else part(self.negative)
+        return Inputs(part(self.latent), caption, negative, part(self.sigma))
 
 
 def request_of(manifest: Manifest, inputs: Inputs, settings: Settings, seed: int) -> Request:
     """What the decoder is asked for. Raises `PidRuntimeError` for inputs that do not fit."""
+    sampling = replace(settings.sampling, negative=inputs.negative)
     return check_request(
-        manifest,
-        inputs.latent,
-        inputs.caption,
-        sigma=inputs.sigma,
-        seed=seed,
-        **settings.sampling.options,
+        manifest, inputs.latent, inputs.caption, sigma=inputs.sigma, seed=seed, **sampling.options
     )
 
 

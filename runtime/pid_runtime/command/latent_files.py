@@ -179,8 +179,10 @@ def open_negative_file(path: Path) -> StoredTensor:
     a file without one what would be the caption.
     """
     header = _read_header(path)
-    name = NEGATIVE if NEGATIVE in header else _choose(path, header, CAPTION, None, "--negative")
-    return _find_caption(path, header, name)
+    if NEGATIVE in header:
+        return _find_caption(path, header, NEGATIVE)
+    fix = f"name that of the negative caption {NEGATIVE!r}"
+    return _find_caption(path, header, _choose(path, header, CAPTION, None, fix=fix))
 
 
 def _read_header(path: Path) -> _Header:
@@ -239,8 +241,13 @@ def _dtype(array: NDArray[Any]) -> str:
     return kinds.get(str(array.dtype), str(array.dtype))
 
 
-def _choose(path: Path, names: _Header, role: str, key: str | None, option: str) -> str:
-    """The name of the tensor that is a file's latent or caption."""
+def _choose(
+    path: Path, names: _Header, role: str, key: str | None, option: str = "", fix: str | None = None
+) -> str:
+    """The name of the tensor that is a file's latent or caption.
+
+    option: which gives the key. fix: what to do where the file does not say; None for the option.
+    """
     listed = ", ".join(names) or "no tensors"
     if key is not None:
         if key not in names:
@@ -254,7 +261,7 @@ def _choose(path: Path, names: _Header, role: str, key: str | None, option: str)
     if len(others) != 1:
         raise PidRuntimeError(
             f"expected one tensor, or one named {role!r}, in {path}, but got {listed}; "
-            f"choose with {option}"
+            f"{fix or f'choose with {option}'}"
         )
     return others[0]
 

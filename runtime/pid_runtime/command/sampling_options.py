@@ -26,7 +26,7 @@ class Sampling:
     times: tuple[float, ...] | None = None
     rule: Rule | None = None
     negative: NDArray[np.float32] | None = None
-    """`[1, T, D]`."""
+    """`[1, T, D]` for every latent, or `[B, T, D]` for those of a file."""
     guidance: float | None = None
     tile: tuple[int, int] | Literal["auto"] | None = None
     overlap: int | None = None
@@ -87,8 +87,11 @@ def add_sampling_options(parser: argparse.ArgumentParser, decoder: str = "") -> 
     add("--overlap", type=_overlap, metavar="N", help="of tiles, in pixels of the result")
 
 
-def read_sampling(arguments: Namespace, manifest: Manifest) -> Sampling:
-    """The options, checked against a bundle. Raises `PidRuntimeError`."""
+def read_sampling(arguments: Namespace, manifest: Manifest, *, batches: bool = False) -> Sampling:
+    """The options, checked against a bundle. Raises `PidRuntimeError`.
+
+    batches: whether there may be a negative caption for every latent of a file, or only one.
+    """
     negative = None
     if arguments.negative is not None:
         if arguments.negative.is_dir():
@@ -97,6 +100,11 @@ def read_sampling(arguments: Namespace, manifest: Manifest) -> Sampling:
                 "file made by pid-caption"
             )
         negative = open_negative_file(arguments.negative).read()
+        if len(negative) > 1 and not batches:
+            raise PidRuntimeError(
+                f"expected one negative caption in {arguments.negative}, as pictures are decoded "
+                f"one by one, but got {len(negative)}; save one alone"
+            )
     sampling = Sampling(
         arguments.steps,
         arguments.times,

@@ -14,6 +14,7 @@ from safetensors.numpy import save_file
 from pid_runtime.bundle.folder import read_manifest
 from pid_runtime.command.decode_cli import main
 from pid_runtime.command.sampling_options import Sampling, add_sampling_options, read_sampling
+from pid_runtime.decoder import Decoder
 from pid_runtime.errors import PidRuntimeError
 
 LATENT = np.random.default_rng(1).standard_normal((1, 16, 5, 6), np.float32)
@@ -136,6 +137,47 @@ def test_the_negative_may_lie_beside_the_caption(free_bundle: Path, tmp_path: Pa
     save_file({"caption": CAPTION[0], "negative": NEGATIVE[0]}, both)
     sampling = read(free_bundle, "--times", "1,0", "--guidance", 5, "--negative", both)
     np.testing.assert_array_equal(sampling.options["negative"], NEGATIVE)
+
+
+def test_every_latent_of_a_file_has_its_own_negative(
+    free_bundle: Path, tmp_path: Path, run_command: Any, refusal: Any
+) -> None:
+    latents, negatives = np.concatenate([LATENT, -LATENT]), np.concatenate([NEGATIVE, -NEGATIVE])
+    latent, negative = tmp_path / "latent.safetensors", tmp_path / "negative.safetensors"
+    save_file({"latent": latents, "caption": CAPTION}, latent)
+    save_file({"negative": negatives}, negative)
+    words = ["--times", "0.9,0", "--guidance", 3, "--negative", negative, "--seed", 4]
+    image = tmp_path / "image.png"
+    code, _, err = run_command(main, free_bundle, "--latent", latent, "-o", image, *words)
+    assert code == 0, err
+    with Decoder.open(free_bundle, threads=1, verify=False) as decoder:
+        want = decoder.decode(
+            latents,
+            CAPTION,
+            negative=negatives,
+            guidance=3,
+            times=(0.9, 0),
+            seed=4,
+            output="uint8",
+        )
+    for index in range(2):
+        with Image.open(tmp_path / f"image-{index}.png") as picture:
+            pixels = np.asarray(picture).astype(int)
+        assert np.abs(pixels - want[index]).max() <= 1
+    save_file({"latent": latents[:1], "caption": CAPTION}, latent)
+    more = [free_bundle, "--latent", latent, "-o", tmp_path / "other.png", *words]
+    assert "negative shape [B, T, 32], but got [2, 12, 32]; B is 1 or" in refusal(main, *more)
+    with pytest.raises(PidRuntimeError, match=r"pictures are decoded one by one, but got 2; save"):
+        read(free_bundle, *words)
+
+
+def test_a_file_of_several_tensors_has_to_say_which_is_the_negative(
+    free_bundle: Path, tmp_path: Path
+) -> None:
+    file = tmp_path / "several.safetensors"
+    save_file({"a": CAPTION, "b": NEGATIVE}, file)
+    with pytest.raises(PidRuntimeError, match=r"got a, b; name that of the negative caption 'neg"):
+        read(free_bundle, "--times", "1,0", "--guidance", 5, "--negative", file)
 
 
 def test_guided_images_say_so(
