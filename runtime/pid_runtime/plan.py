@@ -4,11 +4,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from pid_runtime.bundle.manifest import Bucket, Manifest
+from pid_runtime.bundle.sizes import Sizes
 from pid_runtime.denoise import kept_bytes
 from pid_runtime.interpreter import Program
 from pid_runtime.request import Request
 from pid_runtime.tiles import described, pixels_per_latent_pixel
-from pid_runtime.work import section_flop
+from pid_runtime.work import refresh_flop, section_flop
 
 
 @dataclass(frozen=True)
@@ -50,11 +51,8 @@ def plan_of(
         bucket = bucket_for(sizes.value("L"))
     tiling, side = request.tiling, pixels_per_latent_pixel(manifest)
     tiles = 1 if tiling is None else tiling.count
-    batch, branches = sizes.value("B"), len(request.branches)
-    prologue = section_flop(manifest, "prologue", sizes)
-    if tiles > 1 or branches > 1:
-        prologue *= request.calls
-    flop = batch * (request.calls * section_flop(manifest, "step", sizes) + prologue)
+    branches = len(request.branches)
+    flop = _flop(manifest, request, sizes)
     weights = sum(graph.weights_bytes for graph in manifest.graphs.values())
     device_bytes = weights + Program.arena_bytes(bucket, sizes)
     host_bytes = 0 if request.is_plain else kept_bytes(request)
@@ -81,3 +79,22 @@ def plan_of(
         reason=None if tiling is None else tiling.reason,
         text=text,
     )
+
+
+def _flop(manifest: Manifest, request: Request, sizes: Sizes) -> int:
+    """What the loops of `pid_runtime.denoise` run.
+
+    sizes: of a tile. The timestep network is the same for a batch, and counted once.
+    """
+    schedule, calls = request.schedule, request.calls
+    times = 0 if schedule.moments is None else len(schedule.rows)
+    if request.is_plain:
+        inputs = section_flop(manifest, "prologue", sizes)
+    else:
+        is_guided = len(request.branches) > 1
+        latents = 1 if request.tiling is None else schedule.steps * request.tiling.count
+        captions = calls if is_guided else 1
+        inputs = latents * refresh_flop(manifest, "latent", sizes)
+        inputs += captions * refresh_flop(manifest, "caption", sizes)
+    of_image = inputs + calls * section_flop(manifest, "step", sizes)
+    return sizes.value("B") * of_image + times * section_flop(manifest, "timestep", sizes)

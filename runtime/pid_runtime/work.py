@@ -3,10 +3,10 @@
 Counted are matrix products, convolutions and attention, as torch's `FlopCounterMode` counts them.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from pid_runtime.bundle.manifest import Graph, Manifest, Run
+from pid_runtime.bundle.manifest import Copy, Graph, Manifest, Noise, Run
 from pid_runtime.bundle.sizes import Sizes
 
 Network = Mapping[str, Any]
@@ -14,9 +14,18 @@ Network = Mapping[str, Any]
 
 def section_flop(manifest: Manifest, section: str, sizes: Sizes) -> int:
     """FLOP of a section of the program, for a batch of one image."""
+    return _flop(manifest, manifest.program.get(section, ()), sizes)
+
+
+def refresh_flop(manifest: Manifest, name: str, sizes: Sizes) -> int:
+    """FLOP of what of the prologue depends on this input, for a batch of one image."""
+    return _flop(manifest, manifest.dependent("prologue", name), sizes)
+
+
+def _flop(manifest: Manifest, program: Iterable[Run | Copy | Noise], sizes: Sizes) -> int:
     return sum(
         graph_flop(manifest.network, manifest.graphs[run.graph], sizes.extended(run.dims))
-        for run in manifest.program[section]
+        for run in program
         if isinstance(run, Run)
     )
 

@@ -15,11 +15,13 @@ from numpy.typing import NDArray
 from pid_runtime.backends.choice import HOST_BACKENDS
 from pid_runtime.bundle.folder import read_manifest
 from pid_runtime.bundle.manifest import FlowShift
+from pid_runtime.bundle.sizes import Sizes
 from pid_runtime.decoder import Decoder
 from pid_runtime.denoise import kept_bytes
 from pid_runtime.errors import NotFiniteError, OutOfMemoryError, PidRuntimeError
 from pid_runtime.noise import image_noise
 from pid_runtime.request import check_request
+from pid_runtime.work import graph_flop
 
 CHANNELS, TEXT, DIM, SIDE = 16, 12, 32, 32
 CLOSE = 3e-4
@@ -359,6 +361,61 @@ def test_a_plan_says_what_a_decode_will_do(pid: Decoder) -> None:
     pid.decode(LATENT, CAPTION, steps=2, progress=lambda _, n: seen.append(n), **TILES)
     assert set(seen) == {tiled.calls}
     assert pid.plan(20 * SIDE, 20 * SIDE, tile="auto", overlap=64).tiles > 1
+
+
+def count_work(decoder: Decoder, monkeypatch: pytest.MonkeyPatch) -> Callable[[], int]:
+    """From now on count what graphs are run, and on what: floating-point operations so far."""
+    bind, done = decoder.graphs.bind, 0
+    network, graphs = decoder.manifest.network, decoder.manifest.graphs
+
+    def counted(name: str, tensors: Any, scratch: Any) -> Callable[[], None]:
+        call, graph = bind(name, tensors, scratch), graphs[name]
+        dims: dict[str, int] = {}
+        for port, tensor in tensors.items():
+            shape = {**graph.inputs, **graph.outputs}[port].shape
+            found = zip(shape, tensor.shape, strict=True)
+            dims |= {size: int(has) for size, has in found if isinstance(size, str)}
+
+        def run() -> None:
+            nonlocal done
+            call()
+            done += dims.get("B", 1) * graph_flop(network, graph, Sizes(dims))
+
+        return run
+
+    monkeypatch.setattr(decoder.graphs, "bind", counted)
+    return lambda: done
+
+
+GUIDED: dict[str, Any] = {"guidance": 3.0}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, TILES, GUIDED, {**GUIDED, **TILES}, {"rule": "dpm++2m"}, {"rule": "ode", **TILES}],
+    ids=["plain", "tiles", "guided", "both", "looking back", "ode in tiles"],
+)
+@pytest.mark.parametrize("batch", [1, 2])
+def test_a_plan_counts_the_work_that_is_done(
+    free_bundle: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], batch: int
+) -> None:
+    with Decoder.open(free_bundle, "torch", threads=1, verify=False) as decoder:
+        work = count_work(decoder, monkeypatch)
+        negative = NEGATIVE if "guidance" in options else None
+        caption = CAPTION[:batch]
+        decoder.decode(LATENT[:batch], caption, negative=negative, times=TIMES, **options)
+        plan = decoder.plan(5 * SIDE, 6 * SIDE, batch=batch, times=TIMES, **options)
+    assert plan.tflop * 1e12 == pytest.approx(work(), rel=1e-12)
+
+
+def test_a_plan_of_a_distilled_bundle_computes_no_times(
+    golden_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Decoder.open(golden_bundle, "torch", threads=1, verify=False) as decoder:
+        work = count_work(decoder, monkeypatch)
+        decoder.decode(LATENT, CAPTION, steps=2, **TILES)
+        plan = decoder.plan(5 * SIDE, 6 * SIDE, batch=2, steps=2, **TILES)
+    assert plan.tflop * 1e12 == pytest.approx(work(), rel=1e-12)
 
 
 def test_a_plan_of_an_undistilled_bundle_needs_no_negative(
