@@ -151,7 +151,7 @@ def automatic(
     reason: str,
     most_tokens: int | None = None,
 ) -> Tiling:
-    """The tiles that cost least: fewest tokens in all, then the largest tiles.
+    """The tiles that cost least: fewest tokens in all, then the largest tiles, then the squarest.
 
     Of sizes that the checkpoint was trained at, if it says, else of the picture cut evenly.
     most_tokens: of a tile, where buckets would hold more. Raises `PidRuntimeError` when there is
@@ -182,16 +182,16 @@ def automatic(
     )
 
 
-def _cost(tiling: Tiling) -> tuple[int, int, tuple[int, int]]:
+def _cost(tiling: Tiling) -> tuple[int, int, int, int]:
     rows, columns = tiling.latent
-    return tiling.count * rows * columns, tiling.count, tiling.latent
+    return tiling.count * rows * columns, tiling.count, max(rows, columns), rows
 
 
 def _even(height: int, width: int, overlap: int, most: int) -> set[tuple[int, int]]:
     """Tiles of a picture cut into 1, 2, 3 .. along each axis."""
 
     def lengths(size: int) -> set[int]:
-        counts = range(1, max(2, -(-size // max(overlap, 1))))
+        counts = range(1, max(1, size // max(overlap, 1)) + 1)  # more would be all overlap
         return {-(-(size + (count - 1) * overlap) // count) for count in counts}
 
     across = lengths(width)

@@ -152,6 +152,37 @@ def test_auto_says_when_there_is_no_such_tile(manifest: Manifest) -> None:
         automatic(manifest, 1, 1, 0, "memory is short", 0)
 
 
+@pytest.mark.parametrize(("height", "width"), [(1, 2), (1, 7), (2, 2), (9, 11), (13, 13), (5, 30)])
+@pytest.mark.parametrize("overlap", [0, 1, 2, 4])
+def test_auto_finds_the_cheapest_tile_of_all(
+    manifest: Manifest, height: int, width: int, overlap: int
+) -> None:
+    def cost(rows: int, columns: int) -> int:
+        down, across = cut(height, rows, overlap), cut(width, columns, overlap)
+        return rows * len(down.starts) * columns * len(across.starts)
+
+    def good(tile: int, size: int) -> bool:
+        return tile == size or tile > 2 * overlap
+
+    for most in (1, 2, 3, 12, 40):
+        costs = [
+            cost(rows, columns)
+            for rows in range(1, height + 1)
+            for columns in range(1, width + 1)
+            if rows * columns <= most and good(rows, height) and good(columns, width)
+        ]
+        if not costs:
+            with pytest.raises(PidRuntimeError, match="but there are none"):
+                automatic(manifest, height, width, overlap, "memory is short", 4 * most)
+            continue
+        rows, columns = automatic(manifest, height, width, overlap, "", 4 * most).latent
+        assert rows * columns <= most and cost(rows, columns) == min(costs)
+
+
+def test_of_tiles_that_cost_the_same_auto_takes_the_squarest(manifest: Manifest) -> None:
+    assert automatic(manifest, 4, 4, 0, "memory is short", 16).latent == (2, 2)
+
+
 def test_the_default_overlap_is_of_eight_latent_pixels(manifest: Manifest) -> None:
     large = replace(manifest, buckets={"2k": replace(manifest.buckets["small"], max_tokens=18_816)})
     tiling = tiling_of(large, 60, 60, (20 * SIDE, 20 * SIDE))

@@ -32,9 +32,9 @@ std::set<Lengths> even(std::uint64_t height, std::uint64_t width, std::uint64_t 
                        std::uint64_t most) {
     const auto lengths = [&](std::uint64_t size) {
         std::set<std::uint64_t> found;
-        const std::uint64_t end =
-            std::max<std::uint64_t>(2, divided_up(size, std::max<std::uint64_t>(overlap, 1)));
-        for (std::uint64_t count = 1; count < end; ++count)
+        const std::uint64_t most_tiles = // more would be all overlap
+            std::max<std::uint64_t>(1, size / std::max<std::uint64_t>(overlap, 1));
+        for (std::uint64_t count = 1; count <= most_tiles; ++count)
             found.insert(divided_up(size + (count - 1) * overlap, count));
         return found;
     };
@@ -204,9 +204,9 @@ std::optional<Tiling> automatic(const Manifest& manifest, std::uint64_t height, 
                                 std::uint64_t most_tokens) {
     const std::uint64_t most = most_tokens / manifest.network.least_tokens();
     const auto cost = [](const Tiling& tiling) {
-        const std::uint64_t area = tiling.rows.tile * tiling.columns.tile;
-        return std::make_tuple(tiling.count() * area, tiling.count(), tiling.rows.tile,
-                               tiling.columns.tile);
+        const std::uint64_t rows = tiling.rows.tile, columns = tiling.columns.tile;
+        return std::make_tuple(tiling.count() * rows * columns, tiling.count(),
+                               std::max(rows, columns), rows);
     };
     for (const std::set<Lengths>& candidates :
          {trained(manifest, height, width), even(height, width, overlap, most)}) {

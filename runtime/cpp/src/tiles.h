@@ -62,7 +62,8 @@ bool is_automatic(const pid_decode_params& params);
 std::optional<Tiling> tiling_of(const Manifest& manifest, std::uint64_t height, std::uint64_t width,
                                 const pid_decode_params& params);
 
-// The tiles that cost least: fewest tokens in all, then the largest tiles; none if there are none.
+// The tiles that cost least: fewest tokens in all, then the largest tiles, then the squarest; none
+// if there are none.
 //
 // Of sizes that the checkpoint was trained at, if it says, else of the picture cut evenly.
 // most_tokens: of a tile, where buckets would hold more.
