@@ -1047,6 +1047,53 @@ def test_guidance_is_that_of_python(open_both: Callable[[Path], Both], data: Pat
     shifted.check(tensors, seeds=(4, 4), steps=3, guidance=2.0, **TILES, tolerance=50 * TOLERANCE)
 
 
+def test_plans_are_those_of_python(open_both: Callable[[Path], Both], data: Path) -> None:
+    def check(both: Both, height: int, width: int, **options: Any) -> None:
+        asked = {**options, "plan": [height, width]}
+        if options.get("tile") == "auto":
+            asked["tile"] = (-1, -1)
+        want = asdict(both.python.plan(height, width, **options))
+        assert both.process.ask(asked) == {**want, "tile": list(want["tile"])}
+
+    def check_refusal(both: Both, height: int, width: int, **options: Any) -> None:
+        asked = {**options, "plan": [height, width]}
+        if options.get("tile") == "auto":
+            asked["tile"] = (-1, -1)
+        with pytest.raises(PidRuntimeError) as python:
+            both.python.plan(height, width, **options)
+        with pytest.raises(ChildError) as cpp:
+            both.process.ask(asked)
+        assert str(python.value) in str(cpp.value)
+
+    both = open_both(data / "v1")
+    for batch in (1, 3):
+        check(both, 160, 192, batch=batch)
+        check(both, 160, 192, batch=batch, steps=2, **TILES)
+        check(both, 160, 192, batch=batch, rule="dpm++2m")
+    check(both, 640, 672, tile="auto", overlap=64)
+    for height, width, options in (
+        (640, 640, {}),
+        (100, 96, {}),
+        (0, 64, {}),
+        (64, -64, {}),
+        (160, 192, {"steps": 3}),
+        (160, 192, {"tile": (64, 64)}),
+        (160, 192, {"batch": 0}),
+        (160, 192, {"guidance": 0.5}),
+        (32 * 600, 32, {"tile": "auto"}),
+    ):
+        check_refusal(both, height, width, **options)
+    for name in ("v1.5", "flux2"):
+        check(open_both(data / name), 128, 128)
+    both = open_both(data / "undistilled")
+    check(both, 160, 192)
+    check(both, 160, 192, guidance=1.0, steps=3)
+    check(both, 160, 192, guidance=2.0, steps=3, batch=2, **TILES)
+    both = open_both(data / "any_times")
+    check(both, 160, 192, times=[0.97, 0.3, 0.0], batch=2)
+    check_refusal(both, 160, 192)
+
+
 @pytest.mark.parametrize("file", GUIDED, ids=lambda file: file.stem)
 def test_guided_golden_files_agree(process: Process, tmp_path: Path, file: Path) -> None:
     golden = read_guided(file)
@@ -1220,6 +1267,26 @@ def test_command_decodes_in_tiles_as_python_does(
     assert err.startswith("Decoding in ") and err.count("\n") == 1
     large = ("--latent", "large.safetensors", "-o", "quiet.png", *words)
     assert work.run(*large, "--quiet")[::2] == (0, "")
+
+
+def test_command_plans_as_python_does(work: Work, capsys: pytest.CaptureFixture[str]) -> None:
+    pair = np.stack([work.latent, -work.latent])
+    work.file("latents/a", latent=pair, caption=work.caption)
+    work.file("latents/b", latent=normal(1, 16, 20, 20, seed=4))
+    before = work.tree()
+    words = ["--latents", str(work.folder / "latents"), "--plan", "--tile", "auto"]
+    words += ["--overlap", "64"]
+    for more in ([], ["--json"]):
+        code, out, err = work.run(*words, *more)
+        assert (code, err) == (0, "")
+        assert decode_cli.main([str(work.bundle), "--threads", "1", *words, *more]) == 0
+        want = capsys.readouterr().out
+        if more:
+            assert json.loads(out) == json.loads(want)
+            assert list(json.loads(out)["plans"][0]) == list(json.loads(want)["plans"][0])
+        else:
+            assert out == want and out.count("\n") == 3
+    assert work.tree() == before
 
 
 def test_command_decodes_with_guidance_as_python_does(
@@ -1757,7 +1824,6 @@ def test_a_library_has_the_flavor_that_engine_sets_have(
 
 
 FLAGS_OF_ONE = {
-    "--plan": "what a decode takes is told by Python, which counts its work",
     "--provider-library": "Python finds plug-in providers by their packages",
 }
 """Flags that one of the two commands does not have, and why."""

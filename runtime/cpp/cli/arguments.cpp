@@ -195,6 +195,8 @@ public:
             refuse("expected no --sheet, whose labels need a font that this command does not have; "
                    "use pid-decode");
         });
+        app_.add_flag("--plan", to_.plan, "say what decoding would take, and stop")
+            ->disable_flag_override();
         app_.add_flag("--overwrite", to_.overwrite, "replace images that exist")
             ->disable_flag_override();
         app_.add_flag("--skip-existing", to_.skip_existing,
@@ -288,7 +290,7 @@ private:
         exclude("--steps", "--times");
         exclude("--overwrite", "--skip-existing");
         std::string missing = bundle_->count() > 0 ? "" : "bundle";
-        if (output_->count() == 0)
+        if (output_->count() == 0 && !to_.plan)
             missing += missing.empty() ? "-o/--output" : ", -o/--output";
         if (!missing.empty())
             refuse("the following arguments are required: ", missing, try_help);

@@ -52,6 +52,8 @@ struct Arguments {
     std::int64_t tile_width = 0;
     std::int64_t tile_height = 0;
     std::int64_t overlap = -1;
+    // Say what decoding would take, and stop; there may be no output then.
+    bool plan = false;
     bool overwrite = false;
     bool skip_existing = false;
     bool metadata = true;

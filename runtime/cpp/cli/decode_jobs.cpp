@@ -150,14 +150,16 @@ std::vector<Job> plan_jobs(const core::Manifest& manifest, const std::vector<Sou
         const Inputs inputs = read_source(manifest, source, arguments);
         const std::size_t batch = inputs.latent.images();
         try {
-            const core::Request request = core::check_request(
+            core::Request request = core::check_request(
                 manifest, decode_params(arguments, inputs, 0, batch, arguments.seed), false);
+            request.sizes.set("B", 1);
+            const core::Plan plan = core::plan_of(manifest, request);
             for (std::size_t index = 0; index < batch; ++index)
                 jobs.push_back({source, index, target_of(source, arguments, batch, index),
                                 static_cast<std::int64_t>(request.sizes.value("W")),
                                 static_cast<std::int64_t>(request.sizes.value("H")),
-                                request.seeds[index], request.sigmas[index],
-                                inputs.caption.given()});
+                                request.seeds[index], request.sigmas[index], inputs.caption.given(),
+                                plan});
         } catch (const core::Failure& failure) {
             throw about(source, failure);
         }

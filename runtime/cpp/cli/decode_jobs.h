@@ -10,6 +10,7 @@
 #include "bundle/manifest.h"
 #include "errors.h"
 #include "latent_files.h"
+#include "plan.h"
 
 namespace pid::cli {
 
@@ -42,6 +43,7 @@ struct Job {
     std::uint64_t seed;
     float sigma;
     bool has_caption;
+    core::Plan plan; // of the decode of this one image
 };
 
 // Pair latents with captions; the latents of a folder in the order of their names.

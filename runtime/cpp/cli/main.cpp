@@ -237,11 +237,45 @@ void report(const Arguments& arguments, const nlohmann::ordered_json& making,
     print_line(arguments.json ? text_of_json(result) : lines);
 }
 
+// What every image would take.
+void show_plans(const Arguments& arguments, const std::vector<Job>& jobs) {
+    nlohmann::ordered_json plans = nlohmann::ordered_json::array();
+    std::string lines;
+    for (const Job& job : jobs) {
+        const core::Plan& plan = job.plan;
+        nlohmann::ordered_json reason;
+        if (plan.reason)
+            reason = *plan.reason;
+        plans.push_back({{"latent", job.source.latent.string()},
+                         {"width", plan.width},
+                         {"height", plan.height},
+                         {"bucket", plan.bucket},
+                         {"steps", plan.steps},
+                         {"tiles", plan.tiles},
+                         {"tile", {plan.tile_width, plan.tile_height}},
+                         {"branches", plan.branches},
+                         {"calls", plan.calls},
+                         {"tflop", plan.tflop},
+                         {"device_bytes", plan.device_bytes},
+                         {"host_bytes", plan.host_bytes},
+                         {"reason", reason},
+                         {"text", plan.text}});
+        lines +=
+            core::text_of(lines.empty() ? "" : "\n", job.source.latent.string(), ": ", plan.text);
+    }
+    const nlohmann::ordered_json result{{"bundle", arguments.bundle.string()}, {"plans", plans}};
+    print_line(arguments.json ? text_of_json(result) : lines);
+}
+
 void decode(const Arguments& arguments) {
     check_kinds(arguments);
     const core::Manifest manifest = core::read_manifest(arguments.bundle, false, 1);
     const core::Schedule schedule = check_sampling(arguments, manifest);
     std::vector<Job> jobs = plan_jobs(manifest, find_sources(arguments), arguments);
+    if (arguments.plan) {
+        show_plans(arguments, jobs);
+        return;
+    }
     const std::size_t planned = jobs.size();
     if (arguments.skip_existing)
         jobs = without_existing(std::move(jobs));

@@ -37,6 +37,7 @@ struct pid_decoder {
     Decoder decoder;
     std::atomic<bool> busy{false};
     std::atomic<std::thread::id> user{}; // the thread of the call that runs
+    Plan plan{};                         // the last one, whose strings the caller has borrowed
 };
 
 namespace {
@@ -420,6 +421,39 @@ pid_status pid_decoder_output_shape(const pid_decoder* decoder, const pid_decode
         const Shape images =
             Decoder::image_shape(check_sizes(decoder->decoder.manifest(), own), own.output);
         std::copy(images.begin(), images.end(), shape);
+    });
+}
+
+pid_status pid_decoder_plan(pid_decoder* decoder, int64_t height, int64_t width, int64_t batch,
+                            const pid_decode_params* params, pid_plan* plan) {
+    return guarded([&] {
+        require_given(decoder, "decoder");
+        require_given(plan, "plan");
+        if (plan->struct_bytes < sizeof(std::size_t))
+            refuse("expected plan->struct_bytes to be the size of pid_plan, but got ",
+                   plan->struct_bytes);
+        const pid_decode_params own =
+            own_copy(params, pid_decode_default_params(), "pid_decode_params");
+        const Use use(*decoder);
+        Plan& made = decoder->plan;
+        made = decoder->decoder.plan(height, width, batch, own);
+        pid_plan result{};
+        result.struct_bytes = plan->struct_bytes;
+        result.width = static_cast<std::int64_t>(made.width);
+        result.height = static_cast<std::int64_t>(made.height);
+        result.bucket = made.bucket.c_str();
+        result.steps = static_cast<std::int32_t>(made.steps);
+        result.branches = static_cast<std::int32_t>(made.branches);
+        result.tiles = static_cast<std::int64_t>(made.tiles);
+        result.tile_width = static_cast<std::int64_t>(made.tile_width);
+        result.tile_height = static_cast<std::int64_t>(made.tile_height);
+        result.calls = made.calls;
+        result.tflop = made.tflop;
+        result.device_bytes = static_cast<std::int64_t>(made.device_bytes);
+        result.host_bytes = static_cast<std::int64_t>(made.host_bytes);
+        result.reason = made.reason ? made.reason->c_str() : nullptr;
+        result.text = made.text.c_str();
+        std::memcpy(plan, &result, std::min(plan->struct_bytes, sizeof result));
     });
 }
 

@@ -227,6 +227,13 @@ void Decoder::give_images(Program& program, pid_dtype output, const Target& targ
     memory_.synchronize();
 }
 
+Plan Decoder::plan(std::int64_t height, std::int64_t width, std::int64_t batch,
+                   const pid_decode_params& params) const {
+    const Request request = outline_request(manifest(), height, width, batch, params);
+    const std::uint64_t tokens = request.program_sizes().value("L");
+    return plan_of(manifest(), request, &graphs_->bucket_for(tokens));
+}
+
 pid_timings Decoder::timings() const {
     if (!timings_)
         refuse("expected a decode that was timed, but the last one was not, or did not end; set "

@@ -17,6 +17,7 @@
 #include "errors.h"
 #include "interpreter.h"
 #include "log.h"
+#include "plan.h"
 #include "request.h"
 
 namespace pid::core {
@@ -75,6 +76,10 @@ public:
     // timed: measure it, for timings(); on a GPU this waits for it between sections.
     void decode(Request request, pid_dtype output, const Target& target, const Progress& progress,
                 bool timed = false);
+
+    // What a decode to `height` x `width` pixels would take; see outline_request().
+    Plan plan(std::int64_t height, std::int64_t width, std::int64_t batch,
+              const pid_decode_params& params) const;
 
     // The shape of the state after the last step that ran, float32 [B, L, P * P, 3], and its values
     // on the host. Refuse before the first decode; of one that is not plain it is there until it

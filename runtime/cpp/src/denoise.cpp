@@ -306,4 +306,14 @@ const float* Canvas::on_host(const Input& input, std::vector<float>& kept) const
     return kept.data();
 }
 
+std::uint64_t kept_bytes(const Request& request) {
+    const Sizes& sizes = request.sizes;
+    const std::uint64_t values =
+        3 * product(product(sizes.value("B"), sizes.value("H")), sizes.value("W"));
+    const double states = request.schedule.rule == PID_DPMPP_2M ? 2 : 1;
+    const double strip = static_cast<double>(request.program_sizes().value("H")) /
+                         static_cast<double>(sizes.value("H"));
+    return static_cast<std::uint64_t>(static_cast<double>(values) * (4 * (states + strip) + 1));
+}
+
 } // namespace pid::core

@@ -85,4 +85,7 @@ private:
     std::vector<float> noise_;
 };
 
+// Bytes on the host of a decode that is not plain: states, a row of tiles, and the image.
+std::uint64_t kept_bytes(const Request& request);
+
 } // namespace pid::core

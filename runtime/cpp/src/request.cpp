@@ -258,6 +258,12 @@ std::pair<Sizes, std::optional<Tiling>> check_size(const Manifest& manifest,
     return {std::move(sizes), std::move(tiling)};
 }
 
+void check_calls(const Request& request) {
+    if (request.calls() > std::numeric_limits<std::int32_t>::max())
+        refuse("expected at most ", std::numeric_limits<std::int32_t>::max(),
+               " calls of the network, but got ", request.calls(), "; give larger tiles");
+}
+
 } // namespace
 
 Sizes Request::program_sizes() const {
@@ -334,9 +340,38 @@ Request check_request(const Manifest& manifest, const pid_decode_params& params,
                     std::move(tiling),
                     overlap_of(manifest, params),
                     is_automatic(params)};
-    if (request.calls() > std::numeric_limits<std::int32_t>::max())
-        refuse("expected at most ", std::numeric_limits<std::int32_t>::max(),
-               " calls of the network, but got ", request.calls(), "; give larger tiles");
+    check_calls(request);
+    return request;
+}
+
+Request outline_request(const Manifest& manifest, std::int64_t height, std::int64_t width,
+                        std::int64_t batch, const pid_decode_params& params) {
+    const Network& network = manifest.network;
+    const auto side = static_cast<std::int64_t>(network.pixels_per_latent());
+    if (std::min(height, width) < 1 || height % side != 0 || width % side != 0)
+        refuse("expected sides in multiples of ", side, " pixels, but got ", width, "x", height,
+               "; ", side, " pixels are one of the latent");
+    const auto given = params.guidance == 0 ? std::nullopt : std::optional<double>(params.guidance);
+    const double wanted = given.value_or(manifest.sampler.guidance);
+    const double guidance = check_guidance(manifest, given, wanted != 1);
+    const float zero = 0; // not looked at
+    const std::array<std::int64_t, 4> shape{
+        batch, static_cast<std::int64_t>(network.latent_channels), height / side, width / side};
+    pid_decode_params own = params;
+    own.latent = pid_host_tensor(&zero, PID_FLOAT32, 4, shape.data());
+    auto [sizes, tiling] = check_size(manifest, own);
+    const ImageSize image{sizes.value("W"), sizes.value("H")};
+    Request request{};
+    request.schedule = check_schedule(manifest.sampler, own, &image);
+    const std::size_t times = manifest.sampler.times.size();
+    request.sizes =
+        Sizes::of_request(network, sizes.value("B"), sizes.value("h"), sizes.value("w"),
+                          network.text_max_length, times > 0 ? times : request.schedule.steps());
+    request.branches.resize(guidance == 1 ? 1 : 2);
+    request.tiling = std::move(tiling);
+    request.overlap = overlap_of(manifest, own);
+    request.is_automatic = is_automatic(own);
+    check_calls(request);
     return request;
 }
 

@@ -72,6 +72,12 @@ double check_guidance(const Manifest& manifest, std::optional<double> guidance, 
 // not looked at.
 Sizes check_sizes(const Manifest& manifest, const pid_decode_params& params);
 
+// The request of a decode to `height` x `width` pixels without its inputs, to plan by. Of params
+// steps, times, rule, guidance, the tile and the overlap are looked at; guidance needs no negative.
+// Refuses as check_request() does.
+Request outline_request(const Manifest& manifest, std::int64_t height, std::int64_t width,
+                        std::int64_t batch, const pid_decode_params& params);
+
 // The tiles of the same decode in tiles of half as many tokens or fewer; none where there are none.
 std::optional<Tiling> smaller_tiles(const Manifest& manifest, const Request& request);
 

@@ -49,6 +49,7 @@ static int use_decoder(pid_decoder* decoder, struct counts* counts) {
     pid_array* image = NULL;
     pid_tensor pixels;
     pid_timings timings = {.struct_bytes = sizeof timings};
+    pid_plan plan = {.struct_bytes = sizeof plan};
     int64_t shape[4];
     uint8_t own[64 * 96 * 3];
 
@@ -62,6 +63,20 @@ static int use_decoder(pid_decoder* decoder, struct counts* counts) {
     CHECK(strcmp(info.precision, "fp32") == 0 && info.max_image_pixels == 1024 * 256);
     CHECK(pid_decoder_model_json(decoder)[0] == '{');
     CHECK(pid_decoder_cuda_stream(decoder) == NULL);
+
+    CHECK(pid_decoder_plan(decoder, 64, 96, 1, NULL, &plan) == PID_OK);
+    CHECK(plan.width == 96 && plan.height == 64 && plan.steps == 4 && plan.calls == 4);
+    CHECK(plan.tiles == 1 && plan.branches == 1 && plan.reason == NULL && plan.host_bytes == 0);
+    CHECK(plan.tflop > 0 && plan.device_bytes > 0 && strstr(plan.text, "96x64: bucket ") != NULL);
+    params.tile_width = params.tile_height = 64;
+    params.overlap = 0;
+    CHECK(pid_decoder_plan(decoder, 64, 96, 1, &params, &plan) == PID_OK);
+    CHECK(plan.tiles == 2 && plan.tile_width == 64 && strcmp(plan.reason, "as asked for") == 0);
+    CHECK(pid_decoder_plan(decoder, 64, 100, 1, &params, &plan) == PID_ERROR_INPUT);
+    CHECK(strstr(pid_last_error(), "expected sides in multiples of 32 pixels") != NULL);
+    CHECK(plan.tiles == 2); /* untouched */
+    params.tile_width = params.tile_height = 0;
+    params.overlap = -1;
 
     params.latent = pid_host_tensor(latent, PID_FLOAT32, 4, latent_shape);
     params.caption = pid_host_tensor(caption, PID_FLOAT32, 3, caption_shape);

@@ -4,6 +4,7 @@
 //     {"open": "bundle", "threads": 2, "verify": false}             -> {"seconds": 0.2}
 //     {"decode": {"latent": {"file": "l.f32", "shape": [1, 16, 2, 3]}, ..}, "seeds": [7],
 //      "output": "uint8", "to": "image.u8"}                         -> {"seconds": .., "shape": ..}
+//     {"plan": [480, 640], "batch": 2, "steps": 2}                  -> {"tiles": .., "text": ..}
 //
 // Files hold the values alone; with "state_to" there is one of the last state, before it is
 // clamped. What fails is answered with {"error": .., "status": ..}.
@@ -54,10 +55,45 @@ json open(std::optional<pid::Decoder>& decoder, const json& line) {
     return {{"seconds", seconds_since(begin)}};
 }
 
+// Of a request what plans look at too.
+pid::DecodeRequest sampling(const json& line) {
+    pid::DecodeRequest request;
+    request.times = line.value("times", std::vector<double>());
+    request.steps = line.value("steps", 0);
+    const std::map<std::string, pid_rule> rules{
+        {"", PID_DEFAULT_RULE}, {"sde", PID_SDE}, {"ode", PID_ODE}, {"dpm++2m", PID_DPMPP_2M}};
+    request.rule = rules.at(line.value("rule", ""));
+    request.guidance = line.value("guidance", 0.0);
+    const auto tile = line.value("tile", std::vector<std::int64_t>{0, 0}); // -1, -1: automatic
+    request.tile_width = tile.at(0);
+    request.tile_height = tile.at(1);
+    request.overlap = line.value("overlap", std::int64_t{-1});
+    return request;
+}
+
+json plan(pid::Decoder& decoder, const json& line) {
+    const auto size = line["plan"].get<std::vector<std::int64_t>>(); // height and width
+    const pid_plan plan =
+        decoder.plan(size.at(0), size.at(1), sampling(line), line.value("batch", std::int64_t{1}));
+    return {{"width", plan.width},
+            {"height", plan.height},
+            {"bucket", plan.bucket},
+            {"steps", plan.steps},
+            {"tiles", plan.tiles},
+            {"tile", {plan.tile_width, plan.tile_height}},
+            {"branches", plan.branches},
+            {"calls", plan.calls},
+            {"tflop", plan.tflop},
+            {"device_bytes", plan.device_bytes},
+            {"host_bytes", plan.host_bytes},
+            {"reason", plan.reason == nullptr ? json() : json(plan.reason)},
+            {"text", plan.text}};
+}
+
 json decode(pid::Decoder& decoder, const json& line) {
     const json& given = line["decode"];
     Tensors tensors;
-    pid::DecodeRequest request;
+    pid::DecodeRequest request = sampling(line);
     request.latent = tensors.read(given.at("latent"));
     if (given.contains("caption"))
         request.caption = tensors.read(given["caption"]);
@@ -69,16 +105,6 @@ json decode(pid::Decoder& decoder, const json& line) {
         request.step_noise.push_back(tensors.read(noise));
     request.sigma = line.value("sigma", std::vector<float>());
     request.seeds = line.value("seeds", std::vector<std::uint64_t>());
-    request.times = line.value("times", std::vector<double>());
-    request.steps = line.value("steps", 0);
-    const std::map<std::string, pid_rule> rules{
-        {"", PID_DEFAULT_RULE}, {"sde", PID_SDE}, {"ode", PID_ODE}, {"dpm++2m", PID_DPMPP_2M}};
-    request.rule = rules.at(line.value("rule", ""));
-    request.guidance = line.value("guidance", 0.0);
-    const auto tile = line.value("tile", std::vector<std::int64_t>{0, 0}); // -1, -1: automatic
-    request.tile_width = tile.at(0);
-    request.tile_height = tile.at(1);
-    request.overlap = line.value("overlap", std::int64_t{-1});
     request.output = line.value("output", "float32") == "uint8" ? PID_UINT8 : PID_FLOAT32;
     if (line.contains("state_to"))
         request.progress = [&](int done, int calls) {
@@ -110,6 +136,8 @@ int main() {
             const json line = json::parse(text);
             if (line.contains("open"))
                 answer = open(decoder, line);
+            else if (line.contains("plan"))
+                answer = plan(decoder.value(), line);
             else
                 answer = decode(decoder.value(), line);
         } catch (const pid::Error& error) {

@@ -68,6 +68,8 @@ TEST(Null, IsRefusedWhereSomethingIsNeeded) {
     refused(pid_bundle_open("bundle", nullptr, nullptr));
     refused(pid_decoder_create(nullptr, nullptr, &decoder));
     refused(pid_decoder_get_timings(nullptr, &timings));
+    pid_plan plan{};
+    refused(pid_decoder_plan(nullptr, 64, 64, 1, &params, &plan));
     EXPECT_EQ(bundle, nullptr);
     EXPECT_EQ(decoder, untouched);
     EXPECT_EQ(array, nullptr);

@@ -372,6 +372,43 @@ PID_API pid_status pid_decoder_decode_into(pid_decoder* decoder, const pid_decod
 PID_API pid_status pid_decoder_output_shape(const pid_decoder* decoder,
                                             const pid_decode_params* params, int64_t* shape);
 
+/* What a decode would take. Strings are borrowed from the decoder, valid until its next
+ * pid_decoder_plan() or pid_decoder_close(). */
+typedef struct pid_plan {
+    size_t struct_bytes;
+    /* Of the image, in pixels. */
+    int64_t width;
+    int64_t height;
+    /* What the picture, or a tile, is decoded in. */
+    const char* bucket;
+    int32_t steps;
+    /* 2 with guidance, else 1. */
+    int32_t branches;
+    int64_t tiles;
+    /* Of a tile in pixels; the image's where there is one. */
+    int64_t tile_width;
+    int64_t tile_height;
+    /* Of the network: steps, times tiles, times branches. */
+    int64_t calls;
+    /* 10^12 floating-point operations, 2 for every multiply-add. */
+    double tflop;
+    /* Weights and arena; what graphs work in comes on top. */
+    int64_t device_bytes;
+    /* State and image where the host has them; 0 where the device has all. */
+    int64_t host_bytes;
+    /* Why there are tiles; NULL where there are none. */
+    const char* reason;
+    /* All of that for people, on one line. */
+    const char* text;
+} pid_plan;
+
+/* Fill `plan`, whose `struct_bytes` must be set, with what a decode of `batch` latents to `height`
+ * x `width` pixels would take; nothing is run. Of `params`, NULL for the defaults, steps, times,
+ * rule, guidance, the tile and the overlap are looked at; guidance needs no `negative` here.
+ * Refused as a decode is, and for sides that are no multiples of `pixels_per_latent`. */
+PID_API pid_status pid_decoder_plan(pid_decoder* decoder, int64_t height, int64_t width,
+                                    int64_t batch, const pid_decode_params* params, pid_plan* plan);
+
 /* The sampler's state after the last step that ran, float32 [B, L, P * P, 3] on the host, in the
  * order of patches, pixels and channels; for previews and tests. May be called by a progress
  * callback; of a decode in tiles or with guidance, or by PID_DPMPP_2M, only there: it is kept no

@@ -259,6 +259,18 @@ public:
         return shape;
     }
 
+    // What a decode of `batch` latents to `height` x `width` pixels would take, see
+    // pid_decoder_plan(); strings are borrowed from this decoder.
+    pid_plan plan(std::int64_t height, std::int64_t width, const DecodeRequest& request = {},
+                  std::int64_t batch = 1) {
+        pid_decode_params params = pid_decode_default_params();
+        set_sampling(params, request);
+        pid_plan plan{};
+        plan.struct_bytes = sizeof plan;
+        check(pid_decoder_plan(decoder_.get(), height, width, batch, &params, &plan));
+        return plan;
+    }
+
     // The sampler's state after the last step, see pid_decoder_read_state().
     Array state() const {
         pid_array* state = nullptr;
@@ -300,6 +312,15 @@ private:
         std::exception_ptr thrown;
     };
 
+    static void set_sampling(pid_decode_params& params, const DecodeRequest& request) {
+        params.steps = request.steps;
+        params.rule = request.rule;
+        params.times = request.times.data();
+        params.time_count = request.times.size();
+        params.guidance = request.guidance;
+        set_tiles(params, request);
+    }
+
     static void set_tiles(pid_decode_params& params, const DecodeRequest& request) {
         params.tile_width = request.tile_width;
         params.tile_height = request.tile_height;
@@ -328,16 +349,11 @@ private:
         params.noise = request.noise;
         params.step_noise = request.step_noise.data();
         params.step_noise_count = request.step_noise.size();
-        params.steps = request.steps;
-        params.rule = request.rule;
-        params.times = request.times.data();
-        params.time_count = request.times.size();
         params.output = request.output;
         params.output_memory = request.output_memory;
         params.timed = request.timed ? 1 : 0;
         params.negative = request.negative;
-        params.guidance = request.guidance;
-        set_tiles(params, request);
+        set_sampling(params, request);
         Progress progress{&request.progress, nullptr};
         if (request.progress) {
             params.progress = step;

@@ -55,8 +55,11 @@ Graph read_graph(const Json& value, const std::string& where) {
     if (const auto contrib = value.find("contrib_file");
         contrib != value.end() && !contrib->is_null())
         graph.contrib_file = text(*contrib, where + ", contrib_file");
-    text(member(value, "stage", where), where + ", stage");
-    object(member(value, "options", where), where + ", options");
+    graph.stage = text(member(value, "stage", where), where + ", stage");
+    for (const auto& [name, option] :
+         object(member(value, "options", where), where + ", options").items())
+        if (option.is_boolean() && option.get<bool>())
+            graph.options.insert(name);
     graph.inputs = read_ports(member(value, "inputs", where), where + ", inputs");
     graph.outputs = read_ports(member(value, "outputs", where), where + ", outputs");
     graph.weights_bytes = integer(member(value, "weights_bytes", where), where + ", weights_bytes");
@@ -357,6 +360,11 @@ Manifest Manifest::parse(std::string_view text_of_file) {
         read_dimension(network, "patch_size"), read_dimension(network, "text_max_length"),
         read_dimension(network, "text_dim"), read_dimension(network, "latent_channels"),
         integer(member(raw, "tokens_per_latent", where), where + ", tokens_per_latent")};
+    for (const auto& [name, value] : network.items())
+        if (value.is_number_unsigned())
+            manifest.dimensions[name] = value.get<std::uint64_t>();
+    if (const auto gate = network.find("latent_gate"); gate != network.end() && gate->is_string())
+        manifest.latent_gate = gate->get<std::string>();
     read_latents(manifest.model, raw["model"], manifest.network.latent_channels);
     const Json down = network.value("latent_down", Json());
     manifest.model.latent_down = down.is_number_unsigned() ? down.get<std::uint64_t>() : 0;

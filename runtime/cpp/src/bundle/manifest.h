@@ -34,6 +34,9 @@ struct Graph {
     std::string file;
     // The same graph with ONNX Runtime's own operators; "" if there is none.
     std::string contrib_file;
+    // Which part of the network it is, and what is true of it, for who counts its work.
+    std::string stage;
+    std::set<std::string> options;
     std::map<std::string, Port> inputs;
     std::map<std::string, Port> outputs;
     std::uint64_t weights_bytes;
@@ -235,6 +238,10 @@ struct Manifest {
     Model model;
     std::string precision;
     Network network;
+    // All whole numbers that it says of the network, and how latents are let in: what the network
+    // computes follows from them.
+    std::map<std::string, std::uint64_t> dimensions;
+    std::string latent_gate;
     Sampler sampler;
     std::map<std::string, File> files;
     std::map<std::string, Graph> graphs;
