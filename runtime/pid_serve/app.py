@@ -249,6 +249,9 @@ def make_app(
     ) -> Response:
         """A picture enlarged, by a bundle whose latents this server can make."""
         body = await settings.image.read()
+        if settings.negative_prompt is None and "negative_prompt" in await request.form():
+            # The framework leaves empty fields out, but the usual negative is an empty text.
+            settings = settings.model_copy(update={"negative_prompt": ""})
 
         async def make(report: Report) -> Files:
             return await service.upscale(body, settings, report)

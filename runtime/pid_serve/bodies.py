@@ -16,11 +16,12 @@ from pydantic import BaseModel, ConfigDict, Field
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
+from pid_runtime.bundle.manifest import LARGEST_GUIDANCE
 from pid_runtime.errors import PidRuntimeError
 from pid_runtime.nano.photos import padded, read_photo
 from pid_runtime.tiles import LARGEST_SIDE, TileOption
 
-_NAMES = ("latent", "caption", "sigma")
+_NAMES = ("latent", "caption", "negative", "sigma")
 _PHOTOS = ("PNG", "JPEG", "WEBP", "TIFF", "BMP")
 
 MEDIA_TYPES = {
@@ -63,6 +64,17 @@ class Settings(BaseModel):
         None, ge=0, le=1, description="noise level of the latent, or to add to a picture's"
     )
     prompt: Prompt | None = Field(None, description="what is to be seen, in place of a caption")
+    negative_prompt: str | None = Field(
+        None,
+        max_length=4000,
+        description="undistilled: what is not to be seen, in place of a negative caption",
+    )
+    guidance: float | None = Field(
+        None,
+        ge=1,
+        le=LARGEST_GUIDANCE,
+        description="undistilled: how far from the negative, 1 for not at all; the bundle's",
+    )
     output: Literal["png", "jpeg", "webp", "safetensors"] = "png"
     preview: bool = Field(False, description="of the state after each step, in events")
     native: bool = Field(False, description="also what the latent's own decoder makes, in events")
@@ -117,6 +129,7 @@ class DecodeBody(Settings):
 
     latent: Tensor = Field(description="[C, h, w], normalised")
     caption: Tensor | None = Field(None, description="[T, D]")
+    negative: Tensor | None = Field(None, description="undistilled: [T, D], as of the caption")
 
 
 class CaptionBody(BaseModel):
@@ -131,14 +144,15 @@ class CaptionBody(BaseModel):
 def as_tensors(body: DecodeBody) -> dict[str, NDArray[Any]]:
     """As `read_tensors`, of JSON."""
     tensors = {"latent": body.latent.array("latent")}
-    if body.caption is not None:
-        tensors["caption"] = body.caption.array("caption")
+    for name, tensor in (("caption", body.caption), ("negative", body.negative)):
+        if tensor is not None:
+            tensors[name] = tensor.array(name)
     return _batched(tensors)
 
 
 def read_tensors(body: bytes) -> dict[str, NDArray[Any]]:
-    """Tensors of a safetensors body: "latent" `[C, h, w]` or `[1, C, h, w]`, perhaps "caption"
-    `[T, D]` or `[1, T, D]` and "sigma", a number.
+    """Tensors of a safetensors body: "latent" `[C, h, w]` or `[1, C, h, w]`, perhaps "caption" and
+    "negative" `[T, D]` or `[1, T, D]`, and "sigma", a number.
 
     Raises `PidRuntimeError` for anything else.
     """
@@ -152,7 +166,8 @@ def read_tensors(body: bytes) -> dict[str, NDArray[Any]]:
     if "latent" not in tensors or not tensors.keys() <= set(_NAMES):
         names = ", ".join(sorted(tensors))[:100] or "no tensors"
         raise PidRuntimeError(
-            f"expected a tensor latent, and at most caption and sigma, but got {names}; rename them"
+            f"expected a tensor latent, and at most caption, negative and sigma, but got {names}; "
+            "rename them"
         )
     return _batched(tensors)
 
@@ -165,8 +180,9 @@ def _batched(tensors: dict[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
         raise PidRuntimeError(
             f"expected one latent [C, h, w], but got {list(latent.shape)}; send one each time"
         )
-    if "caption" in tensors and tensors["caption"].ndim == 2:
-        tensors["caption"] = tensors["caption"][None]
+    for name in ("caption", "negative"):
+        if name in tensors and tensors[name].ndim == 2:
+            tensors[name] = tensors[name][None]
     return tensors
 
 

@@ -13,7 +13,7 @@ from safetensors.numpy import save
 
 from pid_runtime.bundle.manifest import Manifest
 from pid_runtime.errors import NotFiniteError, OutOfMemoryError, PidRuntimeError
-from pid_runtime.request import check_request, check_size
+from pid_runtime.request import check_guidance, check_request, check_size
 from pid_runtime.tiles import pixels_per_latent_pixel
 from pid_serve.bodies import (
     CaptionBody,
@@ -97,9 +97,11 @@ class Service:
         """The image of a latent `[1, C, h, w]`."""
         model = self._chosen(settings.model)
         manifest = _about(model).manifest
+        _check_guidance(manifest, settings, has_negative="negative" in tensors)
         caption = await self._caption(model, tensors.get("caption"), settings.prompt)
+        negative = await self._negative(model, tensors.get("negative"), settings)
         given = tensors.get("sigma", 0.0) if settings.sigma is None else settings.sigma
-        task = _task(settings, _number(given), caption, latent=tensors["latent"])
+        task = _task(settings, _number(given), caption, negative, latent=tensors["latent"])
         check_request(
             manifest,
             task.latent,
@@ -107,11 +109,17 @@ class Service:
             sigma=task.sigma,
             seed=task.seed,
             steps=task.steps,
+            negative=task.negative,
+            guidance=task.guidance,
             tile=task.tile,
             overlap=task.overlap,
         )
         self._check_result(manifest, *tensors["latent"].shape[2:])
-        for name, array, most in (("latent", task.latent, 1e4), ("caption", task.caption, 1e6)):
+        for name, array, most in (
+            ("latent", task.latent, 1e4),
+            ("caption", task.caption, 1e6),
+            ("negative", task.negative, 1e6),
+        ):
             _check_size(name, array, most)
         made = await model.run(task, report)
         return await self._files(made.image, made.native, settings.output)
@@ -122,6 +130,7 @@ class Service:
         about = _about(model)
         if about.multiple is None:
             raise unfit("model", "expected a model that enlarges pictures; it decodes latents")
+        _check_guidance(about.manifest, settings)
 
         def check(height: int, width: int) -> None:
             check_size(about.manifest, height, width, settings.tiles, settings.overlap)
@@ -133,7 +142,8 @@ class Service:
 
         photo, (height, width) = await asyncio.to_thread(read)
         caption = await self._caption(model, None, settings.prompt)
-        task = _task(settings, settings.sigma or 0.0, caption, photo=photo)
+        negative = await self._negative(model, None, settings)
+        task = _task(settings, settings.sigma or 0.0, caption, negative, photo=photo)
         made = await model.run(task, report)
         scale = made.image.shape[0] // photo.shape[2]
         image = made.image[: scale * height, : scale * width]
@@ -156,6 +166,7 @@ class Service:
             "latent_channels": manifest.network["latent_channels"],
             "most_pixels": manifest.most_tokens * manifest.network["patch_size"] ** 2,
             "steps": sorted(map(int, manifest.sampler.schedules)),
+            "guidance": manifest.sampler.guidance,
             "upscales": about.multiple is not None,
             "prompts": self._captions is not None and manifest.model.get("captioned") is not False,
             "backend": about.backend,
@@ -185,6 +196,15 @@ class Service:
         if caption is not None:
             raise unfit("prompt", "expected a caption or a prompt, but got both; drop one")
         return await self._encoded(model, (prompt,), "prompt")
+
+    async def _negative(self, model: Model, negative: Any, settings: Settings) -> Any:
+        """A negative caption `[1, T, D]`, as `_caption` finds a caption."""
+        field = "negative_prompt"
+        if settings.negative_prompt is None:
+            return negative
+        if negative is not None:
+            raise unfit(field, "expected a negative or a prompt of it, but got both; drop one")
+        return await self._encoded(model, (settings.negative_prompt,), field)
 
     async def _encoded(self, model: Model, texts: tuple[str, ...], field: str) -> Floats:
         manifest = _about(model).manifest
@@ -218,7 +238,13 @@ def _about(model: Model) -> About:
 
 
 def _task(
-    settings: Settings, sigma: float, caption: Any, *, latent: Any = None, photo: Any = None
+    settings: Settings,
+    sigma: float,
+    caption: Any,
+    negative: Any,
+    *,
+    latent: Any = None,
+    photo: Any = None,
 ) -> DecodeTask:
     """What a request's settings make of a latent, or of a photo."""
     return DecodeTask(
@@ -230,6 +256,8 @@ def _task(
         steps=settings.steps,
         tile=settings.tiles,
         overlap=settings.overlap,
+        negative=negative,
+        guidance=settings.guidance,
         preview=settings.preview,
         native=settings.native,
     )
@@ -241,6 +269,19 @@ def _number(sigma: Any) -> float:
     if array.size != 1 or array.dtype.kind not in "fiu":
         raise PidRuntimeError(f"expected one number as sigma, but got shape {list(array.shape)}")
     return float(array.reshape(()))
+
+
+def _check_guidance(manifest: Manifest, settings: Settings, *, has_negative: bool = False) -> None:
+    """Refuse guidance that a bundle does not take, or that lacks a negative caption.
+
+    has_negative: whether an embedding of one came.
+    """
+    has_prompt = settings.negative_prompt is not None
+    field = "negative" if has_negative else "negative_prompt" if has_prompt else "guidance"
+    try:
+        check_guidance(manifest, settings.guidance, has_negative=has_negative or has_prompt)
+    except PidRuntimeError as error:
+        raise unfit(field, str(error)) from None
 
 
 def _check_size(name: str, array: Any, most: float) -> None:

@@ -46,6 +46,10 @@ class DecodeTask:
     """As of `Decoder.decode`."""
     overlap: int | None = None
     """As of `Decoder.decode`."""
+    negative: NDArray[Any] | None = None
+    """As the caption, of undistilled bundles."""
+    guidance: float | None = None
+    """As of `Decoder.decode`."""
     preview: bool = False
     """Whether steps are to be seen."""
     native: bool = False
@@ -53,9 +57,10 @@ class DecodeTask:
 
     def kind(self) -> Hashable:
         """What tasks of a batch have in common."""
-        arrays = (self.latent, self.photo, self.caption)
+        arrays = (self.latent, self.photo, self.caption, self.negative)
         return (
             self.steps,
+            self.guidance,
             self.tile,
             self.overlap,
             *(None if each is None else each.shape for each in arrays),
@@ -154,6 +159,7 @@ class DecodeSession:
     ) -> list[Made]:
         """Images of tasks of one kind; reports a `Step` for each."""
         captions = [task.caption for task in tasks if task.caption is not None]
+        negatives = [task.negative for task in tasks if task.negative is not None]
         latents = [self._latent(task) for task in tasks]
         request = check_request(
             self.about.manifest,
@@ -162,6 +168,8 @@ class DecodeSession:
             sigma=[task.sigma for task in tasks],
             seed=[task.seed for task in tasks],
             steps=tasks[0].steps,
+            negative=np.concatenate(negatives) if negatives else None,
+            guidance=tasks[0].guidance,
             tile=tasks[0].tile,
             overlap=tasks[0].overlap,
         )

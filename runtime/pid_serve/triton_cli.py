@@ -104,6 +104,8 @@ def config_of(manifest: Manifest, name: str, options: Namespace) -> str:
         ("sigma", "FP32", [1], True),
         ("seed", "UINT64", [1], True),
         ("steps", "INT32", [1], True),
+        ("negative", "FP32", [-1, network["text_dim"]], True),
+        ("guidance", "FP32", [1], True),
     ]
     lines = [
         f'name: "{name}"',

@@ -61,9 +61,12 @@ class TritonPythonModel:
         inputs = [self._inputs(request) for request in requests]
         for index, each in enumerate(inputs):
             shapes = [
-                (name, each[name].shape[1:]) for name in ("latent", "caption") if name in each
+                (name, each[name].shape[1:])
+                for name in ("latent", "caption", "negative")
+                if name in each
             ]
-            groups.setdefault((*shapes, _first(each, "steps")), []).append(index)
+            sampling = [_first(each, name) for name in ("steps", "guidance")]
+            groups.setdefault((*shapes, *sampling), []).append(index)
         for indices in groups.values():
             asking = [requests[index] for index in indices]
             try:
@@ -92,7 +95,10 @@ class TritonPythonModel:
     def _decode(self, inputs: Sequence[dict[str, Array]], requests: Sequence[_Request]) -> Array:
         """Images `[B, H, W, 3]` of requests of one shape."""
         counts = [len(each["latent"]) for each in inputs]
-        captions = [each["caption"] for each in inputs if "caption" in each]
+
+        def joined(name: str) -> Array | None:
+            found = [each[name] for each in inputs if name in each]
+            return np.concatenate(found) if found else None
 
         def one_each(name: str) -> list[Any]:
             return [
@@ -108,10 +114,12 @@ class TritonPythonModel:
         steps = _first(inputs[0], "steps")
         return self._decoder.decode(
             np.concatenate([each["latent"] for each in inputs]),
-            np.concatenate(captions) if captions else None,
+            joined("caption"),
             sigma=one_each("sigma"),
             seed=one_each("seed"),
             steps=None if steps is None else int(steps),
+            negative=joined("negative"),
+            guidance=_first(inputs[0], "guidance"),
             output="uint8",
             progress=progress,
         )

@@ -81,6 +81,11 @@ def test_enlarges_as_a_decoder_does(port: int, nano: Path) -> None:
         ("colour=red", "colour"),
         ("model=absent", "model"),
         ("steps=3", "body"),
+        ("guidance=0.5", "guidance"),
+        ("guidance=101", "guidance"),
+        ("guidance=nan", "guidance"),
+        ("guidance=5", "guidance"),  # without a negative
+        ("negative_prompt=fog", "negative_prompt"),  # without guidance
     ],
 )
 def test_wrong_settings_are_named(port: int, query: str, field: str) -> None:
@@ -102,6 +107,7 @@ def test_wrong_settings_are_named(port: int, query: str, field: str) -> None:
         save({"latent": LATENT.astype(np.int32)}),
         save({"latent": np.stack([LATENT] * 2)}),
         save({"latent": LATENT, "caption": LATENT}),
+        save({"latent": LATENT, "negative": LATENT}),
         save({"latent": LATENT, "sigma": np.array(7.0, np.float32)}),
     ],
 )
@@ -311,6 +317,10 @@ def test_json_is_decoded_as_safetensors_are(port: int) -> None:
         ({"latent": {**tensor(LATENT), "shape": [2**24] * 4}}, "latent"),
         ({"latent": tensor(LATENT), "caption": tensor(LATENT)}, "latent"),
         ({"latent": tensor(LATENT), "prompt": "a boat"}, "prompt"),
+        ({"latent": tensor(LATENT), "guidance": "5"}, "guidance"),
+        ({"latent": tensor(LATENT), "negative": {**tensor(LATENT), "data": "#"}}, "latent"),
+        ({"latent": tensor(LATENT), "negative": tensor(LATENT[0])}, "negative"),
+        ({"latent": tensor(LATENT), "negative_prompt": 5}, "negative_prompt"),
     ],
 )
 def test_wrong_json_is_told_by_field(port: int, sent: dict[str, Any], field: str) -> None:
@@ -425,6 +435,73 @@ def test_prompts_are_encoded_by_a_captioner(golden_bundle: Path, nano: Path) -> 
         assert ask_json(port, "/v1/decode", **both)[0] == 422
         refused = ask_json(port, "/v1/captions", prompts=["a boat"], model="nano")
         assert refused[0] == 422 and b"without captions" in refused[2]
+
+
+def test_guidance_of_undistilled_bundles(undistilled: Path, distilled: Path) -> None:
+    sent, options = picture(16, 16), {"guidance": 3, "steps": 2}
+    with Decoder.open(undistilled) as pid:
+        width, length = pid.manifest.network["text_dim"], pid.manifest.network["text_max_length"]
+        encoder = OpenWords(width)
+        texts = ("a boat", "fog", "")
+        boat, fog, nothing = encoder().run([CaptionTask(texts, length)], print)[0][:, None]
+
+        def wanted(latent: NDArray[np.float32], **more: Any) -> NDArray[np.uint8]:
+            return pid.decode(latent, boat, **options, **more, output="uint8")[0]
+
+        guided = wanted(LATENT[None], negative=fog)
+        assert (guided != wanted(LATENT[None], negative=boat)).any()
+        empty = wanted(LATENT[None], negative=nothing)
+        assert (guided != empty).any()
+        photo = pid.encode(Image.open(io.BytesIO(sent)))
+        larger = {"fog": wanted(photo, negative=fog), "": wanted(photo, negative=nothing)}
+    models = {"free": pool(undistilled), "student": pool(distilled)}
+    captions = Pool[CaptionTask, Any]([encoder])
+    query = "/v1/decode?guidance=3&steps=2&output=safetensors"
+    with serving(models, captions=captions) as port:
+        assert json.loads(ask(port, "GET", "/v1/models")[2])["models"][0]["guidance"] == 5
+        both = {"latent": LATENT, "caption": boat, "negative": fog[0]}
+        asked = {"latent": tensor(LATENT), "output": "safetensors", **options}
+        for status, _, body in (
+            ask(port, "POST", query, save(both)),
+            ask(
+                port,
+                "POST",
+                f"{query}&prompt=a%20boat&negative_prompt=fog",
+                save({"latent": LATENT}),
+            ),
+            ask_json(port, "/v1/decode", **asked, caption=tensor(boat[0]), negative=tensor(fog[0])),
+            ask_json(port, "/v1/decode", **asked, prompt="a boat", negative_prompt="fog"),
+        ):
+            assert status == 200, body
+            np.testing.assert_array_equal(load(body)["image"], guided)
+        path = f"{query}&prompt=a%20boat&negative_prompt="
+        image = load(ask(port, "POST", path, save({"latent": LATENT}))[2])["image"]
+        np.testing.assert_array_equal(image, empty)
+        for negative, image in larger.items():
+            form = {"guidance": "3", "steps": "2", "prompt": "a boat", "negative_prompt": negative}
+            status, _, body = ask_form(port, sent, **form)
+            assert status == 200, body
+            np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(body))), image)
+        alone = save({"latent": LATENT})
+        assert ask(port, "POST", "/v1/decode?guidance=1&steps=2", alone)[0] == 200
+        for path, given, field, message in (
+            ("", alone, "guidance", "expected a negative caption for guidance 5, but got none"),
+            ("?negative_prompt=fog", save(both), "negative_prompt", "but got both; drop one"),
+            ("", save({**both, "negative": fog[:, 1:]}), "body", "a negative of as many tokens"),
+            ("", save({**both, "negative": fog * 1e7}), "body", "expected negative values of at m"),
+            (
+                "?model=student&guidance=5",
+                alone,
+                "guidance",
+                "learned at its distillation, but got",
+            ),
+            ("?model=student", save(both), "negative", "distillation, but got a negative caption"),
+        ):
+            status, _, body = ask(port, "POST", f"/v1/decode{path}", given)
+            (detail,) = json.loads(body)["detail"]
+            assert status == 422 and detail["loc"] == [field] and message in detail["msg"]
+        status, _, body = ask_form(port, sent)
+        assert status == 422 and json.loads(body)["detail"][0]["loc"] == ["guidance"]
 
 
 def test_the_page_of_the_api_loads_nothing_from_elsewhere(port: int) -> None:

@@ -3,7 +3,7 @@
 import json
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -57,17 +57,37 @@ class FakeRequest:
 
 
 @pytest.fixture
+def open_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Callable[[Path], TritonPythonModel]]:
+    models: list[TritonPythonModel] = []
+
+    def open_it(bundle: Path) -> TritonPythonModel:
+        models.append(opened(bundle, tmp_path, monkeypatch))
+        return models[-1]
+
+    yield open_it
+    for each in models:
+        each.finalize()
+
+
+@pytest.fixture
 def model(
-    golden_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[TritonPythonModel]:
-    shutil.copytree(golden_bundle, tmp_path / "1" / "bundle")
+    golden_bundle: Path, open_model: Callable[[Path], TritonPythonModel]
+) -> TritonPythonModel:
+    return open_model(golden_bundle)
+
+
+def opened(bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> TritonPythonModel:
+    """The model of a repository with this bundle."""
+    shutil.copytree(bundle, tmp_path / "1" / "bundle")
     fake: Any = ModuleType("triton_python_backend_utils")
     fake.Tensor, fake.InferenceResponse = FakeTensor, FakeResponse
     fake.TritonError, fake.Logger = FakeError, FakeLogger
     monkeypatch.setitem(sys.modules, "triton_python_backend_utils", fake)
-    opened = TritonPythonModel()
+    model = TritonPythonModel()
     parameters = {"backend": {"string_value": "onnxruntime"}, "threads": {"string_value": "1"}}
-    opened.initialize(
+    model.initialize(
         {
             "model_config": json.dumps({"parameters": parameters}),
             "model_instance_kind": "CPU",
@@ -75,8 +95,7 @@ def model(
             "model_version": "1",
         }
     )
-    yield opened
-    opened.finalize()
+    return model
 
 
 def test_requests_of_several_shapes(model: TritonPythonModel, golden_bundle: Path) -> None:
@@ -99,6 +118,32 @@ def test_requests_of_several_shapes(model: TritonPythonModel, golden_bundle: Pat
         ]
     for response, images in zip(found, wanted, strict=True):
         np.testing.assert_array_equal(response.images[0], images)
+
+
+def test_requests_with_guidance(
+    open_model: Callable[[Path], TritonPythonModel], undistilled: Path
+) -> None:
+    caption, negative = np.random.default_rng(1).standard_normal((2, 1, 12, 32), np.float32)
+    both = {"caption": caption, "negative": negative}
+    five, three = np.array([[5]], np.float32), np.array([[3]], np.float32)
+    found = open_model(undistilled).execute(
+        [
+            FakeRequest(**both),
+            FakeRequest(**both, guidance=three),
+            FakeRequest(-LATENT, **both, guidance=five),
+            FakeRequest(-LATENT, caption=caption),
+        ]
+    )
+    with Decoder.open(undistilled) as pid:
+        wanted = [
+            pid.decode(LATENT, **both, output="uint8"),
+            pid.decode(LATENT, **both, guidance=3, output="uint8"),
+            pid.decode(-LATENT, **both, output="uint8"),
+        ]
+    for response, images in zip(found, wanted, strict=False):
+        np.testing.assert_array_equal(response.images[0], images)
+    message, kind = found[3].error.args
+    assert "a negative caption for guidance 5" in message and kind == FakeError.INVALID_ARG
 
 
 def test_one_at_fault_does_not_fail_the_others(
