@@ -36,7 +36,6 @@ from pid_runtime.bundle.folder import read_manifest
 from pid_runtime.bundle.manifest import Manifest
 from pid_runtime.command import console
 from pid_runtime.command.decode_options import (
-    FORMATS,
     Making,
     add_backend_options,
     add_image_options,
@@ -44,7 +43,7 @@ from pid_runtime.command.decode_options import (
     number,
     open_decoder,
 )
-from pid_runtime.command.images import save_image, to_uint8
+from pid_runtime.command.images import SUFFIXES, save_image, to_uint8, usual_format
 from pid_runtime.command.sampling_options import Sampling, add_sampling_options, read_sampling
 from pid_runtime.errors import InputError, PidRuntimeError
 
@@ -144,7 +143,7 @@ def _generate(arguments: Namespace) -> int:
     )
     size = plan_size(manifest, backbone, arguments.size, sampling)
     steps = plan_steps(backbone, arguments.generator_steps, arguments.decode_at, arguments.stop_at)
-    suffix = _suffix(arguments, len(prompts) * len(steps.at))
+    suffix = _suffix(arguments, len(prompts) * len(steps.at), usual_format(*size.decoded))
     jobs = plan_jobs(
         prompts, arguments.seed, steps, arguments.output, suffix, baseline=arguments.baseline
     )
@@ -174,12 +173,15 @@ def _backbone(arguments: Namespace, manifest: Manifest) -> Backbone:
     return backbone
 
 
-def _suffix(arguments: Namespace, pictures: int) -> str | None:
-    """Of pictures in a folder; None for one picture. Raises `PipelineInputError` for a mixture."""
+def _suffix(arguments: Namespace, pictures: int, usual: str) -> str | None:
+    """Of pictures in a folder; None for one picture. Raises `PipelineInputError` for a mixture.
+
+    usual: where the arguments say none.
+    """
     output: Path = arguments.output
-    is_picture = output.suffix.lower().removeprefix(".") in (*FORMATS, "jpeg")
+    is_picture = output.suffix.lower() in SUFFIXES
     if not is_picture or output.is_dir():
-        return arguments.format or FORMATS[0]
+        return arguments.format or usual
     if pictures > 1 or arguments.baseline or arguments.prompt_file is not None:
         count = pictures * (2 if arguments.baseline else 1)
         raise PipelineInputError(

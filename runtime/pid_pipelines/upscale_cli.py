@@ -31,7 +31,6 @@ from pid_runtime.bundle.folder import read_manifest
 from pid_runtime.bundle.manifest import Manifest
 from pid_runtime.command import console
 from pid_runtime.command.decode_options import (
-    FORMATS,
     Making,
     add_backend_options,
     add_image_options,
@@ -39,7 +38,7 @@ from pid_runtime.command.decode_options import (
     number,
     open_decoder,
 )
-from pid_runtime.command.images import save_image, side_by_side, to_uint8
+from pid_runtime.command.images import SUFFIXES, save_image, side_by_side, to_uint8
 from pid_runtime.command.latent_files import open_caption_file
 from pid_runtime.command.sampling_options import Sampling, add_sampling_options, read_sampling
 from pid_runtime.errors import NotFiniteError, PidRuntimeError
@@ -187,7 +186,7 @@ def _naming(arguments: Namespace, photos: int) -> Naming:
     """Where pictures go. Raises `PipelineInputError` for a file where a folder is needed."""
     output: Path = arguments.output
     is_one = photos == 1 and len(arguments.sigma) == 1 and not arguments.baseline
-    looks_like_file = output.suffix.lower().removeprefix(".") in (*FORMATS, "jpeg")
+    looks_like_file = output.suffix.lower() in SUFFIXES
     if looks_like_file and not output.is_dir():
         if not is_one or any(path.is_dir() for path in arguments.photos):
             count = photos * len(arguments.sigma) * (2 if arguments.baseline else 1)
@@ -199,8 +198,7 @@ def _naming(arguments: Namespace, photos: int) -> Naming:
                 f"expected --format with a folder, but got the picture {output}; drop it"
             )
     is_folder = not looks_like_file or output.is_dir()
-    suffix = arguments.format or FORMATS[0]
-    return Naming(output, is_folder, suffix, arguments.sigma, arguments.baseline)
+    return Naming(output, is_folder, arguments.format, arguments.sigma, arguments.baseline)
 
 
 class _Run:

@@ -13,10 +13,12 @@ from numpy.typing import NDArray
 from pid_pipelines.errors import PipelineInputError
 from pid_runtime.bundle.manifest import Manifest
 from pid_runtime.command.decode_jobs import check_target, files_of, skipped_files
+from pid_runtime.command.images import usual_format
 from pid_runtime.command.sampling_options import Sampling
 from pid_runtime.errors import PidRuntimeError
 from pid_runtime.nano.photos import PHOTO_SUFFIXES, padded, photo_size, resized
 from pid_runtime.request import largest_latent
+from pid_runtime.tiles import pixels_per_latent_pixel
 
 CROP = 16
 """Pixels that the sides of a cropped photo are multiples of, as in NVIDIA's own command."""
@@ -97,24 +99,25 @@ class Naming:
     output: Path
     """A folder, or the one picture."""
     is_folder: bool
-    format: str
-    """Suffix of pictures in a folder, without the dot."""
+    format: str | None
+    """Suffix of pictures in a folder, without the dot; None for the usual one of their size."""
     sigmas: tuple[float, ...]
     baseline: bool
 
-    def pictures(self, photo: Photo) -> tuple[Picture, ...]:
-        """Of one photo, for every noise level."""
+    def pictures(self, photo: Photo, height: int, width: int) -> tuple[Picture, ...]:
+        """Of one photo, for every noise level; height, width: of the pictures."""
         if not self.is_folder:
             return (Picture(self.sigmas[0], self.output, None),)
         stems = {
             sigma: photo.path.stem + (f"-sigma{sigma:g}" if len(self.sigmas) > 1 else "")
             for sigma in self.sigmas
         }
+        suffix = self.format or usual_format(height, width)
         return tuple(
             Picture(
                 sigma,
-                self.output / f"{stem}.{self.format}",
-                self.output / f"{stem}-vae.{self.format}" if self.baseline else None,
+                self.output / f"{stem}.{suffix}",
+                self.output / f"{stem}-vae.{suffix}" if self.baseline else None,
             )
             for sigma, stem in stems.items()
         )
@@ -211,7 +214,9 @@ def plan_job(
         raise PidRuntimeError(
             f"{photo.path}: {error}, or use --fit, which reduces this photo of {width}x{height}"
         ) from None
-    pictures = naming.pictures(photo)
+    rows, columns = frame.latent
+    side = pixels_per_latent_pixel(manifest)
+    pictures = naming.pictures(photo, side * rows, side * columns)
     return Job(photo, frame, pictures, pictures, naming.sheet(photo))
 
 

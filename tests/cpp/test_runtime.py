@@ -1443,6 +1443,7 @@ def test_command_warns(work: Work, tmp_path: Path) -> None:
         ((*ONE, "--sheet", "a.png"), "expected no --sheet, whose labels need a font"),
         ((*ONE, "--format", "png"), "expected --format with --latents, but got --latent"),
         ((*ONE, "--format", "webp"), "this command writes no other, but got 'webp'; use pid-dec"),
+        ((*ONE, "--format", "tiff"), "this command writes no other, but got 'tiff'; use pid-dec"),
         ((*ONE, "--format", "gif"), "argument --format: expected png, but got 'gif'"),
         ((*ONE, "--engines", "a"), "expected the tensorrt backend to run engines 'a', but got 'on"),
         ((*ONE, "--quiet=no"), "argument --quiet: expected no value"),

@@ -20,7 +20,7 @@ from pid_pipelines.captions import CaptionEncoder
 from pid_pipelines.errors import PipelineInputError
 from pid_pipelines.upscale_cli import main
 from pid_pipelines.upscale_codecs import open_codec
-from pid_pipelines.upscale_jobs import Frame, Photo, read_manifest_lines
+from pid_pipelines.upscale_jobs import Frame, Naming, Photo, read_manifest_lines
 from pid_pipelines.vae_model import load_vae
 from pid_runtime.bundle.folder import read_manifest
 from pid_runtime.command import decode_cli
@@ -240,6 +240,17 @@ def test_crop_takes_the_middle(
     assert frame.latent == (2, 4) and Frame((27, 42), (27, 42), 16).latent == (2, 3)
 
 
+def test_huge_pictures_of_a_folder_are_tiffs(tmp_path: Path) -> None:
+    def names(height: int, width: int, suffix: str | None = None) -> list[str]:
+        naming = Naming(tmp_path, True, suffix, (0.0,), True)
+        (picture,) = naming.pictures(Photo(tmp_path / "boat.jpg", None), height, width)
+        return [file.name for file in picture.files]
+
+    assert names(8192, 16_384) == ["boat.png", "boat-vae.png"]
+    assert names(16_384, 16_384) == ["boat.tiff", "boat-vae.tiff"]
+    assert names(16_384, 16_384, "png") == ["boat.png", "boat-vae.png"]
+
+
 def test_nothing_is_held_while_the_next_part_runs(
     bundle: Path,
     vae: Path,
@@ -286,7 +297,7 @@ def test_what_does_not_belong_together(
         ((photo, "--prompt", "x", "--caption", photo), "not allowed with"),
         ((photo, tmp_path / "more"), "expected every picture to have its own name"),
         ((large, "--vae", vae), "use --fit, which reduces this photo of 72x304"),
-        ((tmp_path / "more", "--format", "tif"), "invalid choice: 'tif'"),
+        ((tmp_path / "more", "--format", "gif"), "invalid choice: 'gif'"),
     ):
         assert message in refusal(main, bundle, *arguments, "-o", out)
         assert not out.exists()

@@ -117,7 +117,7 @@ std::pair<std::int64_t, std::int64_t> tile(const std::string& text) {
 }
 
 void check_format(const std::string& text) {
-    if (text == "jpg" || text == "webp")
+    if (text == "jpg" || text == "webp" || text == "tiff")
         refuse("expected --format png, as this command writes no other, but got '", text,
                "'; use pid-decode");
     if (text != "png")

@@ -30,7 +30,6 @@ from pid_runtime.command.decode_jobs import (
     without_existing,
 )
 from pid_runtime.command.decode_options import (
-    FORMATS,
     Making,
     add_backend_options,
     add_image_options,
@@ -38,7 +37,7 @@ from pid_runtime.command.decode_options import (
     number,
     open_decoder,
 )
-from pid_runtime.command.images import save_image, sheet_size, side_by_side
+from pid_runtime.command.images import save_image, sheet_size, side_by_side, usual_format
 from pid_runtime.command.latent_files import FORMS, LATENT_SUFFIXES, LatentForm
 from pid_runtime.command.sampling_options import add_sampling_options, read_sampling
 from pid_runtime.decoder import Decoder
@@ -303,12 +302,15 @@ def _show_plans(arguments: Namespace, jobs: Sequence[Job]) -> None:
     console.emit(result, "\n".join(lines), as_json=arguments.json)
 
 
-def _namer(arguments: Namespace, many: bool) -> Callable[[Source], Path]:
-    """What to call the image of a source."""
+def _namer(arguments: Namespace, many: bool) -> Callable[[Source, int, int], Path]:
+    """What to call the image of a source, by its height and width."""
     output: Path = arguments.output or Path("planned.png")
-    if not many:
-        return lambda source: output
-    return lambda source: output / f"{source.path.stem}.{arguments.format or FORMATS[0]}"
+
+    def name(source: Source, height: int, width: int) -> Path:
+        suffix = arguments.format or usual_format(height, width)
+        return output / f"{source.path.stem}.{suffix}" if many else output
+
+    return name
 
 
 def _check_sheet(arguments: Namespace, jobs: Sequence[Job]) -> None:

@@ -190,12 +190,13 @@ def plan_jobs(
     manifest: Manifest,
     sources: Iterable[Source],
     settings: Settings,
-    name: Callable[[Source], Path],
+    name: Callable[[Source, int, int], Path],
 ) -> list[Job]:
     """Check every source against the bundle, by its headers, and list the images to make of it.
 
-    name: the image file of a source; sources of several images get `-0`, `-1`, .. in front of the
-    suffix. Raises `PidRuntimeError` for an input that does not fit, or two images of one name.
+    name: the image file of a source, of its height and width; sources of several images get `-0`,
+    `-1`, .. in front of the suffix. Raises `PidRuntimeError` for an input that does not fit, or two
+    images of one name.
     """
     jobs: list[Job] = []
     for source in sources:
@@ -204,10 +205,11 @@ def plan_jobs(
             request = request_of(manifest, inputs, settings, settings.seed)
         except PidRuntimeError as error:
             raise PidRuntimeError(f"{source.path}: {error}") from None
-        target, batch = name(source), len(inputs.latent)
+        batch = len(inputs.latent)
         one = replace(request, sizes=request.sizes.of_batch(1))
         plan = plan_of(manifest, one)
         height, width = request.sizes.value("H"), request.sizes.value("W")
+        target = name(source, height, width)
         jobs += [
             Job(
                 source,

@@ -10,11 +10,10 @@ from typing import Any
 from pid_runtime.backends.choice import BACKENDS, device_name
 from pid_runtime.bundle.files import file_sha256
 from pid_runtime.bundle.manifest import MANIFEST_FILE, Manifest
+from pid_runtime.command.images import FORMATS
 from pid_runtime.decoder import Decoder
 from pid_runtime.errors import PidRuntimeError
 from pid_runtime.schedule import Schedule
-
-FORMATS = ("png", "jpg", "webp")
 
 
 def add_image_options(parser: argparse.ArgumentParser) -> None:
@@ -22,7 +21,7 @@ def add_image_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--format",
         choices=FORMATS,
-        help=f"of the images in a folder: {', '.join(FORMATS)} (default: png)",
+        help=f"of the images in a folder: {', '.join(FORMATS)} (default: png, of huge ones tiff)",
     )
     existing = parser.add_mutually_exclusive_group()
     existing.add_argument("--overwrite", action="store_true", help="replace images that exist")

@@ -1,10 +1,11 @@
 """Decoded images as 8-bit pixels, files and contact sheets."""
 
+import importlib.util
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,19 +18,34 @@ from pid_runtime.errors import PidRuntimeError
 
 class _Format(NamedTuple):
     name: str
-    """What Pillow calls it."""
+    """What Pillow calls it, if that writes it."""
     largest_side: int
     """Most pixels the format stores along one side."""
     options: dict[str, Any]
 
 
 _JPEG = _Format("JPEG", 65_535, {"quality": 95, "subsampling": 0})
+_TIFF = _Format("TIFF", 2**31 - 1, {"compression": "zlib", "compressionargs": {"level": 4}})
 _FORMATS = {
     ".png": _Format("PNG", 2**31 - 1, {"compress_level": 4}),
     ".jpg": _JPEG,
     ".jpeg": _JPEG,
     ".webp": _Format("WEBP", 16_383, {"quality": 95}),
+    ".tif": _TIFF,
+    ".tiff": _TIFF,
 }
+
+SUFFIXES = tuple(_FORMATS)
+"""Of image files, in small letters."""
+
+FORMATS = ("png", "jpg", "webp", "tiff")
+"""What images may be, by their suffixes."""
+
+LARGEST_PNG = 178_956_970
+"""Pixels of the largest picture that Pillow opens without being told to: twice its limit."""
+
+_TIFF_TILE = 512
+"""Side of a tile of a TIFF file, in pixels: a multiple of 16."""
 
 _MARGIN = 8
 _SHEET_BACKGROUND, _SHEET_TEXT = (24, 24, 24), (235, 235, 235)
@@ -54,15 +70,27 @@ def to_uint8(image: NDArray[np.float32]) -> NDArray[np.uint8]:
     return pixels
 
 
+def usual_format(height: int, width: int) -> str:
+    """What a picture of a size is written as where nobody says: PNG, or TIFF if it is huge."""
+    return "tiff" if height * width > LARGEST_PNG else "png"
+
+
 def check_image_path(path: str | os.PathLike[str]) -> None:
     """Raise `PidRuntimeError` unless an image may be written to `path`.
 
-    To be called before minutes of work: the suffix must be a known one and the folder writable.
+    To be called before minutes of work: the suffix must be a known one, what writes it installed,
+    and the folder writable.
     """
     target = Path(path)
     if target.suffix.lower() not in _FORMATS:
         raise PidRuntimeError(
             f"expected an image name ending in {', '.join(_FORMATS)}, but got {str(target)!r}"
+        )
+    is_tiff = _FORMATS[target.suffix.lower()] is _TIFF
+    if is_tiff and importlib.util.find_spec("tifffile") is None:
+        raise PidRuntimeError(
+            f"expected the package tifffile to write {target.name}, but it is not installed; "
+            "pip install 'pid-trt[tiff]', or write a PNG"
         )
     if not target.parent.is_dir():
         raise PidRuntimeError(
@@ -90,10 +118,12 @@ def save_image(
     pixels: NDArray[np.uint8],
     record: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write 8-bit pixels `[H, W, 3]` as PNG, JPEG or WebP, by the suffix of `path`.
+    """Write 8-bit pixels `[H, W, 3]` as PNG, JPEG, WebP or TIFF, by the suffix of `path`.
 
+    TIFF is BigTIFF in tiles, compressed without loss, and written tile by tile: it takes no memory
+    to speak of beside the pixels.
     record: how the image was made, which goes into it as JSON: as the text "pid-trt" of a PNG, and
-    as the image description of EXIF data otherwise; both name the software.
+    as the image description of a TIFF or of EXIF data otherwise; all name the software.
     An existing file is replaced. The file appears whole or not at all. Raises `PidRuntimeError`
     for what `check_image_path` refuses and for images the format cannot hold, `OSError` when
     writing fails half-way (no space on the disk).
@@ -105,12 +135,45 @@ def save_image(
     kind = _FORMATS[target.suffix.lower()]
     options = kind.options if record is None else {**kind.options, **_described(kind, record)}
     with whole_file(target) as aside, aside.open("wb") as file:
-        Image.fromarray(pixels).save(file, kind.name, **options)
+        if kind is _TIFF:
+            _write_tiff(file, pixels, options)
+        else:
+            Image.fromarray(pixels).save(file, kind.name, **options)
+
+
+def _write_tiff(file: BinaryIO, pixels: NDArray[np.uint8], options: Mapping[str, Any]) -> None:
+    from tifffile import TiffWriter  # an extra
+
+    with TiffWriter(file, bigtiff=True) as writer:
+        writer.write(
+            _tiles(pixels),
+            shape=pixels.shape,
+            dtype=pixels.dtype,
+            photometric="rgb",
+            tile=(_TIFF_TILE, _TIFF_TILE),
+            predictor=True,
+            metadata=None,
+            maxworkers=1,  # more of them would be given all tiles at once
+            **{"software": False, **options},
+        )
+
+
+def _tiles(pixels: NDArray[np.uint8]) -> Iterator[NDArray[np.uint8]]:
+    """Row by row; those at the right and the bottom end in zeros."""
+    height, width, channels = pixels.shape
+    for top in range(0, height, _TIFF_TILE):
+        for left in range(0, width, _TIFF_TILE):
+            part = pixels[top : top + _TIFF_TILE, left : left + _TIFF_TILE]
+            tile = np.zeros((_TIFF_TILE, _TIFF_TILE, channels), np.uint8)
+            tile[: part.shape[0], : part.shape[1]] = part
+            yield tile
 
 
 def _described(kind: _Format, record: Mapping[str, Any]) -> dict[str, Any]:
-    """Options of Pillow that put a record into a file."""
+    """Options of what writes a file that put a record into it."""
     software, text = f"pid-trt {__version__}", json.dumps(record)
+    if kind is _TIFF:
+        return {"software": software, "description": text}
     if kind.name == "PNG":
         info = PngImagePlugin.PngInfo()
         info.add_itxt("Software", software)

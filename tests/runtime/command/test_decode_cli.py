@@ -294,12 +294,25 @@ def test_a_batch_makes_numbered_images(work: Work) -> None:
 
 
 def test_formats_by_suffix(work: Work) -> None:
-    for suffix, kind in (("png", "PNG"), ("JPG", "JPEG"), ("jpeg", "JPEG"), ("webp", "WEBP")):
+    known = {"png": "PNG", "JPG": "JPEG", "jpeg": "JPEG", "webp": "WEBP", "tif": "TIFF"}
+    for suffix, kind in known.items():
         image = work.folder / f"image.{suffix}"
         code, _, _ = work.run("--latent", work.latent, "-o", image, "--steps", 1)
         assert code == 0
         with Image.open(image) as read:
             assert read.format == kind and read.size == (96, 64)
+
+
+def test_huge_images_of_a_folder_are_tiffs(work: Work, monkeypatch: pytest.MonkeyPatch) -> None:
+    work.file("latents/large", latent=LATENT)
+    work.file("latents/small", latent=LATENT[:, :, :2])
+    monkeypatch.setattr(images, "LARGEST_PNG", 64 * 64)
+    given = ("--latents", work.folder / "latents", "--steps", 1, "-o")
+    assert work.run(*given, work.folder / "images")[0] == 0
+    assert sorted(os.listdir(work.folder / "images")) == ["large.tiff", "small.png"]
+    assert work.run(*given, work.folder / "others", "--format", "png")[0] == 0
+    large = pixels(work.folder / "others" / "large.png")
+    np.testing.assert_array_equal(pixels(work.folder / "images" / "large.tiff"), large)
 
 
 def test_an_image_that_exists_is_kept_unless_told(work: Work) -> None:

@@ -1,15 +1,21 @@
 """Pixels, image files and contact sheets."""
 
 import errno
+import importlib.util
+import json
 import os
+import tracemalloc
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import tifffile
 from numpy.typing import NDArray
 from PIL import Image
 
+from pid_runtime import __version__
 from pid_runtime.command import images
 from pid_runtime.errors import PidRuntimeError
 
@@ -51,15 +57,69 @@ def test_to_uint8_refuses_nan_and_other_shapes() -> None:
         images.to_uint8(np.zeros((4, 2, 2), np.float32))
 
 
-@pytest.mark.parametrize("name", ["a.png", "a.jpg", "a.JPEG", "a.webp"])
+@pytest.mark.parametrize("name", ["a.png", "a.jpg", "a.JPEG", "a.webp", "a.tif", "a.TIFF"])
 def test_saves_by_suffix(tmp_path: Path, name: str) -> None:
     pixels = gradient(48, 64)
     images.save_image(tmp_path / name, pixels)
     with Image.open(tmp_path / name) as image:
         read = np.asarray(image.convert("RGB")).astype(int)
-    limit = 0 if name.endswith("png") else 16
+    limit = 0 if name.lower().endswith(("png", "tif", "tiff")) else 16
     assert read.shape == pixels.shape and abs(read - pixels).max() <= limit
     assert os.listdir(tmp_path) == [name]
+
+
+@pytest.mark.parametrize(("height", "width"), [(1, 1), (512, 1024), (700, 1030)])
+def test_a_tiff_is_a_big_one_in_tiles(tmp_path: Path, height: int, width: int) -> None:
+    target, pixels = tmp_path / "a.tiff", gradient(height, width)
+    images.save_image(target, pixels, {"seed": 7})
+    with tifffile.TiffFile(target) as file:
+        (page,) = file.pages
+        assert file.is_bigtiff and isinstance(page, tifffile.TiffPage) and page.is_tiled
+        assert (page.tilelength, page.tilewidth) == (512, 512)
+        assert page.software == f"pid-trt {__version__}"
+        assert json.loads(page.description) == {"seed": 7}
+        np.testing.assert_array_equal(page.asarray(), pixels)
+    with Image.open(target) as image:
+        np.testing.assert_array_equal(np.asarray(image), pixels)
+    images.save_image(target, pixels)
+    with tifffile.TiffFile(target) as file:
+        assert {270, 305}.isdisjoint(file.pages.first.tags.keys())  # description and software
+
+
+def test_a_tiff_takes_little_memory(tmp_path: Path) -> None:
+    pixels = np.random.default_rng(1).integers(0, 256, (4096, 4096, 3), np.uint8)
+    tracemalloc.start()
+    try:
+        images.save_image(tmp_path / "a.tif", pixels)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < pixels.nbytes / 4
+
+
+def test_a_failed_tiff_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(_pixels: object) -> Iterator[NDArray[np.uint8]]:
+        yield np.zeros((512, 512, 3), np.uint8)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(images, "_tiles", fail)
+    with pytest.raises(OSError, match="No space"):
+        images.save_image(tmp_path / "a.tif", gradient(600, 600))
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_tiff_needs_tifffile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
+    images.check_image_path(tmp_path / "a.png")
+    with pytest.raises(PidRuntimeError, match=r"pip install 'pid-trt\[tiff\]', or write a PNG"):
+        images.check_image_path(tmp_path / "a.tiff")
+
+
+def test_huge_pictures_are_tiffs_where_nobody_says() -> None:
+    assert images.usual_format(8192, 8192) == "png"
+    assert images.usual_format(16_384, 16_384) == "tiff"
+    assert Image.MAX_IMAGE_PIXELS is not None
+    assert 2 * Image.MAX_IMAGE_PIXELS == images.LARGEST_PNG
 
 
 def test_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -82,7 +142,7 @@ def test_refuses_bad_paths_and_pixels(tmp_path: Path) -> None:
     (tmp_path / "folder.png").mkdir()
     pixels = gradient(8, 8)
     for path, message in (
-        (tmp_path / "a.gif", "ending in .png, .jpg, .jpeg, .webp, but got"),
+        (tmp_path / "a.gif", "ending in .png, .jpg, .jpeg, .webp, .tif, .tiff, but"),
         (tmp_path / "a", "ending in"),
         (tmp_path / "missing" / "a.png", "expected a folder to write a.png in"),
         (tmp_path / "folder.png", "but got the folder"),
