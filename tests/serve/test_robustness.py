@@ -94,7 +94,7 @@ def fuzzed(draw: random.Random) -> bytes:
         "shape": [draw.choice([0, 1, 2, 3, 16, 2**40, -1, 1.5]) for _ in range(draw.randrange(6))],
         "data_offsets": [draw.choice(sizes), draw.choice(sizes)],
     }
-    names = draw.sample(["latent", "caption", "sigma", "__metadata__", "other"], 2)
+    names = draw.sample(["latent", "caption", "negative", "sigma", "__metadata__", "other"], 2)
     text = json.dumps(dict.fromkeys(names, info)).encode()
     return len(text).to_bytes(8, "little") + text + bytes(draw.choice([0, 1, 384, 768]))
 
@@ -202,6 +202,35 @@ def load_leaves_nothing(nano: Path, seconds: float, most_growth: int) -> None:
         assert metric(port, "pid_worker_restarts") == 0
         assert own_bytes(pid) - memory < most_growth
         assert metric(port, "pid_memory_bytes") - workers < most_growth
+
+
+def ask_often(port: int, count: int, clients: int = 4) -> Counter[int]:
+    """Latents to decode and pictures to enlarge, in turn; gives the statuses."""
+    found: Counter[int] = Counter()
+
+    def ask_on() -> None:
+        for number in range(count // clients):
+            if number % 2:
+                found[ask(port, "POST", f"/v1/decode?seed={number}", GOOD)[0]] += 1
+            else:
+                found[ask_form(port, picture(24, 16), seed=str(number))[0]] += 1
+
+    threads = [threading.Thread(target=ask_on) for _ in range(clients)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return found
+
+
+@pytest.mark.slow
+def test_memory_is_flat_over_a_thousand_requests(nano: Path) -> None:
+    with running(nano, *SMALL) as (port, pid):
+        ask_often(port, 200)  # until what is kept is there
+        memory, workers = own_bytes(pid), metric(port, "pid_memory_bytes")
+        assert ask_often(port, 1000) == {200: 1000}
+        assert own_bytes(pid) - memory < 8 * 2**20
+        assert metric(port, "pid_memory_bytes") - workers < 8 * 2**20
 
 
 @pytest.mark.slow
