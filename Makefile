@@ -7,7 +7,7 @@ STAMP := .venv/.stamp
 export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-gpu gpu-report lint format clean
+.PHONY: help venv demo test tests test-gpu gpu-report lint format clean
 
 help:  ## say what there is
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -22,7 +22,11 @@ $(STAMP): pyproject.toml constraints.txt
 demo: venv  ## decode a photograph with the small decoder: leaves demo/sheet.png
 	$(BIN)/python tools/demo.py
 
-test: lint  ## lint, types, and every test that needs no GPU and no minutes
+# Side by side: the types take one core a minute.
+test: venv  ## lint, types, and every test that needs no GPU and no minutes
+	$(MAKE) --no-print-directory -j 2 lint tests
+
+tests: venv
 	$(BIN)/python -m pytest -q -n auto --dist loadfile --no-loadscope-reorder -m 'not gpu and not slow'
 
 test-gpu: venv  ## the tests that need a GPU
