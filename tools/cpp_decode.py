@@ -5,7 +5,7 @@
 
 Both use ONNX Runtime with the same number of threads. They take turns, one decode each, so that
 what else the machine does hurts both; their images are compared before anything is timed. Needs
-`pid_decoder_process`, which the tests of the C++ runtime build (see docs/embedding.md).
+`pid_decoder_process` as `pytest -m slow tests/cpp/test_own_tests.py` builds it (docs/embedding.md).
 """
 
 import argparse

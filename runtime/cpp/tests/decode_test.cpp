@@ -1,5 +1,5 @@
 // Decodes by the public C++ API: memory, progress, cancellation. That the pixels are Python's is
-// the business of tests/cpp/test_runtime.py.
+// the business of tests/cpp.
 #include <atomic>
 #include <chrono>
 #include <optional>

@@ -1,5 +1,5 @@
 // Manifests: what is read, and what is refused before anything is allocated. The cases are those of
-// the Python runtime's tests, which tests/cpp/test_runtime.py writes down.
+// the Python runtime's tests, which tests/cpp writes down.
 #include "bundle/manifest.h"
 
 #include <algorithm>

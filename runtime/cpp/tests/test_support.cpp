@@ -51,7 +51,7 @@ void expect_one_line(const std::string& message) {
 
 void WithData::SetUp() {
     if (data_folder().empty())
-        GTEST_SKIP() << "PID_TEST_DATA is not set: run it by tests/cpp/test_runtime.py";
+        GTEST_SKIP() << "PID_TEST_DATA is not set: run it by tests/cpp";
 }
 
 } // namespace pid::test

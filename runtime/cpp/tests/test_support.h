@@ -14,7 +14,7 @@ namespace pid::test {
 
 using Path = std::filesystem::path;
 
-// Where tests/cpp/test_runtime.py put manifests, tables and bundles; "" when it does not run this.
+// Where tests/cpp put manifests, tables and bundles; "" when it does not run this.
 Path data_folder();
 
 std::string read_bytes(const Path& path);

@@ -68,7 +68,7 @@ void work(const Open& open, std::uint64_t seed, Result& result) {
 int main() {
     const char* data = std::getenv("PID_TEST_DATA");
     if (data == nullptr) {
-        std::fprintf(stderr, "PID_TEST_DATA is not set: run it by tests/cpp/test_runtime.py\n");
+        std::fprintf(stderr, "PID_TEST_DATA is not set: run it by tests/cpp\n");
         return 77; // skipped
     }
     const std::string bundle = std::string(data) + "/v1";
