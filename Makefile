@@ -30,7 +30,7 @@ tests: venv
 	$(BIN)/python -m pytest -q -n auto --dist loadfile --no-loadscope-reorder -m 'not gpu and not slow'
 
 # One test after another: some take all cores, or measure memory.
-test-slow: venv  ## the tests that take minutes: half an hour
+test-slow: venv  ## the tests that take minutes, and no GPU
 	$(BIN)/python -m pytest -q -m 'slow and not gpu'
 
 test-gpu: venv  ## the tests that need a GPU

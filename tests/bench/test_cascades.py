@@ -284,7 +284,7 @@ def test_every_space_decodes_to_finite_pixels(space: str) -> None:
         ("vae+lanczos", ""),
         ("vae+rrdbnet", "1 of 23 blocks"),
         ("vae+onestep-sd3", "1 of 24 blocks"),
-        ("vae+sdx4", "1 of 2 blocks"),
+        pytest.param("vae+sdx4", "1 of 2 blocks", marks=pytest.mark.slow),
     ],
 )
 def test_a_small_cascade_ends_in_finite_pixels(name: str, reduced: str) -> None:

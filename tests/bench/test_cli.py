@@ -118,6 +118,7 @@ def test_end_to_end(golden_bundle: Path, tmp_path: Path, run_command: Any) -> No
     assert again[0].measured.rounds_ms == rows[0].measured.rounds_ms and again[2].agrees
 
 
+@pytest.mark.slow
 def test_continues_after_it_was_killed(
     golden_bundle: Path, tmp_path: Path, run_command: Any
 ) -> None:
@@ -151,6 +152,7 @@ def measured(folder: Path) -> list[Row]:
     return read_report(folder).measured()
 
 
+@pytest.mark.slow
 def test_a_bundle_is_exported_for_the_run(tmp_path: Path, run_command: Any) -> None:
     config = tmp_path / "small.json"
     config.write_text(json.dumps(SMALL))
@@ -233,6 +235,7 @@ def test_a_step_in_tiles_is_less_than_half_the_work(run_command: Any) -> None:
     assert rows["torch", 2]["case"]["overlap"] == 256
 
 
+@pytest.mark.slow
 def test_tiles_are_measured_beside_the_whole(
     golden_bundle: Path, tmp_path: Path, run_command: Any
 ) -> None:

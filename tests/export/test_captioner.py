@@ -94,6 +94,7 @@ def test_what_the_command_writes(run_command: RunCommand, captioner_once: Path) 
     assert "exists already" in run_command(main, "--caption-encoder", ENCODER, "-o", folder)[2]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
 def test_other_precisions(precision: str, bf16_captioner: Path, tmp_path: Path) -> None:
     folder = bf16_captioner
@@ -111,6 +112,7 @@ def test_other_precisions(precision: str, bf16_captioner: Path, tmp_path: Path) 
         encoded(folder)
 
 
+@pytest.mark.slow
 def test_another_beginning_and_a_window_shorter_than_the_text(tmp_path: Path) -> None:
     """The beginning is what the tokenizer says.
 

@@ -207,6 +207,7 @@ def test_a_folder_with_the_official_file(export: Export) -> None:
     export.verify("torch", "--checkpoint", folder)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
 def test_half_precision(export: Export, precision: str) -> None:
     # One block alone is first and last at once.
@@ -781,6 +782,7 @@ def start(export: Export) -> tuple[subprocess.Popen[str], Path]:
     raise AssertionError(f"the export wrote nothing: {process.communicate()}")
 
 
+@pytest.mark.slow
 def test_killed(export: Export) -> None:
     process, partial = start(export)
     process.kill()
@@ -796,7 +798,9 @@ def test_killed(export: Export) -> None:
     export.verify("onnxruntime")
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)]
+)
 def test_stopped(export: Export, number: signal.Signals) -> None:
     process, _ = start(export)
     process.send_signal(number)

@@ -27,6 +27,11 @@ from pid_runtime.decoder import Decoder
 from places import GOLDEN
 
 FILES = sorted((GOLDEN).glob("*.safetensors"))
+QUICK_OR_NOT = [
+    pytest.param(file, marks=[pytest.mark.slow] if file.stem == "flux_2k_real_heads" else ())
+    for file in FILES
+]
+"""Heads of the released size are traced for no other test."""
 SMALLEST = next(file for file in FILES if file.stem == "flux_2k_steps1")
 
 Arrays = dict[str, NDArray[np.float32]]
@@ -34,7 +39,7 @@ RunCommand = Callable[..., tuple[int, str, str]]
 Refusal = Callable[..., str]
 
 
-@pytest.fixture(scope="module", params=FILES, ids=lambda file: file.stem)
+@pytest.fixture(scope="module", params=QUICK_OR_NOT, ids=lambda file: file.stem)
 def golden(request: pytest.FixtureRequest) -> Golden:
     return read_golden(request.param)
 

@@ -60,6 +60,7 @@ def test_the_start_predicts_the_picture(tool: Any, pictures: Any) -> None:
     assert float(error) < 0.35 * float(image.var())
 
 
+@pytest.mark.slow
 def test_a_stopped_run_goes_on_as_if_it_had_not_been(
     tool: Any, pictures: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -631,9 +631,20 @@ def follow(node: Any, place: Place) -> Any:
     return node
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(text=mutated())
 def test_mutated_manifests_are_refused_or_stay_in_their_arena(text: str) -> None:
+    is_refused_or_stays_in_its_arena(text)
+
+
+@pytest.mark.slow
+@settings(max_examples=1000, deadline=None)
+@given(text=mutated())
+def test_a_thousand_mutated_manifests(text: str) -> None:
+    is_refused_or_stays_in_its_arena(text)
+
+
+def is_refused_or_stays_in_its_arena(text: str) -> None:
     try:
         manifest = parse_manifest(text)
     except PidRuntimeError:
