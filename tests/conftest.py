@@ -22,6 +22,7 @@ from filelock import FileLock
 from numpy.typing import NDArray
 from safetensors import safe_open
 from torch._export import utils as torch_export
+from torch.fx.experimental import sym_node
 from torch.onnx._internal.exporter._registration import ONNXRegistry
 
 from altered import alter
@@ -140,13 +141,17 @@ def _traces_are_shared(shared_folder: Path) -> None:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _torch_collects_its_operators_once() -> Iterator[None]:
-    """torch does so for every stage it exports, which is a third of the time."""
+def _torch_exports_quickly() -> Iterator[None]:
+    """torch collects its operators for every stage it exports, which is a third of the time.
+
+    A tenth goes into asking, a million times, whether to log the arithmetic of sizes.
+    """
     with pytest.MonkeyPatch.context() as patch:
         collect = staticmethod(functools.cache(ONNXRegistry.from_torchlib))
         patch.setattr(ONNXRegistry, "from_torchlib", collect)
         find = functools.cache(torch_export._materialize_cpp_cia_ops)
         patch.setattr(torch_export, "_materialize_cpp_cia_ops", find)
+        patch.setattr(sym_node.sym_node_log, "debug", lambda *_: None)
         yield
 
 
