@@ -88,7 +88,7 @@ def looks_like(shapes: Mapping[str, Shape]) -> str:
         return f"a {channels}-channel {version} of no released kind"
     usual = [each for each in kinds if each.config.latent_hidden == width]
     full_size = [each for each in kinds if each.file is None]
-    released = dict.fromkeys(each.space.name for each in usual or full_size)
+    released = dict.fromkeys(each.space.name for each in usual or full_size or kinds)
     odd = "" if usual else f" of latent hidden size {width}"
     return f"{_one_of(list(released))} {version}{odd}"
 

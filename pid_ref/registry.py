@@ -30,21 +30,26 @@ NANO_LICENSE = "The nano weights are part of pid-trt, under its Apache-2.0 licen
 """What a bundle made of them says."""
 
 NANO_STD = (
-    *(3.86, 0.652, 0.627, 0.381, 0.344, 0.379, 0.254, 0.26, 0.255, 0.236),  # luma
-    *(0.797, 0.112, 0.0956),  # blue difference
-    *(1.06, 0.11, 0.0978),  # red difference
+    *(1.98, 0.298, 0.3, 0.156, 0.166, 0.171, 0.0884, 0.11),  # luma
+    *(0.114, 0.104, 0.0666, 0.0829, 0.0718, 0.0536, 0.0553, 0.0387),
+    *(0.405, 0.0421, 0.0439, 0.0188, 0.0223, 0.0235, 0.00928, 0.0129),  # blue difference
+    *(0.0134, 0.0109, 0.00695, 0.0089, 0.00722, 0.00554, 0.00512, 0.00407),
+    *(0.534, 0.0389, 0.0404, 0.017, 0.0204, 0.0198, 0.00864, 0.012),  # red difference
+    *(0.0118, 0.00929, 0.00679, 0.00868, 0.00688, 0.00538, 0.00562, 0.00416),
 )
-"""Standard deviation over photographs of every block DCT coefficient of a `nano` latent."""
+"""Standard deviation over photographs of every coefficient of a block of a `nano` latent."""
 
 NANO_CONFIG = PidConfig(
-    latent_hidden=96,
+    latent_channels=192,
+    latent_unpatchify=2,
+    latent_hidden=196,
+    latent_res_blocks=4,
     latent_padding="replicate",
     latent_gate="token",
     pixel_gate=True,
-    hidden_size=64,
-    num_heads=1,
-    patch_depth=3,
-    patch_size=32,
+    hidden_size=128,
+    num_heads=2,
+    patch_depth=1,
     pixel_hidden_size=8,
     pixel_attn_size=72,
     pixel_num_heads=1,
@@ -209,10 +214,10 @@ SPACES = {
         LatentSpace(
             name="nano",
             aliases=(),
-            channels=16,
+            channels=192,
             down=8,
             scale=4,
-            convention="the 16 lowest coefficients of an 8x8 block DCT in YCbCr, each over its std",
+            convention="4x4 block DCT in YCbCr, each coefficient over its std, 2x2 blocks a pixel",
             factor=None,
             shift=None,
             diffusers="not a diffusers pipeline: what `Decoder.encode` makes of an image",

@@ -1,8 +1,9 @@
 """The main job on a photograph, as `make demo` runs it: export, build engines, decode, compare.
 
 A photograph that the `nano` decoder was not trained on is reduced to a quarter of its size, made
-into a latent and decoded on the CPU to its full size again. Leaves everything in demo/; sheet.png
-shows what came of it beside what went in.
+into a latent, as it is and with noise, and decoded on the CPU to its full size again. Leaves
+everything in demo/; sheet.png shows a piece of what came of it between the same photograph, merely
+enlarged, and the original.
 """
 
 import importlib.util
@@ -21,13 +22,17 @@ from skimage.data import astronaut
 from pid_engines import cli as build_cli
 from pid_export import cli as export_cli
 from pid_pipelines import upscale_cli
-from pid_runtime.command.images import save_image, side_by_side, to_uint8
-from pid_runtime.decoder import Decoder
+from pid_runtime.command.images import save_image, side_by_side
 
 Pixels = NDArray[np.uint8]
 Command = tuple[str, Callable[[Sequence[str]], int], list[str]]
 
 SCALE = 4
+SIGMAS = (0.0, 0.4)
+PIECE = (slice(0, 192), slice(160, 352))
+"""Rows and columns of the photograph that the sheet shows."""
+ZOOM = 2
+"""Pixels of the sheet per pixel of the piece."""
 
 
 def main(folder: Path = Path("demo"), weights: Sequence[str] = ()) -> int:
@@ -45,15 +50,31 @@ def main(folder: Path = Path("demo"), weights: Sequence[str] = ()) -> int:
         if code := command(arguments):
             return code
         sys.stderr.write(f"{time.monotonic() - begin:.1f} s\n")
-    decoded = np.asarray(Image.open(folder / "image.png"))
-    native = resized(_native(folder / "nano", photo), *original.shape[:2])
-    save_image(folder / "sheet.png", _sheet(photo, native, decoded, original))
-    for name, image in (("native + bicubic", native), ("PiD, 4 steps", decoded)):
-        sys.stdout.write(
-            f"{name}: PSNR {psnr(original, image):.2f} dB, SSIM {ssim(original, image):.4f}\n"
-        )
-    sys.stdout.write(f"{folder / 'sheet.png'}: all of them side by side\n")
+    rows = [_row(folder / "pictures", sigma, original) for sigma in SIGMAS]
+    save_image(folder / "sheet.png", np.concatenate(rows))
+    sys.stdout.write(f"{folder / 'sheet.png'}: a piece of all of them, side by side\n")
     return 0
+
+
+def _row(pictures: Path, sigma: float, original: Pixels) -> Pixels:
+    """One noise level's pieces, side by side; says how near whole images come to the original."""
+    decoded, native = (
+        np.asarray(Image.open(pictures / f"photo-sigma{sigma:g}{ending}.png"))
+        for ending in ("", "-vae")
+    )
+    height, width = original.shape[:2]
+    given = "input" if sigma == 0 else f"input with noise, sigma {sigma:g}"
+    enlarged = resized(native, height, width, Image.Resampling.LANCZOS)
+    row: list[tuple[str, Pixels]] = []
+    for name, image in ((f"{given}, enlarged by Lanczos", enlarged), ("PiD, 4 steps", decoded)):
+        decibels = f"{psnr(original, image):.2f} dB"
+        sys.stdout.write(f"{name}: PSNR {decibels}, SSIM {ssim(original, image):.4f}\n")
+        row.append((f"{name}: {decibels}", _piece(image)))
+    return side_by_side([*row, ("original", _piece(original))])
+
+
+def _piece(image: Pixels) -> Pixels:
+    return image[PIECE].repeat(ZOOM, axis=0).repeat(ZOOM, axis=1)
 
 
 def _commands(folder: Path, weights: Sequence[str]) -> list[Command]:
@@ -62,13 +83,14 @@ def _commands(folder: Path, weights: Sequence[str]) -> list[Command]:
     for old in (bundle, engines):
         shutil.rmtree(old, ignore_errors=True)
     export = ["--space", "nano", *weights, "--buckets", "preview=1024"]
-    photo, image = str(folder / "photo.png"), str(folder / "image.png")
+    photo, pictures = str(folder / "photo.png"), str(folder / "pictures")
+    sigmas = ",".join(f"{sigma:g}" for sigma in SIGMAS)
     commands: list[Command] = [
         ("pid-export", export_cli.main, [*export, "-o", str(bundle)]),
         (
             "pid-upscale",
             upscale_cli.main,
-            [str(bundle), photo, "--overwrite", "-o", image],
+            [str(bundle), photo, "--sigma", sigmas, "--baseline", "--overwrite", "-o", pictures],
         ),
     ]
     if importlib.util.find_spec("tensorrt_rtx") is not None:
@@ -78,25 +100,6 @@ def _commands(folder: Path, weights: Sequence[str]) -> list[Command]:
             ("pid-build", build_cli.main, [str(engines)]),
         ]
     return commands
-
-
-def _native(bundle: Path, photo: Pixels) -> Pixels:
-    """What the latent shows without PiD, at the photograph's size."""
-    with Decoder.open(bundle, verify=False) as pid:
-        return to_uint8(pid.native_decode(pid.encode(photo[None])))[0]
-
-
-def _sheet(photo: Pixels, native: Pixels, decoded: Pixels, original: Pixels) -> Pixels:
-    height, width = photo.shape[:2]
-    large = photo.repeat(SCALE, axis=0).repeat(SCALE, axis=1)
-    return side_by_side(
-        [
-            (f"input, {width}x{height}", large),
-            (f"native decoder + bicubic, {psnr(original, native):.2f} dB", native),
-            (f"PiD, 4 steps, {psnr(original, decoded):.2f} dB", decoded),
-            (f"original, {original.shape[1]}x{original.shape[0]}", original),
-        ]
-    )
 
 
 if __name__ == "__main__":

@@ -196,7 +196,7 @@ def nano_quality(results: Path) -> Table:
 
 
 def _gain(found: Mapping[Any, Any], case: tuple[Any, Any], decoder: str, what: str) -> float:
-    return found[(*case, decoder)][what] - found[(*case, "native + bicubic")][what]
+    return found[(*case, decoder)][what] - found[(*case, "bicubic")][what]
 
 
 FIGURES: Mapping[str, Callable[[Path], Table]] = {

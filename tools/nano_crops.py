@@ -112,5 +112,5 @@ def _crop(seed: int, pixels: int, index: int) -> Pixels:
 
 
 def latent_of(image: Tensor) -> NDArray[np.float32]:
-    """Latents `[B, 16, h, w]` of images `[B, 3, H, W]` that were reduced 4x."""
+    """Latents `[B, 192, h, w]` of images `[B, 3, H, W]` that were reduced 4x."""
     return encode(reduce(image), NANO_STD)

@@ -7,11 +7,11 @@ Everything follows from the seed and the number of iterations: a run that was st
 it had not been. Writes FOLDER/log.jsonl as it goes and FOLDER/nano.safetensors at the end, which is
 what `pid_ref/nano/` ships. Uses a GPU if there is one.
 
-How. The network starts as a linear decoder that is exact at every time of the sampler: whatever the
-noise, what it decodes is a linear picture of the patch half's output (`new_network`). So the patch
-half and those pictures are what is trained, and the pixel half never has to run: what is compared
-with the truth is the picture. The loss is the squared error, as a share of what is left at that
-level of noise.
+How. First a sketch learns, a small network on pixels (tools/nano_sketch.py). The network starts as
+that sketch, and decodes it at every time of the sampler: whatever the noise, what it decodes is a
+linear picture of the patch half's output (`new_network`). So the patch half and those pictures are
+what is trained, and the pixel half never has to run: what is compared with the truth is the
+picture. The loss is the squared error, as a share of what is left at that level of noise.
 """
 
 import argparse
@@ -27,14 +27,14 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from nano_crops import LATENT_PIXELS, crop, crops_file, in_sizes, latent_of
+from nano_crops import LATENT_PIXELS, crops_file, in_sizes, latent_of, reduce
 from nano_photos import Pixels, draw_leaves, load_photos
-from numpy.lib.stride_tricks import sliding_window_view
+from nano_sketch import Sketch, place, train_sketch
 from numpy.typing import NDArray
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from pid_ref.network import PidNet, patchify, unpatchify
+from pid_ref.network import PidNet, unpatchify
 from pid_ref.registry import NANO_CONFIG, NANO_STD
 from pid_ref.sampler import timesteps
 from pid_runtime.bundle.files import whole_file
@@ -43,24 +43,25 @@ from pid_runtime.nano.codec import from_uint8
 EMPTY_CAPTION = (NANO_CONFIG.text_max_length, NANO_CONFIG.text_dim)
 """Shape of the zeros that stand for no caption; see `Decoder.empty_caption`."""
 
-CROPS = ((8, 16000, 16), (14, 4000, 5))
+CROPS = ((8, 16000, 8), (14, 4000, 3))
 """Side of the crops in latent pixels, how many there are, and how many are learnt from at once."""
 
 STEPS = (1, 2, 4)
 """Of the sampler: its times in so many steps are those the network knows."""
 
-ITERATIONS = 13000
-PEAK_RATE = 6e-4
+ITERATIONS = 3200
+PEAK_RATE = 5e-4
 WARM_UP = 200
 EMA = 0.999
 MAX_SIGMA = 0.8
 CLEAN_SHARE = 0.6
 """Of the crops, how many have sigma 0."""
-CLEAN_ERROR, NOISE_ERROR = 0.02, 0.12
+CLEAN_ERROR, NOISE_ERROR = 0.01, 0.08
 """About the squared error that is left at sigma 0, and what each unit of sigma adds."""
 
-FIT_CROPS = 400
-"""How many of 256 x 256 pixels the linear decoder is fitted to that training starts from."""
+SKETCH_ITERATIONS = 3200
+FIT_CROPS = 100
+"""About how many crops tell which features of the sketch matter most."""
 
 
 def main() -> int:
@@ -91,27 +92,27 @@ def _keep_memory() -> None:
 
 
 def measure_std(photos: Iterable[Pixels]) -> tuple[float, ...]:
-    """Root mean square of every latent channel over whole photographs, to three digits."""
+    """Root mean square of every coefficient over whole photographs, to three digits."""
     squares: list[NDArray[np.float64]] = []
     for photo in photos:
         height, width = (side // LATENT_PIXELS * LATENT_PIXELS for side in photo.shape[:2])
         image = torch.from_numpy(from_uint8(photo[None, :height, :width]))
-        latent = latent_of(image) * np.reshape(NANO_STD, (-1, 1, 1))
-        squares.append((latent.astype(np.float64) ** 2).mean((0, 2, 3)))
+        latent = latent_of(image).astype(np.float64)
+        squares.append((latent.reshape(len(NANO_STD), -1) ** 2).mean(1) * np.square(NANO_STD))
     return tuple(float(f"{value:.3g}") for value in np.sqrt(np.mean(squares, axis=0)))
 
 
 # Training
 
 
-def new_network(seed: int, pictures: list[Pixels]) -> PidNet:
-    """A network that starts as the best linear decoder, at every time of the student.
+def new_network(seed: int, sketch: Sketch, crops: NDArray[np.uint8]) -> PidNet:
+    """A network that starts as a sketch, at every time of the student.
 
     Learning that from nothing takes longer than all the rest, so it is put in:
 
-    - The latent branch gathers 3x3 latent pixels, through units in pairs: silu(z) - silu(-z) = z.
-      `fit` says which combinations of them predict a patch best. `pit_head` hands them to the
-      tokens, and the pixel block's shift turns each into its picture.
+    - `place` writes the sketch into the latent branch and `pit_head`, which hands its numbers to
+      the tokens. The pixel block's shift turns each into its picture. The gate in front of the
+      tokens closes where there is noise: what then comes through the patch blocks is to be learnt.
     - The velocity is x / t - picture / t. One number of the token is 1 / t - 1, and gates multiply
       by it. In the pixel block's MLP, too, units come in pairs: gelu(z) - gelu(-z) = z.
     - The last layers are norms, which are no straight way for x or the picture; they become one
@@ -122,35 +123,30 @@ def new_network(seed: int, pictures: list[Pixels]) -> PidNet:
     net = _untyped(PidNet(NANO_CONFIG))
     size, d, gain, constant = NANO_CONFIG.hidden_size, NANO_CONFIG.pixel_hidden_size, 256.0, 16384.0
     rms = constant / math.sqrt(d)
-    taps, offset, patches = (torch.from_numpy(each) for each in fit(pictures, size - 1))
     (pixel_block,) = net.pixel_blocks
     zero = [net.s_embedder.proj, pixel_block.expand_from_attn, net.t_embedder.mlp[2]]
     zero += [pixel_block.adaLN_modulation[0], net.pixel_embedder.proj, net.final_layer.linear]
     branch = net.lq_proj
     zero += token_layers(net)
-    zero += [branch.latent_proj[index].block[5] for index in range(3, len(branch.latent_proj))]
     with torch.no_grad():
         for layer in zero:
             for parameter in layer.parameters():
                 parameter.zero_()
-        channels = len(NANO_STD)
-        first, second = branch.latent_proj[0], branch.latent_proj[2]
-        first.weight[: 2 * channels] = 0
-        first.bias[: 2 * channels] = 0
-        second.weight[: size - 1] = 0
-        for channel in range(channels):
-            first.weight[2 * channel, channel, 1, 1] = 1
-            first.weight[2 * channel + 1, channel, 1, 1] = -1
-            second.weight[: size - 1, 2 * channel] = taps[:, channel]
-            second.weight[: size - 1, 2 * channel + 1] = -taps[:, channel]
-        second.bias[: size - 1] = offset
-        branch.pit_head.weight[: size - 1, : size - 1] = torch.eye(size - 1)
+        few = torch.tensor(crops[:: max(1, len(crops) // FIT_CROPS)]).float() / 127.5 - 1
+        patches, none = place(sketch, torch.from_numpy(reduce(few)), net)
         net.pit_lq_gate.content_proj.weight.zero_()
         net.pit_lq_gate.content_proj.bias.fill_(5.0)
+        net.pit_lq_gate.log_alpha.fill_(math.log(20))
+        for gate in branch.gate_modules:
+            gate.content_proj.weight.zero_()
+            gate.content_proj.bias.fill_(2.0)
+            gate.log_alpha.fill_(math.log(0.5))
+        branch.pit_head.weight.div_(torch.sigmoid(torch.tensor(5.0)))
 
         modulation = pixel_block.adaLN_modulation[0]
         weight, bias = modulation.weight.view(-1, 6, d, size), modulation.bias.view(-1, 6, d)
         weight[:, 3, 3:6, : size - 1] = patches  # the MLP's shift: the picture
+        bias[:, 3, 3:6] = none
         bias[:, 2] = 4.0  # the attention's gate
         bias[:, 5, 3:] = 1.0  # the MLP's gate: 1 / t for the picture, 1 / t - 1 for x
         weight[:, 5, :6, -1] = 1.0
@@ -225,43 +221,15 @@ def picture_of(net: PidNet, latent: Tensor, sigma: Tensor) -> Tensor:
     height, width = h * LATENT_PIXELS, w * LATENT_PIXELS
     nothing = latent.new_zeros(1).expand(batch, 3, height, width)
     caption = latent.new_zeros(batch, *EMPTY_CAPTION)
-    s = net.condition(nothing, torch.full_like(sigma, 1000.0), caption, latent, sigma)
+    with torch.autocast(latent.device.type, torch.bfloat16, enabled=net.training):
+        s = net.condition(nothing, torch.full_like(sigma, 1000.0), caption, latent, sigma)
     modulation = _untyped(net).pixel_blocks[0].adaLN_modulation[0]
     pixels, size = NANO_CONFIG.patch_pixels, NANO_CONFIG.hidden_size
     weight = modulation.weight.view(pixels, 6, -1, size)[:, 3, 3:6]
     bias = modulation.bias.view(pixels, 6, -1)[:, 3, 3:6]
-    picture = F.linear(s, weight.reshape(-1, size), bias.flatten()).unflatten(-1, (pixels, 3))
+    found = F.linear(s.float(), weight.reshape(-1, size), bias.flatten())
+    picture = found.unflatten(-1, (pixels, 3))
     return unpatchify(picture, height, width, NANO_CONFIG.patch_size)
-
-
-def fit(
-    pictures: list[Pixels], rank: int
-) -> tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.float32]]:
-    """The best linear prediction of a patch from 3x3 latent pixels, through `rank` numbers.
-
-    Returns how each number is made, `[rank, 16, 3, 3]` and `[rank]`, and the patch it stands for,
-    `[P * P, 3, rank]`. Least squares over random clean crops, then the numbers that matter most.
-    """
-    rng = np.random.default_rng(1)
-    rows: list[NDArray[np.float64]] = []
-    targets: list[NDArray[np.float32]] = []
-    for _ in range(FIT_CROPS):
-        image = crop(rng, pictures, 8 * LATENT_PIXELS, 8 * LATENT_PIXELS)[None]
-        latent = np.pad(latent_of(image)[0], ((0, 0), (1, 1), (1, 1)), mode="edge")
-        windows = sliding_window_view(latent, (3, 3), (1, 2))  # (C, h, w, 3, 3)
-        windows = windows.transpose(1, 2, 0, 3, 4).reshape(64, -1)
-        rows.append(np.concatenate([windows, np.ones((64, 1))], axis=1).astype(np.float64))
-        targets.append(patchify(image, NANO_CONFIG.patch_size)[0].flatten(1).numpy())
-    x, y = np.concatenate(rows), np.concatenate(targets)
-    moments = x.T @ x + 1e-5 * len(x) * np.eye(x.shape[1])
-    weights = np.linalg.solve(moments, x.T @ y)
-    root = np.linalg.cholesky(moments).T  # the predictions' covariance is (root weights)^T (...)
-    _, spread, vectors = np.linalg.svd(root @ weights / math.sqrt(len(x)), full_matrices=False)
-    spread, vectors = spread[:rank], vectors[:rank].T
-    made = weights @ vectors / spread  # (145, rank), each number of unit size
-    taps = made[:-1].T.reshape(rank, len(NANO_STD), 3, 3)
-    patches = (vectors * spread).reshape(NANO_CONFIG.patch_pixels, 3, rank)
-    return taps.astype(np.float32), made[-1].astype(np.float32), patches.astype(np.float32)
 
 
 def time_features(net: PidNet) -> Tensor:
@@ -316,6 +284,18 @@ def learn(
     return loss_of(error, sigma), errors
 
 
+def parameters(net: PidNet) -> list[dict[str, Any]]:
+    """What the sketch has taught learns at a quarter of the rate."""
+    parts = _untyped(net)
+    fresh = nn.ModuleList([parts.patch_blocks, parts.lq_proj.output_heads])
+    new = {id(each) for each in fresh.parameters()}
+    taught = [each for each in net.parameters() if id(each) not in new]
+    return [
+        {"params": list(fresh.parameters()), "share": 1.0},
+        {"params": taught, "share": 0.25},
+    ]
+
+
 def rate(iteration: int, iterations: int) -> float:
     """Warm-up, then a cosine down to nothing."""
     warm = min(1.0, (iteration + 1) / WARM_UP)
@@ -328,10 +308,17 @@ def train(pictures: list[Pixels], folder: Path, iterations: int, seed: int, seco
     begin = time.monotonic()
     checkpoint, log = folder / "checkpoint.pt", folder / "log.jsonl"
     resumes = checkpoint.exists()
-    net = (PidNet(NANO_CONFIG) if resumes else new_network(seed, pictures)).to(device)
+    crops = [
+        np.load(crops_file(folder, pictures, seed, side, count), mmap_mode="r")
+        for side, count, _ in CROPS
+    ]
+    net = PidNet(NANO_CONFIG)
+    if not resumes:
+        net = new_network(seed, _sketch(folder, crops[0], seed), crops[0])
+    net = net.to(device)
     keep_time(net)
     average = {name: value.clone() for name, value in net.state_dict().items()}
-    optimizer = torch.optim.AdamW(net.parameters(), betas=(0.9, 0.98), weight_decay=0)
+    optimizer = torch.optim.AdamW(parameters(net), betas=(0.9, 0.98), weight_decay=0)
     start, spent = 0, 0.0
     if resumes:
         saved = torch.load(checkpoint, weights_only=True)
@@ -339,15 +326,11 @@ def train(pictures: list[Pixels], folder: Path, iterations: int, seed: int, seco
         net.load_state_dict(saved["net"])
         optimizer.load_state_dict(saved["optimizer"])
         average = {name: value.to(device) for name, value in saved["average"].items()}
-    crops = [
-        np.load(crops_file(folder, pictures, seed, side, count), mmap_mode="r")
-        for side, count, _ in CROPS
-    ]
     errors: dict[str, list[float]] = {}
     for iteration in range(start, iterations):
         rng = np.random.default_rng((seed, iteration))
         for group in optimizer.param_groups:
-            group["lr"] = rate(iteration, iterations)
+            group["lr"] = group["share"] * rate(iteration, iterations)
         loss, found = learn(net, rng, crops, device)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -384,6 +367,16 @@ def train(pictures: list[Pixels], folder: Path, iterations: int, seed: int, seco
             export(average, folder / "nano.safetensors")
         if done:
             break
+
+
+def _sketch(folder: Path, crops: NDArray[np.uint8], seed: int) -> Sketch:
+    """The sketch that training starts from; learnt unless it is there."""
+    file = folder / "sketch.pt"
+    if not file.exists():
+        _save(file, train_sketch(crops, seed, SKETCH_ITERATIONS).state_dict())
+    sketch = train_sketch(crops, seed, 0)
+    sketch.load_state_dict(torch.load(file, weights_only=True))
+    return sketch
 
 
 def _save(path: Path, content: Mapping[str, Any]) -> None:

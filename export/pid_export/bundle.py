@@ -28,8 +28,8 @@ from pid_runtime.backends.stages import Dimensions, build_stage
 from pid_runtime.bundle.files import check_space, whole_folder
 from pid_runtime.bundle.json_reader import NAME
 from pid_runtime.bundle.manifest import (
-    BLOCK_DCT,
     MANIFEST_FILE,
+    PACKED_DCT,
     PRECISIONS,
     WEIGHTS_FILE,
     Bucket,
@@ -354,4 +354,4 @@ def _latents(space: LatentSpace) -> dict[str, Any]:
 def _codec(checkpoint: Checkpoint | None) -> Codec | None:
     if checkpoint is None or checkpoint.space.std is None:
         return None
-    return Codec(BLOCK_DCT, checkpoint.space.std)
+    return Codec(PACKED_DCT, checkpoint.space.std)

@@ -11,7 +11,7 @@ from pid_pipelines.vae_graphs import OnnxVae, is_exported
 from pid_pipelines.vaes import VAES
 from pid_runtime.bundle.manifest import Manifest
 from pid_runtime.nano import codec
-from pid_runtime.nano.block_dct import BLOCK
+from pid_runtime.nano.block_dct import LATENT_PIXEL
 
 Floats = NDArray[np.float32]
 
@@ -50,7 +50,7 @@ def pixels_per_latent(manifest: Manifest) -> int:
     Raises `PipelineInputError` for a bundle whose latents cannot be made here.
     """
     if manifest.codec is not None:
-        return BLOCK
+        return LATENT_PIXEL
     space = manifest.model.get("space")
     if space in VAES:
         return VAES[str(space)].down

@@ -29,7 +29,7 @@ from pid_runtime.errors import (
 from pid_runtime.interpreter import Program, graph_calls
 from pid_runtime.latents import spread_warning
 from pid_runtime.nano import codec
-from pid_runtime.nano.block_dct import BLOCK
+from pid_runtime.nano.block_dct import LATENT_PIXEL
 from pid_runtime.nano.photos import padded, read_photo
 from pid_runtime.plan import Plan, plan_of
 from pid_runtime.request import (
@@ -432,7 +432,7 @@ class Decoder:
         Raises `PidRuntimeError` for another image, or a bundle without a codec.
         """
         if isinstance(image, str | os.PathLike | Image.Image):
-            image = padded(read_photo(image), BLOCK)[None]
+            image = padded(read_photo(image), LATENT_PIXEL)[None]
         return codec.encode(self.manifest, image, sigma, seed)
 
     def native_decode(self, latent: Any) -> NDArray[np.float32]:

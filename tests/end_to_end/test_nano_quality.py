@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
+from PIL.Image import Resampling
 from quality import psnr, resized, ssim
 from skimage import data
 from sklearn.datasets import load_sample_image
@@ -51,8 +52,11 @@ PIECES: dict[str, tuple[Callable[[], Any], int, int]] = {
 }
 """Held-out photographs, and the top left corner of the piece that is decoded."""
 
-FLOOR_DB = {"astronaut": 22.4, "chelsea": 24.28, "coffee": 21.79, "china": 18.13}
+FLOOR_DB = {"astronaut": 27.4, "chelsea": 28.05, "coffee": 27.25, "china": 20.2}
 """Lowest PSNR of each piece at sigma 0, in four steps."""
+
+FLOORS_DB = {0.0: FLOOR_DB["astronaut"], 0.4: 20.8}
+"""Lowest PSNR of the astronaut by sigma."""
 
 
 def piece(name: str, height: int = SIDE, width: int = SIDE) -> Pixels:
@@ -75,10 +79,13 @@ def decoded(pid: Decoder, original: Pixels, *, sigma: float = 0.0, **options: An
     return np.asarray(pid.decode(latent, sigma=sigma, seed=0, output="uint8", **options))[0]
 
 
-def native(pid: Decoder, original: Pixels, *, sigma: float = 0.0) -> Pixels:
-    """The same latent through the codec's own decoder, enlarged."""
+def enlarged(
+    pid: Decoder, original: Pixels, *, sigma: float = 0.0, by: Resampling = Resampling.BICUBIC
+) -> Pixels:
+    """The same latent by the codec alone, which gives the photograph back, enlarged."""
     latent = pid.encode(reduced(original), sigma=sigma, seed=1)
-    return resized(to_uint8(pid.native_decode(latent))[0], *original.shape[:2])
+    height, width = original.shape[:2]
+    return resized(to_uint8(pid.native_decode(latent))[0], height, width, by)
 
 
 def _export(folder: Path, precision: str) -> Path:
@@ -108,11 +115,15 @@ def test_a_decode_is_the_picture(pid: Decoder, name: str) -> None:
     assert psnr(original, decoded(pid, original)) > FLOOR_DB[name]
 
 
-def test_a_decode_is_better_than_an_enlarged_native_decode(pid: Decoder) -> None:
-    """On the mean; docs/nano.md says by how much on every photograph."""
-    gains = [psnr(o, decoded(pid, o)) - psnr(o, native(pid, o)) for o in map(piece, PIECES)]
-    assert np.mean(gains) > 0.4
-    assert min(gains) > -0.1
+@pytest.mark.parametrize("by", [Resampling.BICUBIC, Resampling.LANCZOS])
+def test_a_decode_is_better_than_the_photograph_enlarged(pid: Decoder, by: Resampling) -> None:
+    """docs/nano.md says by how much on every photograph."""
+    for how, least, mean in ((psnr, 0.03, 0.6), (ssim, 0.005, 0.012)):
+        gains = [
+            how(original, decoded(pid, original)) - how(original, enlarged(pid, original, by=by))
+            for original in map(piece, PIECES)
+        ]
+        assert min(gains) > least and np.mean(gains) > mean
 
 
 @pytest.mark.parametrize(
@@ -155,18 +166,21 @@ def test_a_flat_picture_stays_flat_in_tiles(pid: Decoder) -> None:
 
 
 def test_decodes_of_whole_photographs_reached_what_the_page_says() -> None:
-    """SSIM above the native decoder's everywhere, 3 dB at sigma 0.4, 0.4 dB on the mean at 0."""
+    """Above bicubic and Lanczos everywhere; 3 dB at sigma 0.4, 0.8 dB on the mean at 0."""
     record = json.loads((ROOT / "bench/results/nano.json").read_text())
     assert NANO.file is not None and record["weights_sha256"] == file_sha256(NANO.file)
     rows = record["rows"]
     found = {(row["photo"], row["sigma"], row["decoder"]): row for row in rows}
     gains: dict[float, list[float]] = {}
     for photo, sigma in dict.fromkeys((row["photo"], row["sigma"]) for row in rows):
-        ours, theirs = (found[photo, sigma, name] for name in ("PiD, 4 steps", "native + bicubic"))
-        assert ours["ssim"] > theirs["ssim"], photo
-        gains.setdefault(sigma, []).append(ours["psnr_db"] - theirs["psnr_db"])
+        ours, bicubic, lanczos = (
+            found[photo, sigma, name] for name in ("PiD, 4 steps", "bicubic", "Lanczos")
+        )
+        for what in ("psnr_db", "ssim"):
+            assert ours[what] > max(bicubic[what], lanczos[what]), photo
+        gains.setdefault(sigma, []).append(ours["psnr_db"] - bicubic["psnr_db"])
     assert len(gains[0.0]) == 5
-    assert min(gains[0.4]) > 3 and np.mean(gains[0.0]) > 0.4
+    assert min(gains[0.4]) > 3 and np.mean(gains[0.0]) > 0.8 and min(gains[0.0]) > 0.2
 
 
 def test_every_backend_gives_the_same_picture(pid: Decoder, bundle: Path) -> None:
@@ -255,14 +269,14 @@ def test_noise_in_the_latent_costs_quality_little_by_little(pid: Decoder, name: 
     losses = [better - worse for better, worse in pairwise(by_sigma.values())]
     assert min(losses) > 0
     assert max(losses) < 4.5  # no cliff
-    assert by_sigma[0.4] > psnr(original, native(pid, original, sigma=0.4)) + 2.4
+    assert by_sigma[0.4] > psnr(original, enlarged(pid, original, sigma=0.4)) + 2.4
 
 
 @pytest.mark.parametrize(("height", "width"), [(96, 416), (288, 96)])
 def test_tall_and_wide_pictures(pid: Decoder, height: int, width: int) -> None:
     for name in PIECES:
         original = piece(name, height, width)
-        assert psnr(original, decoded(pid, original)) > psnr(original, native(pid, original)) - 0.1
+        assert psnr(original, decoded(pid, original)) > psnr(original, enlarged(pid, original))
 
 
 BREAKS: dict[str, tuple[type[torch.nn.Module], str, str]] = {
@@ -271,7 +285,6 @@ BREAKS: dict[str, tuple[type[torch.nn.Module], str, str]] = {
         "+ update[1] * velocity",
         "- update[1] * velocity",
     ),
-    "no gate of the latent": (stages.LatentGate, "gate * self.feature", "self.feature"),
     "no gate of a patch block's attention": (
         stages.LeaveBlock,
         "modulation[0] * self.proj",
@@ -296,9 +309,9 @@ BREAKS: dict[str, tuple[type[torch.nn.Module], str, str]] = {
 }
 """Stages of the program, each with something of its `forward` replaced.
 
-Not here: the rotary embedding and the gate of a pixel block's attention. These weights lean on them
-too little for a picture to show it (0.01 dB); random weights show them, in
-tests/export/test_golden.py.
+Not here: the rotary embedding, the gate of a pixel block's attention and that of the latent. These
+weights lean on them too little for a picture to show it (0.04, 0 and 0.05 dB at most); random
+weights show them, in tests/export/test_golden.py.
 """
 
 
@@ -311,14 +324,18 @@ def broken(stage: type[torch.nn.Module], old: str, new: str) -> Callable[..., An
     return names["forward"]
 
 
-def astronaut_psnr(decoder: Decoder) -> float:
+def above_floors(bundle: Path) -> list[bool]:
+    """Of a latent without noise and of one with."""
     original = piece("astronaut")
-    return psnr(original, decoded(decoder, original))
+    with Decoder.open(bundle, backend="torch") as decoder:
+        return [
+            psnr(original, decoded(decoder, original, sigma=sigma)) > floor
+            for sigma, floor in FLOORS_DB.items()
+        ]
 
 
 def test_the_unbroken_program_passes(bundle: Path) -> None:
-    with Decoder.open(bundle, backend="torch") as decoder:
-        assert astronaut_psnr(decoder) > FLOOR_DB["astronaut"]
+    assert all(above_floors(bundle))
 
 
 @pytest.mark.parametrize("name", BREAKS)
@@ -327,5 +344,4 @@ def test_a_broken_program_is_no_picture(
 ) -> None:
     stage, old, new = BREAKS[name]
     monkeypatch.setattr(stage, "forward", broken(stage, old, new))
-    with Decoder.open(bundle, backend="torch") as decoder:
-        assert astronaut_psnr(decoder) < FLOOR_DB["astronaut"]
+    assert not all(above_floors(bundle))

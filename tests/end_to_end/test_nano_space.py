@@ -21,8 +21,8 @@ from pid_ref.checkpoint import read_checkpoint, state_shapes
 from pid_ref.registry import NANO, NANO_STD, SPACES, Checkpoint
 from pid_ref.weights import RandomWeights
 from pid_runtime.bundle.folder import parse_manifest, read_manifest
-from pid_runtime.bundle.manifest import BLOCK_DCT, MANIFEST_FILE
-from pid_runtime.bundle.manifest_check import CODEC_CHANNELS
+from pid_runtime.bundle.manifest import MANIFEST_FILE, PACKED_DCT
+from pid_runtime.bundle.manifest_check import CODEC_SIZES
 from pid_runtime.command.images import to_uint8
 from pid_runtime.decoder import Decoder
 from pid_runtime.errors import PidRuntimeError
@@ -53,7 +53,7 @@ def bundle(checkpoint: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cli, "find_checkpoint", lambda space, variant: checkpoint)
         patch.setattr(hub, "download", lambda *_: pytest.fail("nothing is to be downloaded"))
-        arguments = ["--space", "nano", "--buckets", "tiny=64", "--quiet", "-o", str(path)]
+        arguments = ["--space", "nano", "--buckets", "tiny=256", "--quiet", "-o", str(path)]
         assert cli.main(arguments) == 0
     return path
 
@@ -75,9 +75,9 @@ def picture(height: int, width: int) -> NDArray[np.uint8]:
 def test_the_space_is_what_the_codec_makes() -> None:
     space = SPACES["nano"]
     assert space is NANO.space and space.std is NANO_STD
-    assert (space.channels, space.down) == (len(block_dct.BASIS), block_dct.BLOCK)
-    assert len(NANO_STD) == space.channels and min(NANO_STD) > 0
-    assert CODEC_CHANNELS[BLOCK_DCT] == space.channels
+    assert (space.channels, space.down) == (block_dct.CHANNELS, block_dct.LATENT_PIXEL)
+    assert len(NANO_STD) == len(block_dct.BASIS) and min(NANO_STD) > 0
+    assert CODEC_SIZES[PACKED_DCT] == (space.channels, len(NANO_STD))
     assert [each.name for each in SPACES.values() if each.std is not None] == ["nano"]
 
 
@@ -108,11 +108,11 @@ def test_the_manifest_says_where_all_comes_from(bundle: Path, checkpoint: Checkp
     assert model["weights"]["file"] == checkpoint.file.name
     assert model["captioned"] is False and model["trained_sizes"] == []
     assert "Apache-2.0" in model["weights_license"] and "NVIDIA" not in model["weights_license"]
-    assert manifest.codec is not None and manifest.codec.kind == "block_dct"
+    assert manifest.codec is not None and manifest.codec.kind == "packed_dct"
     assert manifest.codec.std == tuple(NANO_STD)
     raw = json.loads((bundle / MANIFEST_FILE).read_text())
-    assert raw["codec"] == {"kind": "block_dct", "std": list(NANO_STD)}
-    assert raw["format_version"] == [1, 3]
+    assert raw["codec"] == {"kind": "packed_dct", "std": list(NANO_STD)}
+    assert raw["format_version"] == [1, 4]
 
 
 def test_verify_finds_the_weights_itself(
@@ -143,12 +143,12 @@ def edited(bundle: Path, **members: Any) -> str:
         ([], "in manifest.json, codec, but got []"),
         ({}, "expected a member 'kind'"),
         ({"kind": 3}, "expected a string"),
-        ({"kind": "block_dct"}, "expected 16 usable std of the codec, but the manifest has"),
-        ({"kind": "block_dct", "std": [1.0] * 15}, "expected 16 usable std"),
-        ({"kind": "block_dct", "std": [1.0] * 15 + [0]}, "expected 16 usable std"),
-        ({"kind": "block_dct", "std": [1.0] * 15 + [1e10]}, "expected 16 usable std"),
-        ({"kind": "block_dct", "std": [1.0] * 15 + ["1"]}, "expected a number"),
-        ({"kind": "block_dct", "std": 1.0}, "expected a list"),
+        ({"kind": "packed_dct"}, "expected 48 usable std of the codec, but the manifest has"),
+        ({"kind": "packed_dct", "std": [1.0] * 47}, "expected 48 usable std"),
+        ({"kind": "packed_dct", "std": [1.0] * 47 + [0]}, "expected 48 usable std"),
+        ({"kind": "packed_dct", "std": [1.0] * 47 + [1e10]}, "expected 48 usable std"),
+        ({"kind": "packed_dct", "std": [1.0] * 47 + ["1"]}, "expected a number"),
+        ({"kind": "packed_dct", "std": 1.0}, "expected a list"),
     ],
 )
 def test_codecs_that_make_no_sense(bundle: Path, value: Any, message: str) -> None:
@@ -159,10 +159,8 @@ def test_codecs_that_make_no_sense(bundle: Path, value: Any, message: str) -> No
 
 def test_a_codec_of_other_channels(golden_bundle: Path) -> None:
     raw = json.loads((golden_bundle / MANIFEST_FILE).read_text())
-    raw["codec"] = {"kind": "block_dct", "std": [1.0] * 16}
-    assert parse_manifest(json.dumps(raw)).codec is not None
-    raw["network"]["latent_channels"] = 4
-    with pytest.raises(PidRuntimeError, match="expected 16 latent channels for block_dct"):
+    raw["codec"] = {"kind": "packed_dct", "std": [1.0] * 48}
+    with pytest.raises(PidRuntimeError, match="expected 192 latent channels for packed_dct"):
         parse_manifest(json.dumps(raw))
 
 
@@ -185,7 +183,7 @@ def test_codecs_of_the_future_and_none(bundle: Path) -> None:
 def test_encode_and_the_native_decoder(pid: Decoder) -> None:
     image = picture(16, 24)
     latent = pid.encode(image[None])
-    assert latent.shape == (1, 16, 2, 3) and latent.dtype == np.float32
+    assert latent.shape == (1, 192, 2, 3) and latent.dtype == np.float32
     floats = codec.from_uint8(image)[None]
     np.testing.assert_array_equal(latent, block_dct.encode(floats, NANO_STD))
     for other in (floats, floats.astype(np.float64), torch.from_numpy(floats)):
@@ -193,7 +191,7 @@ def test_encode_and_the_native_decoder(pid: Decoder) -> None:
     native = pid.native_decode(latent)
     assert native.shape == (1, 3, 16, 24)
     np.testing.assert_array_equal(native, block_dct.decode(latent, NANO_STD))
-    assert np.abs(to_uint8(native)[0].astype(int) - image).mean() < 6
+    np.testing.assert_array_equal(to_uint8(native)[0], image)
 
 
 def test_noise_is_mixed_in_by_seed(pid: Decoder) -> None:
@@ -229,7 +227,7 @@ def test_images_that_do_not_fit(pid: Decoder, image: NDArray[Any], message: str)
 def test_photos_may_be_given_as_they_are(pid: Decoder, tmp_path: Path) -> None:
     photo = save(tmp_path / "photo.png", 15, 17)
     want = pid.encode(padded(read_photo(photo), 8)[None])
-    assert want.shape == (1, 16, 2, 3)
+    assert want.shape == (1, 192, 2, 3)
     np.testing.assert_array_equal(pid.encode(photo), want)
     np.testing.assert_array_equal(pid.encode(str(photo)), want)
     with Image.open(photo) as opened:

@@ -66,7 +66,7 @@ ELSEWHERE = {
     "bench/test_work.py": "bench/pid_bench: pid_stages stage",
     "end_to_end/test_nano_space.py": "runtime/pid_runtime: nano/codec",
     "end_to_end/test_nano_quality.py": "tools: quality",
-    "tools/test_train_nano.py": "tools: nano_crops",
+    "tools/test_train_nano.py": "tools: nano_crops nano_sketch",
     # On both backends every graph: the program of each golden file.
     "export/test_golden.py": (
         "runtime/pid_runtime: backends/torch; export/pid_export: contrib golden_captions"

@@ -1,25 +1,67 @@
-"""A bundle that enlarges pictures."""
+"""Bundles that enlarge pictures, and one that takes no guidance."""
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+from filelock import FileLock
 
-CODEC = {"kind": "block_dct", "std": [3.0, 0.5, 0.5, *[0.3] * 13]}
+from conftest import SMALL_BUCKETS
+from pid_export.bundle import ExportOptions, export_bundle
+from pid_ref.checkpoint import state_shapes
+from pid_ref.registry import NANO
+from pid_ref.weights import RandomWeights
+
+
+def enlarging(shared_folder: Path, name: str, **options: Any) -> Path:
+    """A bundle of the space nano, of a smaller network than the one that ships."""
+    small = replace(NANO.config, latent_hidden=16, latent_res_blocks=1, hidden_size=64, num_heads=1)
+    bundle = shared_folder / "served" / name
+    with FileLock(shared_folder / f"served-{name}.lock"):
+        if not bundle.exists():
+            export_bundle(
+                bundle,
+                small,
+                RandomWeights(state_shapes(small), 3),
+                ExportOptions(buckets=SMALL_BUCKETS, **options),
+                checkpoint=replace(NANO, config=small),
+                weights={"random_seed": 3},
+            )
+    return bundle
+
+
+@pytest.fixture(scope="session")
+def nano(shared_folder: Path) -> Path:
+    """A bundle of nano's space."""
+    return enlarging(shared_folder, "nano")
+
+
+def asking_for_guidance(bundle: Path, folder: Path) -> Path:
+    """A copy of a bundle of any times, as of an undistilled checkpoint."""
+    copy = folder / "undistilled"
+    shutil.copytree(bundle, copy)
+    manifest = json.loads((copy / "manifest.json").read_text())
+    manifest["model"] |= {"captioned": True, "distilled": False}
+    manifest["sampler"] |= {"rule": "dpm++2m", "guidance": 5, "steps": 2}
+    manifest["sampler"]["flow_shift"] = {"shift": 6.0, "size": 2048}
+    (copy / "manifest.json").write_text(json.dumps(manifest))
+    return copy
 
 
 @pytest.fixture(scope="session")
 def undistilled(free_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A bundle that asks for guidance, and enlarges pictures as `nano` does."""
-    bundle = tmp_path_factory.mktemp("bundle") / "undistilled"
-    shutil.copytree(free_bundle, bundle)
-    manifest = json.loads((bundle / "manifest.json").read_text())
-    manifest["codec"] = CODEC
-    manifest["sampler"] |= {"rule": "dpm++2m", "guidance": 5, "steps": 2}
-    manifest["sampler"]["flow_shift"] = {"shift": 6.0, "size": 2048}
-    (bundle / "manifest.json").write_text(json.dumps(manifest))
-    return bundle
+    """A bundle that asks for guidance."""
+    return asking_for_guidance(free_bundle, tmp_path_factory.mktemp("bundle"))
+
+
+@pytest.fixture(scope="session")
+def undistilled_nano(shared_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One that enlarges pictures, too."""
+    free = enlarging(shared_folder, "free", arbitrary_timesteps=True)
+    return asking_for_guidance(free, tmp_path_factory.mktemp("bundle"))
 
 
 @pytest.fixture(scope="session")
@@ -29,17 +71,5 @@ def distilled(golden_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     shutil.copytree(golden_bundle, bundle)
     manifest = json.loads((bundle / "manifest.json").read_text())
     manifest["model"] |= {"name": "flux 2k", "distilled": True}
-    (bundle / "manifest.json").write_text(json.dumps(manifest))
-    return bundle
-
-
-@pytest.fixture(scope="session")
-def nano(golden_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """`golden_bundle` with the codec of the space nano, whose latents have as many channels."""
-    bundle = tmp_path_factory.mktemp("bundle") / "nano"
-    shutil.copytree(golden_bundle, bundle)
-    manifest = json.loads((bundle / "manifest.json").read_text())
-    manifest["codec"] = CODEC
-    manifest["model"]["captioned"] = False
     (bundle / "manifest.json").write_text(json.dumps(manifest))
     return bundle

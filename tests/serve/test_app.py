@@ -437,37 +437,38 @@ def test_prompts_are_encoded_by_a_captioner(golden_bundle: Path, nano: Path) -> 
         assert refused[0] == 422 and b"without captions" in refused[2]
 
 
-def test_guidance_of_undistilled_bundles(undistilled: Path, distilled: Path) -> None:
+def test_guidance_of_undistilled_bundles(undistilled_nano: Path, distilled: Path) -> None:
     sent, options = picture(16, 16), {"guidance": 3, "steps": 2}
-    with Decoder.open(undistilled) as pid:
+    latent = np.linspace(-1, 1, 192 * 2 * 3, dtype=np.float32).reshape(192, 2, 3)
+    with Decoder.open(undistilled_nano) as pid:
         width, length = pid.manifest.network["text_dim"], pid.manifest.network["text_max_length"]
         encoder = OpenWords(width)
         texts = ("a boat", "fog", "")
         boat, fog, nothing = encoder().run([CaptionTask(texts, length)], print)[0][:, None]
 
-        def wanted(latent: NDArray[np.float32], **more: Any) -> NDArray[np.uint8]:
-            return pid.decode(latent, boat, **options, **more, output="uint8")[0]
+        def wanted(given: NDArray[np.float32], **more: Any) -> NDArray[np.uint8]:
+            return pid.decode(given, boat, **options, **more, output="uint8")[0]
 
-        guided = wanted(LATENT[None], negative=fog)
-        assert (guided != wanted(LATENT[None], negative=boat)).any()
-        empty = wanted(LATENT[None], negative=nothing)
+        guided = wanted(latent[None], negative=fog)
+        assert (guided != wanted(latent[None], negative=boat)).any()
+        empty = wanted(latent[None], negative=nothing)
         assert (guided != empty).any()
         photo = pid.encode(Image.open(io.BytesIO(sent)))
         larger = {"fog": wanted(photo, negative=fog), "": wanted(photo, negative=nothing)}
-    models = {"free": pool(undistilled), "student": pool(distilled)}
+    models = {"free": pool(undistilled_nano), "student": pool(distilled)}
     captions = Pool[CaptionTask, Any]([encoder])
     query = "/v1/decode?guidance=3&steps=2&output=safetensors"
     with serving(models, captions=captions) as port:
         assert json.loads(ask(port, "GET", "/v1/models")[2])["models"][0]["guidance"] == 5
-        both = {"latent": LATENT, "caption": boat, "negative": fog[0]}
-        asked = {"latent": tensor(LATENT), "output": "safetensors", **options}
+        both = {"latent": latent, "caption": boat, "negative": fog[0]}
+        asked = {"latent": tensor(latent), "output": "safetensors", **options}
         for status, _, body in (
             ask(port, "POST", query, save(both)),
             ask(
                 port,
                 "POST",
                 f"{query}&prompt=a%20boat&negative_prompt=fog",
-                save({"latent": LATENT}),
+                save({"latent": latent}),
             ),
             ask_json(port, "/v1/decode", **asked, caption=tensor(boat[0]), negative=tensor(fog[0])),
             ask_json(port, "/v1/decode", **asked, prompt="a boat", negative_prompt="fog"),
@@ -475,14 +476,14 @@ def test_guidance_of_undistilled_bundles(undistilled: Path, distilled: Path) -> 
             assert status == 200, body
             np.testing.assert_array_equal(load(body)["image"], guided)
         path = f"{query}&prompt=a%20boat&negative_prompt="
-        image = load(ask(port, "POST", path, save({"latent": LATENT}))[2])["image"]
+        image = load(ask(port, "POST", path, save({"latent": latent}))[2])["image"]
         np.testing.assert_array_equal(image, empty)
         for negative, image in larger.items():
             form = {"guidance": "3", "steps": "2", "prompt": "a boat", "negative_prompt": negative}
             status, _, body = ask_form(port, sent, **form)
             assert status == 200, body
             np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(body))), image)
-        alone = save({"latent": LATENT})
+        alone = save({"latent": latent})
         assert ask(port, "POST", "/v1/decode?guidance=1&steps=2", alone)[0] == 200
         for path, given, field, message in (
             ("", alone, "guidance", "expected a negative caption for guidance 5, but got none"),

@@ -4,10 +4,15 @@ import json
 from pathlib import Path
 from typing import Any
 
+import nano_sketch
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 import train_nano
+from nano_crops import crop, crops_file, in_sizes, reduce
+from nano_photos import draw_leaves
+from numpy.typing import NDArray
 from safetensors.torch import load_file
 
 from pid_ref.checkpoint import state_shapes
@@ -16,29 +21,36 @@ from pid_ref.registry import NANO_CONFIG
 
 @pytest.fixture(scope="module")
 def tool() -> Any:
-    train_nano.FIT_CROPS = 20
+    train_nano.SKETCH_ITERATIONS = 3
     return train_nano
 
 
 @pytest.fixture(scope="module")
-def pictures(tool: Any) -> Any:
-    return tool.in_sizes(tool.draw_leaves(2, 300, seed=1))
+def pictures() -> Any:
+    return in_sizes(draw_leaves(2, 300, seed=1))
 
 
-def test_what_is_trained_decodes_at_every_time(tool: Any, pictures: Any) -> None:
+@pytest.fixture(scope="module")
+def crops(pictures: Any) -> NDArray[np.uint8]:
+    rng = np.random.default_rng(0)
+    images = torch.stack([crop(rng, pictures, 128, 128) for _ in range(16)])
+    return ((images + 1) * 127.5).round().to(torch.uint8).numpy()
+
+
+def test_what_is_trained_decodes_at_every_time(tool: Any, crops: NDArray[np.uint8]) -> None:
     """The whole network decodes the picture that was trained, from any noise."""
-    net = tool.new_network(0, pictures)
+    net = tool.new_network(0, nano_sketch.train_sketch(crops, 0, 3), crops)
     tool.keep_time(net)
     rng = np.random.default_rng(0)
-    images = torch.stack([tool.crop(rng, pictures, 128, 128) for _ in range(16)])
-    crops = [((images + 1) * 127.5).to(torch.uint8).numpy()]
-    before = tool.picture_of(net, *(noisy := tool.noisy(rng, images[:4]))).detach()
-    optimizer = torch.optim.AdamW(net.parameters(), lr=3e-3, weight_decay=0)
+    images = torch.from_numpy(crops[:4]).float() / 127.5 - 1
+    before = tool.picture_of(net, *(noisy := tool.noisy(rng, images))).detach()
+    optimizer = torch.optim.AdamW(net.parameters(), lr=3e-4, weight_decay=0)
     for _ in range(4):
         optimizer.zero_grad()
-        tool.learn(net, rng, crops, torch.device("cpu"))[0].backward()
+        tool.learn(net, rng, [crops], torch.device("cpu"))[0].backward()
         optimizer.step()
     tool.tell_time(net)
+    net.eval()
     latent, sigma = noisy
     caption = torch.zeros(4, *tool.EMPTY_CAPTION)
     with torch.no_grad():
@@ -50,14 +62,24 @@ def test_what_is_trained_decodes_at_every_time(tool: Any, pictures: Any) -> None
             assert float((x - t * v - picture).square().mean().sqrt()) < 0.01, t
 
 
-def test_the_start_predicts_the_picture(tool: Any, pictures: Any) -> None:
-    net = tool.new_network(0, pictures)
-    rng = np.random.default_rng(0)
-    image = torch.stack([tool.crop(rng, pictures, 128, 128) for _ in range(4)])
-    latent = torch.from_numpy(tool.latent_of(image))
+def test_the_network_starts_as_the_sketch(tool: Any, crops: NDArray[np.uint8]) -> None:
+    """To the border: what is left out are combinations of features that matter least."""
+    images = torch.from_numpy(crops[:4]).float() / 127.5 - 1
+    sketch = nano_sketch.train_sketch(crops, 0, 30)
+    for block in sketch.blocks:
+        for conv in block.convs:
+            conv.conv.bias.data.uniform_(-0.5, 0.5)
+    net = tool.new_network(0, sketch, crops).eval()
     with torch.no_grad():
-        error = (tool.picture_of(net, latent, torch.zeros(4)) - image).square().mean()
-    assert float(error) < 0.35 * float(image.var())
+        features = sketch.features(torch.from_numpy(reduce(images)))
+        tokens = net.lq_proj(torch.from_numpy(tool.latent_of(images)))[..., nano_sketch.OWN]
+        wanted = F.pixel_unshuffle(features, 4).flatten(2).transpose(1, 2)
+        np.testing.assert_allclose(tokens, wanted, atol=0.02)
+        found = tool.picture_of(net, torch.from_numpy(tool.latent_of(images)), torch.zeros(4))
+        drawn = sketch(torch.from_numpy(reduce(images)))
+        assert float((found - drawn).square().mean()) < 0.02 * float(drawn.var())
+        error = float((found - images).square().mean())
+        assert error < 0.35 * float(images.var())
 
 
 @pytest.mark.slow
@@ -80,8 +102,8 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been(
         assert torch.equal(found[name], tensor), name
 
 
-def test_crops_follow_from_seed_and_index(tool: Any, pictures: Any, tmp_path: Path) -> None:
-    files = [tool.crops_file(tmp_path, pictures, 0, 2, count) for count in (3, 5)]
+def test_crops_follow_from_seed_and_index(pictures: Any, tmp_path: Path) -> None:
+    files = [crops_file(tmp_path, pictures, 0, 2, count) for count in (3, 5)]
     few, more = (np.load(file) for file in files)
     assert few.shape == (3, 3, 64, 64) and few.dtype == np.uint8
     assert np.array_equal(few, more[:3]) and len({crop.tobytes() for crop in more}) == 5

@@ -11,7 +11,7 @@ from pid_runtime.bundle.source import Source, encode_source, read_source
 from pid_runtime.errors import PidRuntimeError
 
 FORMAT = "pid-bundle"
-FORMAT_VERSION = (1, 3)
+FORMAT_VERSION = (1, 4)
 """Major and minor version; a reader takes any minor version of its own major version."""
 
 MANIFEST_FILE = "manifest.json"
@@ -164,7 +164,7 @@ class File:
     sha256: str
 
 
-BLOCK_DCT = "block_dct"
+PACKED_DCT = "packed_dct"
 """The kind of codec this version knows; see `pid_runtime.nano.block_dct`."""
 
 
@@ -172,7 +172,7 @@ BLOCK_DCT = "block_dct"
 class Codec:
     """How latents are made of images, where that needs no network.
 
-    std: of every channel of a latent, for kind "block_dct".
+    std: of every coefficient of a block, for kind "packed_dct".
     """
 
     kind: str

@@ -13,9 +13,9 @@ from typing import TypeVar
 
 from pid_runtime.bundle.json_reader import NAME, require
 from pid_runtime.bundle.manifest import (
-    BLOCK_DCT,
     LARGEST_GUIDANCE,
     MANIFEST_FILE,
+    PACKED_DCT,
     PRECISIONS,
     RULES,
     SECTIONS,
@@ -52,8 +52,8 @@ WRITABLE_KINDS = ("temporary", "output")
 
 BUFFER_KINDS = ("input", "schedule", "table", "constant", *WRITABLE_KINDS)
 
-CODEC_CHANNELS = {BLOCK_DCT: 16}
-"""Channels of the latents of every kind of codec this version knows."""
+CODEC_SIZES = {PACKED_DCT: (192, 48)}
+"""Channels of the latents of every kind of codec this version knows, and how many std it has."""
 
 Part = TypeVar("Part")
 
@@ -114,10 +114,11 @@ def _check_network(manifest: Manifest) -> None:
 def _check_codec(manifest: Manifest) -> None:
     """A codec of a kind this version does not know is left alone: decoding does not need it."""
     codec = manifest.codec
-    if codec is None or codec.kind not in CODEC_CHANNELS:
+    if codec is None or codec.kind not in CODEC_SIZES:
         return
-    count, channels = CODEC_CHANNELS[codec.kind], manifest.network["latent_channels"]
-    _require(channels == count, f"{count} latent channels for {codec.kind}", channels)
+    wanted, count = CODEC_SIZES[codec.kind]
+    channels = manifest.network["latent_channels"]
+    _require(channels == wanted, f"{wanted} latent channels for {codec.kind}", channels)
     good = len(codec.std) == count and all(1e-6 <= value <= 1e9 for value in codec.std)
     _require(good, f"{count} usable std of the codec", codec.std)
 

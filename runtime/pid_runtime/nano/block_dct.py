@@ -1,8 +1,9 @@
-"""The autoencoder of the `nano` latent space: an orthonormal 8x8 block DCT in YCbCr, no weights.
+"""The autoencoder of the `nano` latent space: an orthonormal 4x4 block DCT in YCbCr, no weights.
 
-A latent keeps the lowest frequencies of every block, as a JPEG file of low quality would: ten of
-luma and three of each chroma, every one divided by its standard deviation over photographs.
-Colours: JFIF (ITU-T T.871), full range. Transform: DCT-II, orthonormal, as `scipy.fft.dctn`.
+Every coefficient of a block is divided by its standard deviation over photographs, and 2x2 blocks
+are packed into one latent pixel, as FLUX.2 packs its latents. Nothing is dropped: decoding gives
+the picture back. Colours: JFIF (ITU-T T.871), full range. Transform: DCT-II, orthonormal, as
+`scipy.fft.dctn`.
 """
 
 from collections.abc import Sequence
@@ -15,17 +16,25 @@ from pid_runtime.errors import PidRuntimeError
 
 Floats = NDArray[np.float32]
 
-BLOCK = 8
-"""Side of a block in pixels, and so the pixels per latent pixel along each axis."""
+BLOCK = 4
+"""Side of a block in pixels."""
+PACKED = 2
+"""Side of the group of blocks that one latent pixel holds, in blocks."""
+LATENT_PIXEL = BLOCK * PACKED
+"""Pixels per latent pixel along each axis."""
 
-_LUMA = tuple((row, total - row) for total in range(4) for row in range(total + 1))
-_CHROMA = _LUMA[:3]
-BASIS = (
-    *((0, *each) for each in _LUMA),
-    *((1, *each) for each in _CHROMA),
-    *((2, *each) for each in _CHROMA),
+BASIS = tuple(
+    (plane, total - column, column)
+    for plane in range(3)
+    for total in range(2 * BLOCK - 1)
+    for column in range(BLOCK)
+    if 0 <= total - column < BLOCK
 )
-"""Plane (0 Y, 1 Cb, 2 Cr), vertical and horizontal frequency of every latent channel."""
+"""Plane (0 Y, 1 Cb, 2 Cr), vertical and horizontal frequency of every coefficient of a block."""
+
+CHANNELS = len(BASIS) * PACKED**2
+"""Of a latent: coefficient k of the block in row i and column j of a latent pixel is channel
+4 k + 2 i + j."""
 
 _TO_YCBCR = np.array(
     [
@@ -37,39 +46,42 @@ _TO_YCBCR = np.array(
 
 
 def encode(image: Floats, std: Sequence[float]) -> Floats:
-    """Images `[B, 3, H, W]` in [-1, 1] to latents `[B, 16, H / 8, W / 8]`, float32.
+    """Images `[B, 3, H, W]` in [-1, 1] to latents `[B, 192, H / 8, W / 8]`, float32.
 
-    std: of every channel of `BASIS`, what the coefficients are divided by. Raises
-    `PidRuntimeError` unless H and W are multiples of 8 and `std` has 16 positive numbers.
+    std: of every coefficient of `BASIS`, what it is divided by. Raises `PidRuntimeError` unless H
+    and W are multiples of 8 and `std` has 48 positive numbers.
     """
     scale = _checked(std)
-    if image.ndim != 4 or image.shape[1] != 3 or image.shape[2] % BLOCK or image.shape[3] % BLOCK:
+    sides = image.shape[2:]
+    if image.ndim != 4 or image.shape[1] != 3 or any(side % LATENT_PIXEL for side in sides):
         raise PidRuntimeError(
-            f"expected images of shape (B, 3, H, W) with H and W multiples of {BLOCK}, "
+            f"expected images of shape (B, 3, H, W) with H and W multiples of {LATENT_PIXEL}, "
             f"but got {image.shape}; crop them"
         )
-    batch, _, height, width = image.shape
-    blocks = image.reshape(batch, 3, height // BLOCK, BLOCK, width // BLOCK, BLOCK)
-    latent = np.einsum("bphywx,cpyx->bchw", blocks, _filters(), optimize=True)
-    return np.asarray(latent / scale[:, None, None], np.float32)
+    h, w = (side // LATENT_PIXEL for side in sides)
+    blocks = image.reshape(len(image), 3, h, PACKED, BLOCK, w, PACKED, BLOCK)
+    latent = np.einsum("bphiywjx,kpyx->bkijhw", blocks, _filters(), optimize=True)
+    latent /= scale[:, None, None, None, None]
+    return np.asarray(latent.reshape(len(image), CHANNELS, h, w), np.float32)
 
 
 def decode(latent: Floats, std: Sequence[float]) -> Floats:
-    """The native decoder: latents `[B, 16, h, w]` to images `[B, 3, 8 h, 8 w]`, about [-1, 1].
+    """The native decoder: latents `[B, 192, h, w]` to images `[B, 3, 8 h, 8 w]`, about [-1, 1].
 
-    The inverse of `encode` but for the frequencies it dropped, which are taken as zero. Raises
-    `PidRuntimeError` for another shape, or unless `std` has 16 positive numbers.
+    The inverse of `encode`. Raises `PidRuntimeError` for another shape, or unless `std` has 48
+    positive numbers.
     """
     scale = _checked(std)
-    if latent.ndim != 4 or latent.shape[1] != len(BASIS):
+    if latent.ndim != 4 or latent.shape[1] != CHANNELS:
         raise PidRuntimeError(
-            f"expected latents of shape (B, {len(BASIS)}, h, w), but got {latent.shape}"
+            f"expected latents of shape (B, {CHANNELS}, h, w), but got {latent.shape}"
         )
-    batch, _, height, width = latent.shape
-    blocks = np.einsum(
-        "bchw,cpyx->bphywx", latent * scale[:, None, None], _inverse(), optimize=True
+    batch, _, h, w = latent.shape
+    blocks = latent.reshape(batch, len(BASIS), PACKED, PACKED, h, w)
+    image = np.einsum(
+        "bkijhw,kpyx->bphiywjx", blocks, scale[:, None, None, None] * _inverse(), optimize=True
     )
-    return np.asarray(blocks.reshape(batch, 3, height * BLOCK, width * BLOCK), np.float32)
+    return np.asarray(image.reshape(batch, 3, h * LATENT_PIXEL, w * LATENT_PIXEL), np.float32)
 
 
 def _checked(std: Sequence[float]) -> NDArray[np.float64]:
@@ -83,7 +95,7 @@ def _checked(std: Sequence[float]) -> NDArray[np.float64]:
 
 @cache
 def _cosines() -> NDArray[np.float64]:
-    """Row k is the k-th orthonormal DCT-II vector of length 8."""
+    """Row k is the k-th orthonormal DCT-II vector of length 4."""
     k, x = np.mgrid[:BLOCK, :BLOCK]
     rows = np.cos(np.pi * k * (2 * x + 1) / (2 * BLOCK)) * np.sqrt(2 / BLOCK)
     rows[0] /= np.sqrt(2)
@@ -91,7 +103,7 @@ def _cosines() -> NDArray[np.float64]:
 
 
 def _planes(colours: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Of each channel its 8x8 cosine pattern times a row of `colours`, `[16, 3, 8, 8]`."""
+    """Of each coefficient its cosine pattern times a row of `colours`, `[48, 3, 4, 4]`."""
     cosines = _cosines()
     return np.stack(
         [np.einsum("p,y,x->pyx", colours[plane], cosines[v], cosines[u]) for plane, v, u in BASIS]
@@ -100,11 +112,11 @@ def _planes(colours: NDArray[np.float64]) -> NDArray[np.float64]:
 
 @cache
 def _filters() -> NDArray[np.float64]:
-    """What a block of RGB is multiplied with to give each channel."""
+    """What a block of RGB is multiplied with to give each coefficient."""
     return _planes(_TO_YCBCR)
 
 
 @cache
 def _inverse() -> NDArray[np.float64]:
-    """What each channel adds to a block of RGB."""
+    """What each coefficient adds to a block of RGB."""
     return _planes(np.linalg.inv(_TO_YCBCR).T)

@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pid_runtime.backends.memory import as_array
-from pid_runtime.bundle.manifest import BLOCK_DCT, Manifest
+from pid_runtime.bundle.manifest import PACKED_DCT, Manifest
 from pid_runtime.errors import PidRuntimeError
 from pid_runtime.latents import noisy
 from pid_runtime.nano import block_dct
@@ -16,11 +16,6 @@ Floats = NDArray[np.float32]
 
 MOST = 1.5
 """No float image has larger values; what a VAE decodes goes a little beyond 1."""
-
-
-def latent_channels(manifest: Manifest) -> int:
-    """Channels of the latents that `encode` makes. Raises `PidRuntimeError` as `encode` does."""
-    return len(_std(manifest))
 
 
 def encode(manifest: Manifest, image: Any, sigma: float = 0.0, seed: int = 0) -> Floats:
@@ -38,7 +33,7 @@ def native_decode(manifest: Manifest, latent: Any) -> Floats:
 
 def _std(manifest: Manifest) -> Sequence[float]:
     codec = manifest.codec
-    if codec is None or codec.kind != BLOCK_DCT:
+    if codec is None or codec.kind != PACKED_DCT:
         got = "without" if codec is None else f"with an unknown one, {codec.kind[:80]!r}"
         raise PidRuntimeError(
             f"expected a bundle with a codec, as those of space nano have, but got one {got}; "
