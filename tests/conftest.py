@@ -34,6 +34,7 @@ from pid_ref.weights import RandomWeights
 from pid_runtime.bundle.files import write_whole
 from pid_runtime.bundle.folder import read_manifest
 from places import GOLDEN
+from ray_nodes import make_ray_python
 
 SMALL_BUCKETS = (("tiny", 64), ("small", 1024))
 """Of the bundles here: up to 128 x 128 and 512 x 512 pixels."""
@@ -167,6 +168,14 @@ def export_once(shared_folder: Path) -> Callable[..., Path]:
         return folder / "flux_2k"
 
     return export
+
+
+@pytest.fixture(scope="session")
+def ray_python(shared_folder: Path) -> Path:
+    """A Python with Ray and all that is installed here, made once for all workers of a run."""
+    folder = shared_folder / "ray_python"
+    with FileLock(shared_folder / "ray_python.lock"):
+        return make_ray_python(folder)
 
 
 @pytest.fixture(scope="session")

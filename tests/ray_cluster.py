@@ -1,6 +1,7 @@
 """A Ray cluster of two nodes on this machine, until stdin ends; in a Python that has ray.
 
-Says its address, and on a line "kill" of stdin kills a replica, of whatever node.
+Says its address, and on a line of stdin kills a process whose title begins so, of whatever node:
+"ray::ServeReplica", "ray::MapWorker".
 """
 
 # pyright: basic, reportMissingImports=false
@@ -13,14 +14,14 @@ from pathlib import Path
 from ray.cluster_utils import Cluster
 
 
-def replicas():
-    """Processes of replicas, but for the ingress."""
+def processes(title):
+    """Those of a title, but for the ingress of Ray Serve, which is a replica too."""
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         try:
             words = path.read_bytes()
         except OSError:
             continue
-        if words.startswith(b"ray::ServeReplica") and b":ingress" not in words:
+        if words.startswith(title.encode()) and b":ingress" not in words:
             yield int(path.parent.name)
 
 
@@ -32,11 +33,11 @@ def main():
         sys.stdout.write(cluster.address + "\n")
         sys.stdout.flush()
         for line in sys.stdin:
-            if line == "kill\n":
-                killed = next(iter(sorted(replicas())))
+            killed = next(iter(sorted(processes(line.strip()))), 0)
+            if killed:
                 os.kill(killed, signal.SIGKILL)
-                sys.stdout.write(f"{killed}\n")
-                sys.stdout.flush()
+            sys.stdout.write(f"{killed}\n")
+            sys.stdout.flush()
     finally:
         cluster.shutdown()
 

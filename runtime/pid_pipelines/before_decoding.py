@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from pid_runtime.backends.choice import device_name
 from pid_runtime.bundle.manifest import Manifest
 from pid_runtime.command import console
+from pid_runtime.command.spread import Kept
 
 Floats = NDArray[np.float32]
 
@@ -19,24 +20,27 @@ _log = logging.getLogger("pid_pipelines")
 
 
 def encode_captions(
-    arguments: Namespace, manifest: Manifest, texts: Sequence[str]
+    arguments: Namespace, manifest: Manifest, texts: Sequence[str], kept: Kept | None = None
 ) -> dict[str, Floats]:
     """Embeddings `[1, T, D]` of texts, each once; the language model is gone afterwards.
 
-    arguments: of a command with `--encoder`, `--backend`, `--device` and `--quiet`.
+    arguments: of a command with `--encoder`, `--backend`, `--device` and `--quiet`. kept: keeps the
+    language model if it keeps what it opens.
     """
     from pid_pipelines.caption_cache import CaptionCache
     from pid_pipelines.captions import DEFAULT_ENCODER, CaptionEncoder
 
-    encoder = CaptionEncoder(
-        arguments.encoder or DEFAULT_ENCODER,
-        device=captions_device(arguments.encoder, arguments.backend, arguments.device),
-        cache=CaptionCache(),
-        width=manifest.network["text_dim"],
-    )
+    def open_encoder() -> CaptionEncoder:
+        return CaptionEncoder(
+            arguments.encoder or DEFAULT_ENCODER,
+            device=captions_device(arguments.encoder, arguments.backend, arguments.device),
+            cache=CaptionCache(),
+            width=manifest.network["text_dim"],
+        )
+
     length = manifest.network["text_max_length"]
     bar = console.progress("Encoding captions", len(texts), quiet=arguments.quiet)
-    with encoder, bar as advance:
+    with (kept or Kept()).part("captioner", open_encoder) as encoder, bar as advance:
         embeddings = encoder.encode(texts, length, progress=advance)
     return dict(zip(texts, embeddings[:, None], strict=True))
 

@@ -5,7 +5,8 @@ import contextlib
 import logging
 import time
 from argparse import Namespace
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,7 @@ from pid_runtime.command.decode_options import (
 )
 from pid_runtime.command.images import SUFFIXES, save_image, to_uint8, usual_format
 from pid_runtime.command.sampling_options import Sampling, add_sampling_options, read_sampling
+from pid_runtime.command.spread import Kept, Save, add_spread_options, check_spread, spread
 from pid_runtime.errors import InputError, PidRuntimeError
 
 Floats = NDArray[np.float32]
@@ -131,10 +133,12 @@ def _parser() -> console.ArgumentParser:
     add_sampling_options(parser, "decoder-")
     add_image_options(parser)
     add_backend_options(parser)
+    add_spread_options(parser)
     return parser
 
 
 def _generate(arguments: Namespace) -> int:
+    check_spread(arguments)
     manifest = read_manifest(arguments.bundle, verify=False)
     sampling = read_sampling(arguments, manifest)
     backbone = _backbone(arguments, manifest)
@@ -154,9 +158,12 @@ def _generate(arguments: Namespace) -> int:
     with image_folder(arguments.output) if suffix else contextlib.nullcontext():
         check_targets(jobs, size, overwrite=arguments.overwrite or arguments.skip_existing)
         if jobs:
-            console.need_packages(_PACKAGES, "pipelines")
-            run.generate()
-            run.decode(run.captions(), Results(arguments.output, jobs) if suffix else None)
+            results = Results(arguments.output, jobs) if suffix else None
+            if arguments.ray is None:
+                console.need_packages(_PACKAGES, "pipelines")
+                run.make(results.add if results else None)
+            else:
+                run.make_on_ray(results)
     return run.report()
 
 
@@ -198,7 +205,7 @@ def _suffix(arguments: Namespace, pictures: int, usual: str) -> str | None:
 class _Run:
     """What is done, one part after another: the generator, its own decoder, captions, PiD.
 
-    What a part needs is gone before the next begins.
+    What a part needs is gone before the next begins, unless `kept` keeps it.
     """
 
     def __init__(
@@ -211,7 +218,11 @@ class _Run:
         steps: Steps,
         jobs: Sequence[Job],
         skipped: int,
+        kept: Kept | None = None,
+        save: Save = save_image,
     ) -> None:
+        self.done: list[dict[str, Any]] = []
+        self._kept, self._save = kept or Kept(), save
         self._arguments, self._manifest, self._sampling = arguments, manifest, sampling
         self._backbone, self._size, self._steps = backbone, size, steps
         self._jobs, self._skipped = jobs, skipped
@@ -220,17 +231,37 @@ class _Run:
         self._about: dict[str, Any] = {}
         self._guidance = backbone.guidance if arguments.guidance is None else arguments.guidance
         self._failed: list[dict[str, str]] = []
-        self._done: list[dict[str, Any]] = []
 
-    def generate(self) -> None:
+    def make(self, add: Callable[[Mapping[str, Any]], object] | None) -> None:
+        """Make the pictures of all jobs; add: is given a line of results for each."""
+        self._generate()
+        self._decode(self._captions(), add)
+
+    def make_on_ray(self, results: Results | None) -> None:
+        """The same on a cluster, where any prompt that fails is reported and the rest is made."""
+        found: dict[int, list[dict[str, Any]]] = {}
+        plan = (self._sampling, self._backbone, self._size, self._steps)
+        for outcome in spread(self._arguments, "Generating", partial(_Work, plan=plan), self._jobs):
+            if outcome.reason is not None:
+                self._fail(self._jobs[outcome.index], outcome.reason)
+                continue
+            found[outcome.index], lines = outcome.made
+            if results is not None:
+                for line in lines:
+                    results.add(line)
+            outcome.write()
+        self.done += [each for _, made in sorted(found.items()) for each in made]
+        if results is not None:
+            results.put_in_order()
+
+    def _generate(self) -> None:
         """Keep latents of all prompts; writes the baselines too."""
         from pid_pipelines.generators import (
+            OpenGenerator,
             find_generator,
-            free_memory,
             load_generator,
             quiet_libraries,
             space_of,
-            take_vae,
         )
 
         arguments, backbone = self._arguments, self._backbone
@@ -247,22 +278,25 @@ class _Run:
             "width": self._size.generated[1],
             "height": self._size.generated[0],
         }
-        with self._progress("Loading the generator", None):
-            pipe = load_generator(
-                backbone,
-                source,
-                dtype=arguments.generator_dtype,
-                device=device,
-                offload=arguments.offload,
-            )
-        check_space(self._manifest, space_of(pipe), source.model)
-        self._run_generator(pipe)
-        vae = take_vae(pipe, device) if arguments.baseline else None
-        del pipe
-        free_memory(device)
-        if vae is not None:
-            with vae:
-                self._draw_baselines(vae)
+
+        def open_generator() -> OpenGenerator:
+            with self._progress("Loading the generator", None):
+                pipe = load_generator(
+                    backbone,
+                    source,
+                    dtype=arguments.generator_dtype,
+                    device=device,
+                    offload=arguments.offload,
+                )
+            check_space(self._manifest, space_of(pipe), source.model)
+            return OpenGenerator(pipe, device)
+
+        with self._kept.part("generator", open_generator) as generator:
+            self._run_generator(generator.pipe)
+            if arguments.baseline:
+                open_vae = generator.copy_vae if self._kept.keeps else generator.become_vae
+                with self._kept.part("vae", open_vae) as vae:
+                    self._draw_baselines(vae)
 
     def _run_generator(self, pipe: Any) -> None:
         import torch
@@ -301,18 +335,20 @@ class _Run:
                     caught = self._caught.get((job.seed, picture.step))
                     if caught is not None and picture.baseline is not None:
                         image = np.clip(vae.decode(caught.latent), -1, 1)
-                        save_image(picture.baseline, to_uint8(image)[0])
+                        self._save(picture.baseline, to_uint8(image)[0], None)
                     advance(1)
 
-    def captions(self) -> dict[str, Floats]:
+    def _captions(self) -> dict[str, Floats]:
         """The caption embeddings of all prompts, `[1, T, D]`; none where none are wanted."""
         if self._manifest.model.get("captioned") is False:
             return {}
         made = [job for job in self._jobs if self._is_generated(job)]
         texts = list(dict.fromkeys(job.prompt for job in made))
-        return encode_captions(self._arguments, self._manifest, texts) if texts else {}
+        return encode_captions(self._arguments, self._manifest, texts, self._kept) if texts else {}
 
-    def decode(self, captions: dict[str, Floats], results: Results | None) -> None:
+    def _decode(
+        self, captions: dict[str, Floats], add: Callable[[Mapping[str, Any]], object] | None
+    ) -> None:
         """Make the pictures."""
         arguments = self._arguments
         jobs = [job for job in self._jobs if self._is_generated(job)]
@@ -320,7 +356,7 @@ class _Run:
             return
         total = sum(len(job.pictures) for job in jobs)
         with (
-            open_decoder(arguments, self._manifest) as decoder,
+            self._kept.part("decoder", lambda: open_decoder(arguments, self._manifest)) as decoder,
             self._progress("Decoding", total) as advance,
         ):
             for job in jobs:
@@ -350,10 +386,10 @@ class _Run:
                         files = {"image": picture.image.name}
                         if picture.baseline is not None:
                             files["vae"] = picture.baseline.name
-                        if results is not None:
-                            results.add({**files, **about, **self._making.common, **self._with()})
-                        save_image(picture.image, pixels[0], self._making.record(**about))
-                        self._done.append(
+                        if add is not None:
+                            add({**files, **about, **self._making.common, **self._with()})
+                        self._save(picture.image, pixels[0], self._making.record(**about))
+                        self.done.append(
                             {
                                 **about,
                                 "image": str(picture.image),
@@ -372,16 +408,16 @@ class _Run:
             "generator_steps": steps.count,
             "generator_steps_run": steps.run,
             "generator_steps_saved": saved,
-            "images": self._done,
+            "images": self.done,
             "skipped": self._skipped,
             "failed": self._failed,
         }
         lines = [
             f"{each['image']}: {each['width']}x{each['height']}, sigma {each['sigma']:.3g}, seed "
             f"{each['seed']}, {each['seconds']:.2f} s"
-            for each in self._done
+            for each in self.done
         ]
-        if saved and self._done:
+        if saved and self.done:
             lines.append(
                 f"the generator stopped after {steps.run} of {steps.count} steps: {saved} saved "
                 "for each prompt"
@@ -413,11 +449,34 @@ class _Run:
         except InputError as error:
             if len(self._jobs) == 1:
                 raise
-            _log.error("%r: %s", job.prompt, error)
-            self._failed.append({"prompt": job.prompt, "reason": str(error)})
+            self._fail(job, str(error))
+
+    def _fail(self, job: Job, reason: str) -> None:
+        _log.error("%r: %s", job.prompt, reason)
+        self._failed.append({"prompt": job.prompt, "reason": reason})
 
     def _progress(self, label: str, total: float | None) -> Any:
         return console.progress(label, total, quiet=self._arguments.quiet)
+
+
+class _Work:
+    """What an actor holds: generator, its decoder, captioner and PiD, from its first item on."""
+
+    def __init__(self, arguments: Namespace, plan: tuple[Sampling, Backbone, Size, Steps]) -> None:
+        console.need_packages(_PACKAGES, "pipelines")
+        self._arguments, self._plan = arguments, plan
+        self._manifest = read_manifest(arguments.bundle, verify=False)
+        self._kept = Kept(keeps=True)
+
+    def make(self, item: Job, save: Save) -> tuple[list[dict[str, Any]], list[Mapping[str, Any]]]:
+        """What is told of the pictures, and their lines of results."""
+        lines: list[Mapping[str, Any]] = []
+        run = _Run(self._arguments, self._manifest, *self._plan, [item], 0, self._kept, save)
+        run.make(lines.append)
+        return run.done, lines
+
+    def close(self) -> None:
+        self._kept.close()
 
 
 def _size(text: str) -> tuple[int, int]:

@@ -209,7 +209,8 @@ class Results:
     def __init__(self, folder: Path, jobs: Sequence[Job]) -> None:
         """jobs: what is made now. Raises `OSError` when there is no writing."""
         self._path = folder / RESULTS
-        made = {picture.image.name for job in jobs for picture in job.pictures}
+        made = [picture.image.name for job in jobs for picture in job.pictures]
+        self._order = {name: number for number, name in enumerate(made)}
         with contextlib.suppress(FileNotFoundError):
             lines = self._path.read_text("utf-8", "replace").splitlines()
             kept = [line for line in lines if _image(line) not in (None, *made)]
@@ -219,6 +220,13 @@ class Results:
         """Write a line; `image` is the picture's name."""
         with self._path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
+
+    def put_in_order(self) -> None:
+        """Sort the lines of what was made now as the jobs are, behind the others."""
+        with contextlib.suppress(FileNotFoundError):
+            lines = self._path.read_text("utf-8").splitlines()
+            lines.sort(key=lambda line: self._order.get(_image(line) or "", -1))
+            write_whole(self._path, "".join(f"{line}\n" for line in lines))
 
 
 def _image(line: str) -> str | None:

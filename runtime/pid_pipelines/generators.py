@@ -4,6 +4,7 @@ import gc
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import torch
@@ -177,6 +178,43 @@ def take_vae(pipe: Any, device: str) -> LoadedVae:
     space = space_of(pipe)
     pipe.remove_all_hooks()
     return LoadedVae(VAES[space.name], pipe.vae.eval().to(device, torch.float32), device)
+
+
+class OpenGenerator:
+    """A pipeline of diffusers until it is closed, or only its decoder is left of it."""
+
+    def __init__(self, pipe: Any, device: str) -> None:
+        self.pipe: Any = pipe
+        self._device = device
+
+    def become_vae(self) -> LoadedVae:
+        """The pipeline's autoencoder in float32; all else is gone."""
+        vae = take_vae(self.pipe, self._device)
+        self.close()
+        return vae
+
+    def copy_vae(self) -> LoadedVae:
+        """The pipeline's autoencoder in float32, beside the pipeline."""
+        own, space = self.pipe.vae, space_of(self.pipe)
+        vae = type(own).from_config(own.config)
+        vae.load_state_dict(own.state_dict())
+        return LoadedVae(VAES[space.name], vae.eval().to(self._device), self._device)
+
+    def close(self) -> None:
+        """Give the memory back."""
+        self.pipe = None
+        free_memory(self._device)
+
+    def __enter__(self) -> "OpenGenerator":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
 
 
 def free_memory(device: str) -> None:

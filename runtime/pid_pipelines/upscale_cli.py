@@ -6,6 +6,7 @@ import logging
 import time
 from argparse import Namespace
 from collections.abc import Callable, Generator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,7 @@ from pid_runtime.command.decode_options import (
 from pid_runtime.command.images import SUFFIXES, save_image, side_by_side, to_uint8
 from pid_runtime.command.latent_files import open_caption_file
 from pid_runtime.command.sampling_options import Sampling, add_sampling_options, read_sampling
+from pid_runtime.command.spread import Kept, Save, add_spread_options, check_spread, spread
 from pid_runtime.errors import NotFiniteError, PidRuntimeError
 from pid_runtime.latents import noisy
 from pid_runtime.nano.photos import read_photo
@@ -116,10 +118,12 @@ def _parser() -> console.ArgumentParser:
     add_sampling_options(parser)
     add_image_options(parser)
     add_backend_options(parser)
+    add_spread_options(parser)
     return parser
 
 
 def _upscale(arguments: Namespace) -> int:
+    check_spread(arguments)
     manifest = read_manifest(arguments.bundle, verify=False)
     sampling = read_sampling(arguments, manifest)
     multiple = pixels_per_latent(manifest)
@@ -137,9 +141,10 @@ def _upscale(arguments: Namespace) -> int:
             overwrite=arguments.overwrite,
             keep_existing=arguments.skip_existing,
         )
-        latents = run.encode()
-        captions = run.captions()
-        run.decode(latents, captions)
+        if arguments.ray is None:
+            run.make()
+        else:
+            run.make_on_ray()
         run.draw_sheets()
     return run.report()
 
@@ -204,19 +209,27 @@ def _naming(arguments: Namespace, photos: int) -> Naming:
 class _Run:
     """What is done, one part after another: encode all, then captions, then decode all.
 
-    What a part needs, the autoencoder or the language model, is gone before the next begins.
+    What a part needs, the autoencoder or the language model, is gone before the next begins, unless
+    `kept` keeps it.
     """
 
     def __init__(
-        self, arguments: Namespace, manifest: Manifest, sampling: Sampling, goes_on: bool
+        self,
+        arguments: Namespace,
+        manifest: Manifest,
+        sampling: Sampling,
+        goes_on: bool,
+        kept: Kept | None = None,
+        save: Save = save_image,
     ) -> None:
         self.jobs: list[Job] = []
+        self.done: list[dict[str, Any]] = []
+        self._kept, self._save = kept or Kept(), save
         self._arguments, self._manifest, self._sampling = arguments, manifest, sampling
         self._goes_on = goes_on
         self._making = Making(arguments, manifest, sampling.schedule(manifest))
         self.scale = pixels_per_latent_pixel(manifest) // pixels_per_latent(manifest)
         self._failed: list[dict[str, str]] = []
-        self._done: list[dict[str, Any]] = []
         self._skipped = 0
 
     def plan(self, photos: Sequence[Photo], multiple: int, naming: Naming) -> None:
@@ -231,7 +244,28 @@ class _Run:
                 self._skipped += len(job.pictures) - (len(rest.pictures) if rest else 0)
                 self.jobs += [] if rest is None else [rest]
 
-    def encode(self) -> dict[Path, Floats]:
+    def make(self) -> None:
+        """Make the pictures of all jobs."""
+        latents = self._encode()
+        captions = self._captions()
+        self._decode(latents, captions)
+
+    def make_on_ray(self) -> None:
+        """The same on a cluster, where a photo that fails is reported and the rest is made."""
+        items = [job for job in self.jobs if job.pictures]
+        found: dict[int, list[dict[str, Any]]] = {}
+        work = partial(_Work, sampling=self._sampling)
+        for outcome in spread(self._arguments, "Enlarging", work, items):
+            job = items[outcome.index]
+            if outcome.reason is not None:
+                self._fail(job.photo, outcome.reason)
+                self.jobs.remove(job)
+                continue
+            outcome.write()
+            found[outcome.index] = outcome.made
+        self.done += [each for _, made in sorted(found.items()) for each in made]
+
+    def _encode(self) -> dict[Path, Floats]:
         """Clean latents `[1, C, h, w]` by photo; writes the baselines too."""
         latents: dict[Path, Floats] = {}
         if not any(job.pictures for job in self.jobs):
@@ -240,8 +274,12 @@ class _Run:
         needs_torch = self._manifest.codec is None and not is_exported(vae)
         find = torch_device if needs_torch else graph_device
         device = find(self._arguments.backend, self._arguments.device)
-        codec = open_codec(self._manifest, vae, device)
-        with contextlib.closing(codec), self._progress("Encoding", len(self.jobs)) as advance:
+        with (
+            self._kept.part(
+                "codec", lambda: contextlib.closing(open_codec(self._manifest, vae, device))
+            ) as codec,
+            self._progress("Encoding", len(self.jobs)) as advance,
+        ):
             for job in self.jobs:
                 with self._reporting(job.photo):
                     part = job.frame.kept(read_photo(job.photo.path))
@@ -254,12 +292,12 @@ class _Run:
                             )
                             image = np.clip(codec.decode(given), -1, 1)
                             height, width = job.frame.size
-                            save_image(picture.baseline, to_uint8(image)[0, :height, :width])
+                            self._save(picture.baseline, to_uint8(image)[0, :height, :width], None)
                 advance(1)
         self.jobs = [job for job in self.jobs if job.photo.path in latents or not job.pictures]
         return latents
 
-    def captions(self) -> Callable[[Photo], Floats | None]:
+    def _captions(self) -> Callable[[Photo], Floats | None]:
         """The caption embedding of every photo, `[1, T, D]`; None where there is none."""
         if self._arguments.caption is not None:
             caption = open_caption_file(self._arguments.caption).read()
@@ -268,10 +306,10 @@ class _Run:
         wanted = list(dict.fromkeys(text for text in texts if text is not None))
         if not wanted or self._manifest.model.get("captioned") is False:
             return lambda photo: None
-        found = encode_captions(self._arguments, self._manifest, wanted)
+        found = encode_captions(self._arguments, self._manifest, wanted, self._kept)
         return lambda photo: None if photo.prompt is None else found[photo.prompt]
 
-    def decode(
+    def _decode(
         self, latents: dict[Path, Floats], captions: Callable[[Photo], Floats | None]
     ) -> None:
         """Make the pictures."""
@@ -280,7 +318,7 @@ class _Run:
             return
         arguments = self._arguments
         with (
-            open_decoder(arguments, self._manifest) as decoder,
+            self._kept.part("decoder", lambda: open_decoder(arguments, self._manifest)) as decoder,
             self._progress("Decoding", pictures) as advance,
         ):
             for job in self.jobs:
@@ -313,9 +351,9 @@ class _Run:
                     if job.photo.prompt is not None:
                         about["prompt"] = job.photo.prompt
                     record = self._making.record(**about)
-                    save_image(picture.image, pixels[0, :height, :width], record)
+                    self._save(picture.image, pixels[0, :height, :width], record)
                     baseline = {} if picture.baseline is None else {"vae": str(picture.baseline)}
-                    self._done.append(
+                    self.done.append(
                         {
                             "photo": str(job.photo.path),
                             "image": str(picture.image),
@@ -342,13 +380,13 @@ class _Run:
             save_image(job.sheet, side_by_side(tiles))
 
     def report(self) -> int:
-        """Print what was made, and what was not; 1 if a photo could not be read."""
+        """Print what was made, and what was not; 1 if a photo failed."""
         arguments = self._arguments
         sheets = [str(job.sheet) for job in self.jobs if job.sheet is not None]
         result = {
             "bundle": str(arguments.bundle),
             **self._making.common,
-            "images": self._done,
+            "images": self.done,
             "sheets": sheets,
             "skipped": self._skipped,
             "failed": self._failed,
@@ -356,13 +394,13 @@ class _Run:
         lines = [
             f"{each['image']}: {each['width']}x{each['height']}, sigma {each['sigma']:g}, "
             f"seed {each['seed']}, {each['seconds']:.2f} s"
-            for each in self._done
+            for each in self.done
         ]
         lines += [f"{sheet}: side by side" for sheet in sheets]
         if self._skipped:
             lines.append(f"{self._skipped} pictures were there already")
         if self._failed:
-            lines.append(f"{len(self._failed)} photos could not be read")
+            lines.append(f"{len(self._failed)} photos failed")
         console.emit(result, "\n".join(lines), as_json=arguments.json)
         return 1 if self._failed else 0
 
@@ -374,11 +412,34 @@ class _Run:
         except PidRuntimeError as error:
             if not self._goes_on:
                 raise
-            _log.error("%s", error)
-            self._failed.append({"photo": str(photo.path), "reason": str(error)})
+            self._fail(photo, str(error))
+
+    def _fail(self, photo: Photo, reason: str) -> None:
+        _log.error("%s", reason)
+        self._failed.append({"photo": str(photo.path), "reason": reason})
 
     def _progress(self, label: str, total: float) -> Any:
         return console.progress(label, total, quiet=self._arguments.quiet)
+
+
+class _Work:
+    """What an actor holds: codec, language model and decoder, each from its first use on."""
+
+    def __init__(self, arguments: Namespace, sampling: Sampling) -> None:
+        self._arguments, self._sampling = arguments, sampling
+        self._manifest = read_manifest(arguments.bundle, verify=False)
+        self._kept = Kept(keeps=True)
+
+    def make(self, item: Job, save: Save) -> list[dict[str, Any]]:
+        run = _Run(
+            self._arguments, self._manifest, self._sampling, False, kept=self._kept, save=save
+        )
+        run.jobs = [item]
+        run.make()
+        return run.done
+
+    def close(self) -> None:
+        self._kept.close()
 
 
 def _pixels(path: Path) -> NDArray[np.uint8]:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from pid_runtime.backends.choice import device_name
 from pid_runtime.command import console
 from pid_runtime.command.decode_options import add_backend_options, number
+from pid_runtime.command.spread import LOCAL
 from pid_runtime.errors import PidRuntimeError
 
 if TYPE_CHECKING:  # it needs an extra, which --help does not
@@ -20,9 +21,6 @@ if TYPE_CHECKING:  # it needs an extra, which --help does not
     from pid_serve.sessions import OpenDecoder
 
 TOKEN = "PID_SERVE_TOKEN"
-
-LOCAL = "local"
-"""In place of a cluster's address: one of this machine, for as long as the server runs."""
 
 _MOST_CONNECTIONS = 512
 
@@ -171,9 +169,7 @@ def _serve_on_ray(
 
     with bound_socket(arguments.host, arguments.port) as bound:
         port = bound.getsockname()[1]  # is free
-    cluster = Cluster(
-        None if arguments.ray == LOCAL else arguments.ray, arguments.replicas, arguments.host, port
-    )
+    cluster = Cluster(arguments.ray, arguments.replicas, arguments.host, port)
     openers = {
         name: _opener(path.resolve(), device[0], arguments)
         for name, path in zip(names, arguments.bundles, strict=True)

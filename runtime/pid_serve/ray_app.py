@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import signal
 import threading
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -20,6 +19,7 @@ from ray.serve.exceptions import (  # pyright: ignore[reportMissingImports]
     BackPressureError,
 )
 
+from pid_runtime.command.spread import LOCAL, connect
 from pid_runtime.errors import PidRuntimeError
 from pid_serve.app import Limits, make_app
 from pid_serve.pool import CancelledError, QueueFullError, WorkerLostError, portable
@@ -36,8 +36,8 @@ _TRIES = 3
 class Cluster:
     """Where it runs."""
 
-    address: str | None
-    """Of a Ray cluster; None for one on this machine, for as long as this runs."""
+    address: str
+    """Of a Ray cluster, or `LOCAL` for one on this machine, for as long as this runs."""
     replicas: int | None
     """Of each model; None for as many as the load wants."""
     host: str
@@ -207,16 +207,7 @@ def start(
 
     Raises `PidRuntimeError` when the cluster cannot be had or the models do not start.
     """
-    own = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        ray.init(cluster.address, log_to_driver=False, logging_level="ERROR")
-    except (ConnectionError, RuntimeError, ValueError) as error:
-        reason = str(error).partition("\n")[0][:200]
-        raise PidRuntimeError(
-            f"expected a Ray cluster at {cluster.address}, but got: {reason}; ray status says more"
-        ) from None
-    for number, handler in own.items():
-        signal.signal(number, handler)  # Ray's would abort
+    connect(cluster.address)
     serve.start(http_options={"host": cluster.host, "port": cluster.port})
     abouts = {name: about_of(opener) for name, opener in openers.items()}
 
@@ -247,7 +238,7 @@ def stop(cluster: Cluster) -> None:
     """Take the application away, and the cluster if it is this process's own."""
     with contextlib.suppress(Exception):  # whatever is left, Ray has said
         serve.delete(APP)
-        if cluster.address is None:
+        if cluster.address == LOCAL:
             serve.shutdown()
     ray.shutdown()
 

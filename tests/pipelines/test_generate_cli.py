@@ -27,6 +27,7 @@ from pid_runtime.command.sampling_options import Sampling
 from pid_runtime.decoder import Decoder
 from pid_runtime.errors import PidRuntimeError
 from places import GOLDEN
+from ray_nodes import run_on_cluster
 
 ENCODER = GOLDEN / "captions" / "encoder"
 QUICK = ("--encoder", ENCODER, "--generator-dtype", "fp32", "--steps", 2, "--threads", 1)
@@ -450,3 +451,32 @@ def test_one_model_is_in_memory_at_a_time(
     for name in ("generator", "captioner"):
         assert seen[name] < seen["before"] + 1.5 * ballast, seen  # it alone, not two
         assert seen[f"after the {name}"] < seen[name] - 0.9 * ballast, seen
+
+
+@pytest.mark.slow
+def test_no_prompt_is_lost_with_an_actor(
+    small: tuple[object, ...],
+    ray_python: Path,
+    run_command: RunCommand,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    (tmp_path / "prompts.txt").write_text("".join(f"boat {n}\n" for n in range(14)))
+    given = (*small, "--prompt-file", tmp_path / "prompts.txt", "--decode-at", "end,3")
+    given = (*given, "--baseline", "--seed", 7, "--json")
+    alone, out = tmp_path / "alone", tmp_path / "out"
+    code, text, err = run_command(main, *given, "-o", alone)
+    assert code == 0, err
+    wanted = json.loads(text)
+    monkeypatch.setenv("PID_CAPTION_CACHE", str(tmp_path / "other"))
+    code, text, err = run_on_cluster(
+        ray_python, "pid_generate", *given, "-o", out, images=out, kill_after=9
+    )
+    assert (code, err) == (0, "")
+    result = json.loads(text)
+    assert result["failed"] == [] and len(result["images"]) == 28
+    assert [each["seed"] for each in result["images"]] == [
+        each["seed"] for each in wanted["images"]
+    ]
+    files = {path.name: path.read_bytes() for path in alone.iterdir()}
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == files

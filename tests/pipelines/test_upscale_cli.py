@@ -14,6 +14,7 @@ from PIL import Image
 from safetensors.numpy import save_file
 
 from fakes.autoencoders import small_model, small_spec
+from pid_export.vae import export_vae
 from pid_pipelines import upscale_cli, vae_model, vaes
 from pid_pipelines.caption_cache import CaptionCache
 from pid_pipelines.captions import CaptionEncoder
@@ -30,6 +31,7 @@ from pid_runtime.latents import LATENT_DRAW, noisy
 from pid_runtime.nano.photos import read_photo
 from pid_runtime.noise import standard_normal
 from places import GOLDEN
+from ray_nodes import run_on_cluster
 
 ENCODER = GOLDEN / "captions" / "encoder"
 
@@ -345,3 +347,49 @@ def test_nano_needs_no_torch(tmp_path: Path) -> None:
     run = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True)
     assert (run.returncode, run.stderr) == (0, "")
     assert pixels(out).shape == (64, 64, 3)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.mark.slow
+def test_no_photo_is_lost_with_an_actor(
+    bundle: Path,
+    vae: Path,
+    ray_python: Path,
+    run_command: RunCommand,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    graphs = tmp_path / "graphs"  # which need no sizes that only this process knows
+    export_vae("flux", vae, graphs)
+    photos = tmp_path / "photos"
+    for index in range(12):
+        save(photos / f"{index}.png", 16 + index, 24)
+    (photos / "broken.png").write_bytes((photos / "0.png").read_bytes()[:60])
+    lines = [
+        {"image": f"photos/{path.name}", "prompt": f"number {path.stem}"}
+        for path in sorted(photos.iterdir())
+    ]
+    (tmp_path / "photos.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    given = (
+        *(bundle, "--manifest", tmp_path / "photos.jsonl", "--sigma", "0,0.25", "--baseline"),
+        *("--vae", graphs, "--encoder", ENCODER, "--threads", 1, "--steps", 2, "--json"),
+    )
+    alone, out = tmp_path / "alone", tmp_path / "out"
+    code, text, err = run_command(main, *given, "-o", alone)
+    assert code == 1, err
+    wanted = json.loads(text)
+    monkeypatch.setenv("PID_CAPTION_CACHE", str(tmp_path / "other"))
+    code, text, err = run_on_cluster(
+        ray_python, "pid_upscale", *given, "-o", out, images=out, kill_after=6
+    )
+    assert code == 1, err
+    result = json.loads(text)
+    assert [Path(each["photo"]).stem for each in result["failed"]] == ["broken"]
+    assert [each["photo"] for each in result["images"]] == [
+        each["photo"] for each in wanted["images"]
+    ]
+    assert len(result["images"]) == 24 and len(contents(out)) == 12 * 5
+    assert contents(out) == contents(alone)

@@ -1,13 +1,9 @@
 """`pid-serve --ray`: a real Ray cluster of two nodes on this machine."""
 
-import contextlib
 import json
-import os
 import subprocess
-import sys
-import sysconfig
 import threading
-from collections.abc import Callable, Generator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +12,7 @@ from safetensors.numpy import load, save
 
 from pid_runtime.decoder import Decoder
 from pid_serve import cli
-from places import ROOT
+from ray_nodes import two_nodes
 from serving import ask, ask_form, picture, wait_until
 
 LATENT = np.linspace(-1, 1, 16 * 2 * 3, dtype=np.float32).reshape(16, 2, 3)
@@ -33,45 +29,6 @@ def test_what_ray_does_without(
         assert "with --ray, but got them" in refusal(cli.main, nano, "--ray", *more)
 
 
-@pytest.fixture(scope="module")
-def ray_python(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A Python with Ray, and all that is installed here: its packages are many, and for this."""
-    folder = tmp_path_factory.mktemp("ray")
-    own = [sys.executable, "-m", "pip", "install", "-q", "--disable-pip-version-check"]
-    # What is here already, of the versions that are here, is found there.
-    command = [*own, "-c", ROOT / "constraints.txt", "--target", folder / "ray", "ray[serve]"]
-    if subprocess.run(command, check=False).returncode:
-        pytest.skip("pip could not get ray[serve]")
-    base = os.path.realpath(sys.executable)
-    subprocess.run([base, "-m", "venv", "--without-pip", folder / "venv"], check=True)
-    (packages,) = (folder / "venv").glob("lib/*/site-packages")
-    paths = [folder / "ray", ROOT / "runtime", ROOT, sysconfig.get_path("purelib")]
-    (packages / "tree.pth").write_text("\n".join(map(str, paths)))
-    return folder / "venv" / "bin" / "python"
-
-
-@contextlib.contextmanager
-def two_nodes(python: Path) -> Generator[tuple[str, Callable[[], None]]]:
-    """A cluster; gives its address, and what kills a replica."""
-    command = [python, ROOT / "tests" / "ray_cluster.py"]
-    with subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
-    ) as process:
-        assert process.stdin is not None and process.stdout is not None
-        stdin, stdout = process.stdin, process.stdout
-
-        def kill() -> None:
-            stdin.write("kill\n")
-            stdin.flush()
-            assert int(stdout.readline()) > 0
-
-        try:
-            yield stdout.readline().strip(), kill
-        finally:
-            stdin.close()
-            process.wait(120)
-
-
 @pytest.mark.slow
 def test_no_request_is_lost_with_a_replica(nano: Path, ray_python: Path) -> None:
     arguments = ["--threads", "1", "--replicas", "2", "--port", "0", "--queue", "64", "--json"]
@@ -81,13 +38,13 @@ def test_no_request_is_lost_with_a_replica(nano: Path, ray_python: Path) -> None
             assert process.stdout is not None
             try:
                 port = int(json.loads(process.stdout.readline())["address"].split(":")[-1])
-                check_server(nano, port, kill)
+                check_server(nano, port, lambda: kill("ray::ServeReplica"))
             finally:
                 process.terminate()
                 assert process.wait(120) == 0
 
 
-def check_server(nano: Path, port: int, kill: Callable[[], None]) -> None:
+def check_server(nano: Path, port: int, kill: Callable[[], int]) -> None:
     with Decoder.open(nano) as pid:
         wanted = [pid.decode(LATENT[None], seed=s, output="uint8")[0] for s in range(25)]
     found: list[tuple[int, int, bytes]] = []
@@ -105,7 +62,7 @@ def check_server(nano: Path, port: int, kill: Callable[[], None]) -> None:
     for thread in threads:
         thread.start()
     assert begun.wait(120)
-    kill()
+    assert kill()
     for thread in threads:
         thread.join()
     assert [status for status, _, _ in found] == [200] * 200

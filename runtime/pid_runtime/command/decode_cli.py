@@ -7,7 +7,8 @@ import logging
 import time
 from argparse import Namespace
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,10 @@ from numpy.typing import NDArray
 
 from pid_runtime.advice import advice
 from pid_runtime.bundle.folder import read_manifest
+from pid_runtime.bundle.manifest import Manifest
 from pid_runtime.command import console
 from pid_runtime.command.decode_jobs import (
+    Inputs,
     Job,
     Settings,
     Source,
@@ -40,6 +43,7 @@ from pid_runtime.command.decode_options import (
 from pid_runtime.command.images import save_image, sheet_size, side_by_side, usual_format
 from pid_runtime.command.latent_files import FORMS, LATENT_SUFFIXES, LatentForm
 from pid_runtime.command.sampling_options import add_sampling_options, read_sampling
+from pid_runtime.command.spread import Save, add_spread_options, check_spread, spread
 from pid_runtime.decoder import Decoder
 from pid_runtime.errors import NotFiniteError, PidRuntimeError
 from pid_runtime.latents import spread_warning
@@ -117,12 +121,14 @@ def _parser() -> argparse.ArgumentParser:
     add_image_options(parser)
     add("--sheet", type=Path, metavar="FILE", help="also write all images side by side")
     add_backend_options(parser)
+    add_spread_options(parser)
     return parser
 
 
-def _decode(arguments: Namespace) -> None:
+def _decode(arguments: Namespace) -> int:
     many = arguments.latents is not None
     _check_kinds(arguments, many=many)
+    check_spread(arguments)
     manifest = read_manifest(arguments.bundle, verify=False)
     sampling = read_sampling(arguments, manifest, batches=True)
     settings = Settings(
@@ -139,101 +145,181 @@ def _decode(arguments: Namespace) -> None:
     jobs = plan_jobs(manifest, sources, settings, _namer(arguments, many))
     if arguments.plan:
         _show_plans(arguments, jobs)
-        return
+        return 0
     planned = len(jobs)
     if arguments.skip_existing:
         jobs = without_existing(jobs)
     making = Making(arguments, manifest, sampling.schedule(manifest))
+    run = _Run(arguments, manifest, settings, making, planned - len(jobs))
     if not jobs:
-        _report(arguments, making, jobs, [], planned)
-        return
+        return run.report()
     with image_folder(arguments.output) if many else contextlib.nullcontext():
         check_targets(jobs, overwrite=arguments.overwrite)
         _check_sheet(arguments, jobs)
-        with open_decoder(arguments, manifest) as decoder:
-            decoder.warn([skipped] if skipped else [])
-            decoder.warn(_advice(decoder.manifest.model, jobs))
-            with console.progress("Decoding", len(jobs), quiet=arguments.quiet) as advance:
-                seconds, tiles = _run(decoder, jobs, settings, making, arguments.sheet, advance)
-        if arguments.sheet:
-            save_image(arguments.sheet, side_by_side(tiles))
-    _report(arguments, making, jobs, seconds, planned)
+        warnings = [*([skipped] if skipped else []), *_advice(manifest.model, jobs)]
+        if arguments.ray is None:
+            run.decode(jobs, warnings)
+        else:
+            run.decode_on_ray(jobs, warnings)
+        run.draw_sheet()
+    return run.report()
 
 
-def _run(
-    decoder: Decoder,
-    jobs: Sequence[Job],
-    settings: Settings,
-    making: Making,
-    sheet: Path | None,
-    advance: Callable[[float], None],
-) -> tuple[list[float], list[tuple[str, Pixels]]]:
-    """Decode and write every image; seconds of each decode, and the images of a sheet."""
-    seconds: list[float] = []
-    tiles: list[tuple[str, Pixels]] = []
-    for source, group in itertools.groupby(jobs, lambda job: job.source):
-        inputs = source.read(decoder.manifest, settings)
+class _Run:
+    """Makes the images of jobs, and tells of them."""
+
+    def __init__(
+        self,
+        arguments: Namespace,
+        manifest: Manifest,
+        settings: Settings,
+        making: Making,
+        skipped: int,
+    ) -> None:
+        self._arguments, self._manifest, self._settings = arguments, manifest, settings
+        self._making, self._skipped = making, skipped
+        self._done: dict[int, tuple[Job, _Made]] = {}
+        self._failed: list[dict[str, Any]] = []
+
+    def decode(self, jobs: Sequence[Job], warnings: Sequence[str]) -> None:
+        """Decode and write every image; warnings: of those, told once it can be done."""
+        arguments, made = self._arguments, itertools.count()
+        with (
+            open_decoder(arguments, self._manifest) as decoder,
+            console.progress("Decoding", len(jobs), quiet=arguments.quiet) as advance,
+        ):
+            decoder.warn(warnings)
+            maker = _Maker(decoder, self._settings, self._making, sheet=bool(arguments.sheet))
+            for source, group in itertools.groupby(jobs, lambda job: job.source):
+                inputs = maker.read(source)
+                for job in group:
+                    self._done[next(made)] = job, maker.make(job, inputs, save_image, advance)
+
+    def decode_on_ray(self, jobs: Sequence[Job], warnings: Sequence[str]) -> None:
+        """The same on a cluster, where an image that fails is reported and the rest is made."""
+        work = partial(_Work, settings=self._settings)
+        for outcome in spread(self._arguments, "Decoding", work, jobs, warnings):
+            job = jobs[outcome.index]
+            if outcome.reason is not None:
+                _log.error("%s: %s", job.target, outcome.reason)
+                where = {"latent": str(job.source.path), "index": job.index}
+                self._failed.append({**where, "reason": outcome.reason})
+                continue
+            outcome.write()
+            self._done[outcome.index] = job, outcome.made
+
+    def draw_sheet(self) -> None:
+        """Write all images side by side, if that is wanted."""
+        tiles = [
+            (job.target.stem, made.pixels)
+            for _, (job, made) in sorted(self._done.items())
+            if made.pixels is not None
+        ]
+        if tiles:
+            save_image(self._arguments.sheet, side_by_side(tiles))
+
+    def report(self) -> int:
+        """Print what was made, and what was not; 1 if an image failed."""
+        arguments = self._arguments
+        images = [
+            {
+                "latent": str(job.source.path),
+                "index": job.index,
+                "image": str(job.target),
+                "width": job.width,
+                "height": job.height,
+                "seed": job.seed,
+                "sigma": job.sigma,
+                "seconds": round(made.seconds, 4),
+            }
+            for _, (job, made) in sorted(self._done.items())
+        ]
+        result = {
+            "bundle": str(arguments.bundle),
+            **self._making.common,
+            "images": images,
+            "skipped": self._skipped,
+            "sheet": str(arguments.sheet) if arguments.sheet and images else None,
+            "failed": self._failed,
+        }
+        lines = [
+            f"{image['image']}: {image['width']}x{image['height']}, seed {image['seed']}, "
+            f"{image['seconds']:.2f} s"
+            for image in images
+        ]
+        if self._skipped:
+            planned = self._skipped + len(images) + len(self._failed)
+            lines.append(f"{self._skipped} of {planned} images were there already")
+        if arguments.sheet and images:
+            lines.append(f"{arguments.sheet}: all of them side by side")
+        if self._failed:
+            lines.append(f"{len(self._failed)} images failed")
+        console.emit(result, "\n".join(lines), as_json=arguments.json)
+        return 1 if self._failed else 0
+
+
+@dataclass(frozen=True)
+class _Made:
+    """What is told of an image."""
+
+    seconds: float
+    """Of its decode."""
+    pixels: Pixels | None
+    """`[H, W, 3]`, if they are wanted for a sheet."""
+
+
+class _Maker:
+    """Makes one image after another with a decoder."""
+
+    def __init__(
+        self, decoder: Decoder, settings: Settings, making: Making, *, sheet: bool
+    ) -> None:
+        self._decoder, self._settings, self._making = decoder, settings, making
+        self._sheet = sheet
+
+    def read(self, source: Source) -> Inputs:
+        """What a source holds. Raises `PidRuntimeError` for NaN."""
+        inputs = source.read(self._decoder.manifest, self._settings)
         if inputs.note is not None:
             _log.info("%s: %s", source.path, inputs.note)
-        for job in group:
-            own = inputs.image(job.index)
-            request = request_of(decoder.manifest, own, settings, job.seed)
-            if spread := spread_warning(decoder.manifest, own.latent):
-                decoder.warn([f"{source.path}: {spread}"])
-            begin = time.perf_counter()
-            try:
-                images: Pixels = decoder.run(
-                    request, "uint8", progress=lambda _done, calls: advance(1 / calls)
-                )
-            except NotFiniteError as error:
-                raise PidRuntimeError(f"{source.path}: {error}") from None
-            seconds.append(time.perf_counter() - begin)
-            record = making.record(
-                seed=job.seed, sigma=job.sigma, width=job.width, height=job.height
+        return inputs
+
+    def make(self, job: Job, inputs: Inputs, save: Save, advance: Callable[[float], None]) -> _Made:
+        """Decode one image of a source. Raises `PidRuntimeError` when that gives NaN."""
+        decoder = self._decoder
+        own = inputs.image(job.index)
+        request = request_of(decoder.manifest, own, self._settings, job.seed)
+        if spread_out := spread_warning(decoder.manifest, own.latent):
+            decoder.warn([f"{job.source.path}: {spread_out}"])
+        begin = time.perf_counter()
+        try:
+            images: Pixels = decoder.run(
+                request, "uint8", progress=lambda _done, calls: advance(1 / calls)
             )
-            save_image(job.target, images[0], record)
-            if sheet is not None:
-                tiles.append((job.target.stem, images[0]))
-    return seconds, tiles
+        except NotFiniteError as error:
+            raise PidRuntimeError(f"{job.source.path}: {error}") from None
+        seconds = time.perf_counter() - begin
+        record = self._making.record(
+            seed=job.seed, sigma=job.sigma, width=job.width, height=job.height
+        )
+        save(job.target, images[0], record)
+        return _Made(seconds, images[0] if self._sheet else None)
 
 
-def _report(
-    arguments: Namespace,
-    making: Making,
-    jobs: Sequence[Job],
-    seconds: Sequence[float],
-    planned: int,
-) -> None:
-    images = [
-        {
-            "latent": str(job.source.path),
-            "index": job.index,
-            "image": str(job.target),
-            "width": job.width,
-            "height": job.height,
-            "seed": job.seed,
-            "sigma": job.sigma,
-            "seconds": round(taken, 4),
-        }
-        for job, taken in zip(jobs, seconds, strict=True)
-    ]
-    result = {
-        "bundle": str(arguments.bundle),
-        **making.common,
-        "images": images,
-        "skipped": planned - len(jobs),
-        "sheet": str(arguments.sheet) if arguments.sheet and jobs else None,
-    }
-    lines = [
-        f"{image['image']}: {image['width']}x{image['height']}, seed {image['seed']}, "
-        f"{image['seconds']:.2f} s"
-        for image in images
-    ]
-    if planned > len(jobs):
-        lines.append(f"{planned - len(jobs)} of {planned} images were there already")
-    if arguments.sheet and jobs:
-        lines.append(f"{arguments.sheet}: all of them side by side")
-    console.emit(result, "\n".join(lines), as_json=arguments.json)
+class _Work:
+    """What an actor holds: a decoder."""
+
+    def __init__(self, arguments: Namespace, settings: Settings) -> None:
+        manifest = read_manifest(arguments.bundle, verify=False)
+        self._decoder = open_decoder(arguments, manifest)
+        making = Making(arguments, manifest, settings.sampling.schedule(manifest))
+        self._maker = _Maker(self._decoder, settings, making, sheet=bool(arguments.sheet))
+
+    def make(self, item: Job, save: Save) -> _Made:
+        return self._maker.make(item, self._maker.read(item.source), save, lambda amount: None)
+
+    def close(self) -> None:
+        self._decoder.close()
 
 
 def _advice(model: dict[str, Any], jobs: Sequence[Job]) -> list[str]:
