@@ -91,7 +91,7 @@ def enlarged(
 def _export(folder: Path, precision: str) -> Path:
     assert NANO.file is not None
     bundle = folder / f"nano-{precision}"
-    options = ExportOptions(precision, (("test", 4096),))
+    options = ExportOptions(precision, (("test", 16_384),))
     weights = read_checkpoint(NANO.file, NANO)
     source = {"file": NANO.file.name, "sha256": file_sha256(NANO.file)}
     export_bundle(bundle, NANO.config, weights, options, checkpoint=NANO, weights=source)
