@@ -242,6 +242,7 @@ def test_command_decodes_a_folder_in_order(work: Work) -> None:
         "times": None,
         "rule": "sde",
         "skipped": 0,
+        "failed": [],
     }
     (work.folder / "images" / "b.png").unlink()
     again = ("--latents", "latents", "-o", "images", "--skip-existing")
@@ -645,6 +646,8 @@ def test_command_ends_quietly_when_nobody_reads(work: Work) -> None:
 
 FLAGS_OF_ONE = {
     "--provider-library": "Python finds plug-in providers by their packages",
+    "--actors": "a Ray cluster runs Python",
+    "--ray": "a Ray cluster runs Python",
 }
 """Flags that one of the two commands does not have, and why."""
 

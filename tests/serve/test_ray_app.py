@@ -15,7 +15,7 @@ from pid_serve import cli
 from ray_nodes import two_nodes
 from serving import ask, ask_form, picture, wait_until
 
-LATENT = np.linspace(-1, 1, 16 * 2 * 3, dtype=np.float32).reshape(16, 2, 3)
+LATENT = np.linspace(-1, 1, 192 * 2 * 3, dtype=np.float32).reshape(192, 2, 3)
 Refusal = Callable[..., str]
 
 

@@ -234,6 +234,7 @@ void report(const Arguments& arguments, const nlohmann::ordered_json& making,
     result.update(making);
     result["images"] = images;
     result["skipped"] = planned - jobs.size();
+    result["failed"] = nlohmann::ordered_json::array(); // Python on a cluster may go on
     print_line(arguments.json ? text_of_json(result) : lines);
 }
 
