@@ -67,10 +67,11 @@ def main() -> int:
                 sys.stdout.write(json.dumps(row) + "\n")
                 sys.stdout.flush()
             if sigma in SHOWN_SIGMAS:
-                (best,) = list(images)[-1:]
-                names = ("Lanczos", best)
-                shown = (*((name, images[name]) for name in names), ("original", original))
-                tiles = [(f"{label}, sigma {sigma:g}", middle(image)) for label, image in shown]
+                best = list(images)[-1]
+                shown = {"Lanczos": images["Lanczos"], best: images[best], "original": original}
+                tiles = [
+                    (f"{label}, sigma {sigma:g}", middle(image)) for label, image in shown.items()
+                ]
                 sheet.append(side_by_side(tiles))
     if args.sheet:
         save_image(args.sheet, np.concatenate(sheet))

@@ -14,6 +14,7 @@ subtracts means only. A token's quarter is three features of its 16 pixels, then
 
 import math
 import sys
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -150,23 +151,20 @@ def train_sketch(crops: NDArray[np.uint8], seed: int, iterations: int) -> Sketch
     """A sketch that learnt from crops `[N, 3, H, W]`, uint8; the average of its late weights."""
     torch.manual_seed(seed)
     rng = np.random.default_rng((seed, 0))
-    images = _images(crops[:: max(1, len(crops) // FIT_CROPS)])
+    images = images_of(crops[:: max(1, len(crops) // FIT_CROPS)])
     sketch = Sketch(torch.from_numpy(reduce(images)), images)
     average = {name: value.clone() for name, value in sketch.state_dict().items()}
     optimizer = torch.optim.Adam(sketch.parameters(), lr=PEAK_RATE, betas=(0.9, 0.98))
     for iteration in range(iterations):
         for group in optimizer.param_groups:
-            warm = min(1.0, (iteration + 1) / WARM_UP)
-            group["lr"] = PEAK_RATE * warm * 0.5 * (1 + math.cos(math.pi * iteration / iterations))
-        images = _images(crops[np.sort(rng.choice(len(crops), min(BATCH, len(crops)), False))])
+            group["lr"] = PEAK_RATE * share_of_rate(iteration, iterations)
+        images = images_of(crops[np.sort(rng.choice(len(crops), min(BATCH, len(crops)), False))])
         error = (sketch(torch.from_numpy(reduce(images))) - images).square().mean()
         optimizer.zero_grad(set_to_none=True)
         error.backward()
         torch.nn.utils.clip_grad_norm_(sketch.parameters(), 1.0)
         optimizer.step()
-        decay = min(EMA, (iteration + 1) / (iteration + 10))
-        for name, value in sketch.state_dict().items():
-            average[name].lerp_(value, 1 - decay)
+        follow(average, sketch, iteration, EMA)
         if (iteration + 1) % 200 == 0:
             decibels = 10 * math.log10(4 / float(error.detach()))
             sys.stderr.write(f"sketch: {iteration + 1} of {iterations}, {decibels:.2f} dB\n")
@@ -174,7 +172,21 @@ def train_sketch(crops: NDArray[np.uint8], seed: int, iterations: int) -> Sketch
     return sketch
 
 
-def _images(crops: NDArray[np.uint8]) -> Tensor:
+def share_of_rate(iteration: int, iterations: int) -> float:
+    """Of the peak: warm-up, then a cosine down to nothing."""
+    warm = min(1.0, (iteration + 1) / WARM_UP)
+    return warm * 0.5 * (1 + math.cos(math.pi * iteration / iterations))
+
+
+def follow(average: Mapping[str, Tensor], net: nn.Module, iteration: int, decay: float) -> None:
+    """Take a network's weights into their average, sooner at first."""
+    decay = min(decay, (iteration + 1) / (iteration + 10))
+    for name, value in net.state_dict().items():
+        average[name].lerp_(value, 1 - decay)
+
+
+def images_of(crops: NDArray[np.uint8]) -> Tensor:
+    """8-bit crops `[B, 3, H, W]` as images in [-1, 1]."""
     return torch.tensor(crops).float() / 127.5 - 1
 
 

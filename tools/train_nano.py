@@ -29,7 +29,7 @@ import torch
 import torch.nn.functional as F
 from nano_crops import LATENT_PIXELS, crops_file, in_sizes, latent_of, reduce
 from nano_photos import Pixels, draw_leaves, load_photos
-from nano_sketch import Sketch, place, train_sketch
+from nano_sketch import Sketch, follow, images_of, place, share_of_rate, train_sketch
 from numpy.typing import NDArray
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -51,7 +51,6 @@ STEPS = (1, 2, 4)
 
 ITERATIONS = 3200
 PEAK_RATE = 5e-4
-WARM_UP = 200
 EMA = 0.999
 MAX_SIGMA = 0.8
 CLEAN_SHARE = 0.6
@@ -132,7 +131,7 @@ def new_network(seed: int, sketch: Sketch, crops: NDArray[np.uint8]) -> PidNet:
         for layer in zero:
             for parameter in layer.parameters():
                 parameter.zero_()
-        few = torch.tensor(crops[:: max(1, len(crops) // FIT_CROPS)]).float() / 127.5 - 1
+        few = images_of(crops[:: max(1, len(crops) // FIT_CROPS)])
         patches, none = place(sketch, torch.from_numpy(reduce(few)), net)
         net.pit_lq_gate.content_proj.weight.zero_()
         net.pit_lq_gate.content_proj.bias.fill_(5.0)
@@ -274,7 +273,7 @@ def learn(
     """Loss of a few crops, and their squared errors by kind of latent."""
     which = int(rng.integers(len(crops)))
     ids = np.sort(rng.choice(len(crops[which]), CROPS[which][2], replace=False))
-    image = torch.from_numpy(crops[which][ids]).float() / 127.5 - 1
+    image = images_of(crops[which][ids])
     latent, sigma = noisy(rng, image)
     found = picture_of(net, latent.to(device), sigma.to(device))
     error = (found - image.to(device)).square().mean((1, 2, 3))
@@ -294,12 +293,6 @@ def parameters(net: PidNet) -> list[dict[str, Any]]:
         {"params": list(fresh.parameters()), "share": 1.0},
         {"params": taught, "share": 0.25},
     ]
-
-
-def rate(iteration: int, iterations: int) -> float:
-    """Warm-up, then a cosine down to nothing."""
-    warm = min(1.0, (iteration + 1) / WARM_UP)
-    return PEAK_RATE * warm * 0.5 * (1 + math.cos(math.pi * iteration / iterations))
 
 
 def train(pictures: list[Pixels], folder: Path, iterations: int, seed: int, seconds: float) -> None:
@@ -330,15 +323,13 @@ def train(pictures: list[Pixels], folder: Path, iterations: int, seed: int, seco
     for iteration in range(start, iterations):
         rng = np.random.default_rng((seed, iteration))
         for group in optimizer.param_groups:
-            group["lr"] = group["share"] * rate(iteration, iterations)
+            group["lr"] = group["share"] * PEAK_RATE * share_of_rate(iteration, iterations)
         loss, found = learn(net, rng, crops, device)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
         optimizer.step()
-        decay = min(EMA, (iteration + 1) / (iteration + 10))
-        for name, value in net.state_dict().items():
-            average[name].lerp_(value, 1 - decay)
+        follow(average, net, iteration, EMA)
         for label, values in found.items():
             errors.setdefault(label, []).extend(values)
         elapsed = time.monotonic() - begin
@@ -372,10 +363,12 @@ def train(pictures: list[Pixels], folder: Path, iterations: int, seed: int, seco
 def _sketch(folder: Path, crops: NDArray[np.uint8], seed: int) -> Sketch:
     """The sketch that training starts from; learnt unless it is there."""
     file = folder / "sketch.pt"
-    if not file.exists():
-        _save(file, train_sketch(crops, seed, SKETCH_ITERATIONS).state_dict())
-    sketch = train_sketch(crops, seed, 0)
-    sketch.load_state_dict(torch.load(file, weights_only=True))
+    is_there = file.exists()
+    sketch = train_sketch(crops, seed, 0 if is_there else SKETCH_ITERATIONS)
+    if is_there:
+        sketch.load_state_dict(torch.load(file, weights_only=True))
+    else:
+        _save(file, sketch.state_dict())
     return sketch
 
 
