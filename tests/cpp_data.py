@@ -78,7 +78,7 @@ def broken_manifests() -> list[dict[str, Any]]:
     ):
         text = tests.changed(path, value, arbitrary=True)
         add(f"any times: {path} = {value}", text, message)
-    for version in ([2, 0], [0, 9], [1], [1, 0, 0], "1.0", None, [True, 0], []):
+    for version in ([3, 0], [0, 9], [1], [1, 0, 0], "1.0", None, [True, 0], []):
         add(f"version {version}", tests.changed("format_version", version), "version")
     for member in tests.TREES[False]:
         if member != "engines":
@@ -104,7 +104,8 @@ def valid_manifests(bundles: list[Path]) -> list[dict[str, Any]]:
     newer["codec"] = {"kind": "of a later version"}
     for part in (newer, newer["sampler"], newer["buffers"]["state"], newer["program"]["step"][0]):
         part["comment"] = {"of a": ["later", "version", 1.5, None]}
-    trees = [*tests.TREES.values(), newer]
+    next_major = tests.TREES[False] | {"format_version": [2, 1]}
+    trees = [*tests.TREES.values(), newer, next_major]
     texts = [json.dumps(tree) for tree in trees]
     texts += [(bundle / MANIFEST_FILE).read_text("utf-8") for bundle in bundles]
     found: list[dict[str, Any]] = []

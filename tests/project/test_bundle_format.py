@@ -13,7 +13,7 @@ from pid_ref.registry import SPACES
 from pid_runtime.backends.stages import STAGES, Dimensions
 from pid_runtime.bundle import manifest_check
 from pid_runtime.bundle.json_reader import NAME
-from pid_runtime.bundle.manifest import FORMAT_VERSION, MANIFEST_FILE, PRECISIONS, SECTIONS
+from pid_runtime.bundle.manifest import FORMAT_VERSIONS, MANIFEST_FILE, PRECISIONS, SECTIONS
 from pid_runtime.bundle.sizes import ITEM_BYTES
 from pid_runtime.bundle.source import TABLES, table_options
 from places import ROOT
@@ -49,7 +49,7 @@ def test_exported_manifests_keep_to_the_schema(golden_bundle: Path, free_bundle:
     ("path", "value"),
     [
         ("format", "zip"),
-        ("format_version", [2, 0]),
+        ("format_version", [3, 0]),
         ("format_version", [1]),
         ("precision", "fp8"),
         ("network", {}),
@@ -136,9 +136,13 @@ def test_the_schema_says_what_the_reader_says() -> None:
 # The page
 
 
-def test_the_page_is_about_this_version() -> None:
-    assert TEXT.startswith(f"# The bundle format, version {'.'.join(map(str, FORMAT_VERSION))}\n")
-    assert EXAMPLE["format_version"] == list(FORMAT_VERSION)
+def test_the_page_is_about_these_versions() -> None:
+    versions = " and ".join(f"{major}.{minor}" for major, minor in FORMAT_VERSIONS)
+    assert TEXT.startswith(f"# The bundle format, versions {versions}\n")
+    assert EXAMPLE["format_version"] == list(FORMAT_VERSIONS[0])
+    assert SCHEMA["properties"]["format_version"]["prefixItems"][0]["enum"] == [
+        major for major, _ in FORMAT_VERSIONS
+    ]
 
 
 def named() -> Iterator[str]:

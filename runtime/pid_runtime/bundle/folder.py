@@ -12,7 +12,7 @@ from pid_runtime.bundle.files import file_sha256
 from pid_runtime.bundle.json_reader import read_member
 from pid_runtime.bundle.manifest import (
     FORMAT,
-    FORMAT_VERSION,
+    FORMAT_VERSIONS,
     MANIFEST_FILE,
     SPECIAL,
     WEIGHTS_FILE,
@@ -34,10 +34,10 @@ def parse_manifest(text: str) -> Manifest:
     if not isinstance(raw, dict) or raw.get("format") != FORMAT:
         raise PidRuntimeError(f"expected a {FORMAT} manifest, but {MANIFEST_FILE} is none")
     version = read_member(tuple[int, ...], raw.get("format_version"), "format_version")
-    if len(version) != 2 or version[0] != FORMAT_VERSION[0]:
+    if len(version) != 2 or version[0] not in [major for major, _ in FORMAT_VERSIONS]:
+        known = " or ".join(f"{major}.x" for major, _ in FORMAT_VERSIONS)
         raise PidRuntimeError(
-            f"expected bundle format {FORMAT_VERSION[0]}.x, but got version "
-            f"{'.'.join(map(str, version))}; "
+            f"expected bundle format {known}, but got version {'.'.join(map(str, version))}; "
             "update pid-trt, or export the bundle again with this version"
         )
     manifest: Manifest = read_member(Manifest, raw, MANIFEST_FILE, SPECIAL)

@@ -11,8 +11,12 @@ from pid_runtime.bundle.source import Source, encode_source, read_source
 from pid_runtime.errors import PidRuntimeError
 
 FORMAT = "pid-bundle"
-FORMAT_VERSION = (1, 4)
-"""Major and minor version; a reader takes any minor version of its own major version."""
+FORMAT_VERSIONS = ((1, 4), (2, 0))
+"""The newest of every major version this version reads, oldest first; a reader takes any minor
+version of these. A writer writes the first that has all a bundle uses: `Manifest.format_version`.
+"""
+
+DTYPES_OF_VERSION_1 = frozenset(("float32", "float16", "bfloat16", "uint8"))
 
 MANIFEST_FILE = "manifest.json"
 WEIGHTS_FILE = "weights.safetensors"
@@ -216,6 +220,17 @@ class Manifest:
         return name, self.buckets[name]
 
     @property
+    def format_version(self) -> tuple[int, int]:
+        """The lowest version of the format that has all this manifest uses."""
+        ports = (
+            port
+            for graph in self.graphs.values()
+            for port in (*graph.inputs.values(), *graph.outputs.values())
+        )
+        dtypes = {each.dtype for each in (*ports, *self.buffers.values())}
+        return FORMAT_VERSIONS[0 if dtypes <= DTYPES_OF_VERSION_1 else 1]
+
+    @property
     def most_tokens(self) -> int:
         """The largest budget of the buckets."""
         return max(bucket.max_tokens for bucket in self.buckets.values())
@@ -262,7 +277,8 @@ class Manifest:
             del fields["codec"]
         if self.sampler.flow_shift is None:
             del fields["sampler"]["flow_shift"]
-        return json.dumps({"format": FORMAT, "format_version": FORMAT_VERSION, **fields}, indent=1)
+        head = {"format": FORMAT, "format_version": self.format_version}
+        return json.dumps({**head, **fields}, indent=1)
 
 
 def _encode(instruction: Instruction) -> dict[str, Any]:

@@ -4,6 +4,7 @@ import copy
 import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
@@ -28,7 +29,16 @@ from pid_runtime.bundle.folder import (
     read_constants,
     read_manifest,
 )
-from pid_runtime.bundle.manifest import MANIFEST_FILE, WEIGHTS_FILE, Bucket, File, Graph, Manifest
+from pid_runtime.bundle.manifest import (
+    FORMAT_VERSIONS,
+    MANIFEST_FILE,
+    WEIGHTS_FILE,
+    Bucket,
+    Buffer,
+    File,
+    Graph,
+    Manifest,
+)
 from pid_runtime.bundle.manifest_check import check_manifest
 from pid_runtime.bundle.sizes import ITEM_BYTES
 from pid_runtime.decoder import Bundle
@@ -175,11 +185,22 @@ def test_unknown_members_of_a_newer_minor_version_are_left_out() -> None:
 
 
 def test_an_older_minor_version_is_accepted(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(folder, "FORMAT_VERSION", (1, 3))
+    monkeypatch.setattr(folder, "FORMAT_VERSIONS", ((1, 5), (2, 3)))
     assert parse_manifest(json.dumps(TREES[False])) == MANIFESTS[False]
 
 
-@pytest.mark.parametrize("version", [[2, 0], [0, 9], [1], [1, 0, 0], "1.0", None, [True, 0], []])
+def test_version_2_is_read_and_written_where_it_is_needed_alone() -> None:
+    old, new = FORMAT_VERSIONS
+    tree = TREES[False] | {"format_version": new}
+    manifest = parse_manifest(json.dumps(tree))
+    assert manifest == MANIFESTS[False]
+    assert tuple(json.loads(manifest.to_json())["format_version"]) == old == (1, 4)
+    buffers = {**manifest.buffers, "later": Buffer("float8_e4m3fn", ("B", "L", 8), "temporary")}
+    later = replace(manifest, buffers=buffers)
+    assert tuple(json.loads(later.to_json())["format_version"]) == new == (2, 0)
+
+
+@pytest.mark.parametrize("version", [[3, 0], [0, 9], [1], [1, 0, 0], "1.0", None, [True, 0], []])
 def test_other_versions_are_refused(version: Any) -> None:
     refuse(lambda: parse_manifest(changed("format_version", version)), "version")
 

@@ -15,7 +15,9 @@
 namespace pid::core {
 namespace {
 
-constexpr std::uint64_t format_major = 1;
+// Major versions of the format that are read, any minor version of them.
+constexpr std::uint64_t oldest_format = 1;
+constexpr std::uint64_t newest_format = 2;
 
 DType read_dtype(const Json& value, const std::string& where) {
     const std::string name = text(value, where);
@@ -206,10 +208,10 @@ void check_version(const Json& raw) {
     std::vector<std::uint64_t> version;
     for (const Json& number : list(member(raw, "format_version", manifest_file), where))
         version.push_back(integer(number, where));
-    if (version.size() == 2 && version[0] == format_major)
+    if (version.size() == 2 && oldest_format <= version[0] && version[0] <= newest_format)
         return;
-    refuse("expected bundle format ", format_major, ".x, but got version ",
-           joined(version, ".").substr(0, 80),
+    refuse("expected bundle format ", oldest_format, ".x or ", newest_format,
+           ".x, but got version ", joined(version, ".").substr(0, 80),
            "; update pid-trt, or export the bundle again with this version");
 }
 
