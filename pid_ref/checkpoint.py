@@ -1,22 +1,18 @@
 """Reading a checkpoint file: only what the network needs, and nothing that does not fit it."""
 
 import functools
-import json
 import logging
-import pickle
 import re
-import struct
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, cast
 
 import torch
-from safetensors import safe_open
 
 from pid_ref.config import PidConfig
 from pid_ref.errors import PidInputError
 from pid_ref.network import PidNet
+from pid_ref.quantised_files import dequantised
 from pid_ref.registry import (
     CHECKPOINT_FILE,
     CHECKPOINTS,
@@ -24,30 +20,23 @@ from pid_ref.registry import (
     Checkpoint,
     spaces_in_name,
 )
-
-Shape = tuple[int, ...]
+from pid_ref.tensor_files import Shape, Tensors, open_tensors, unreadable
 
 _log = logging.getLogger("pid_ref")
 
 _NET = "net."
 _FIRST = "lq_proj.latent_proj.0.weight"
 """A tensor of every PiD decoder, whose key shows under which prefix a file keeps the network."""
-_WRAPPERS = ("state_dict", "model")
-"""Keys under which a `.pth` may hold the dict of tensors."""
 _TRAINING_PREFIXES = ("net_ema.", "fake_score.", "discriminator.", "repa_loss.")
 """What a training run saves beside the network, wanted by nobody here."""
 _TRAINING_HEAD = "lq_proj.lq_aux_rgb_head."
 """A part of the v1.5 network that only its training loss used."""
 
-_SAFETENSORS_FLOATS = {"BF16": "torch.bfloat16", "F16": "torch.float16", "F32": "torch.float32"}
-_FLOATS = frozenset(_SAFETENSORS_FLOATS.values())
+_FLOATS = frozenset(("torch.bfloat16", "torch.float16", "torch.float32"))
 """The dtypes weights may have, under torch's names."""
 
 _SPLIT = re.compile(r"(pixel_blocks\.\d+\.adaLN_modulation)_(msa|mlp)(?:\.0)?\.(weight|bias)")
 """One half of a modulation that some repackagings store in two."""
-
-_QUANTISED_DTYPES = ("I8", "U8", "F8_", "torch.int8", "torch.uint8", "torch.float8")
-_QUANTISED_KEYS = (".weight_scale", ".scale_weight", ".comfy_quant", "scaled_fp8")
 
 _NO_DECODER = "no PiD decoder"
 
@@ -108,24 +97,27 @@ def read_checkpoint(
     """The network's weights in a checkpoint file: every name of `state_shapes`, in its order.
 
     path: an official `.pth`, a safetensors repackaging of one, or a folder that holds
-    `model_ema_bf16.pth`. The tensors are views of the mapped file, on the CPU, in the file's own
-    dtype (bfloat16, float16 or float32); none is read before it is used.
+    `model_ema_bf16.pth`. The tensors are on the CPU: views of the mapped file, in its own dtype
+    (bfloat16, float16 or float32), or float32 made of quantised ones; none is read before it is
+    used.
     wanted: the checkpoint this should be, or only the network it should fit.
     force_space: take a file whose name speaks of another latent space.
-    A prefix of all names is taken off, modulations stored in two parts are joined, and training
-    leftovers are skipped, with a note to the "pid_ref" logger.
-    Raises `PidInputError` for a missing, damaged, quantised or foreign file, for one whose name
-    or folder says it is another checkpoint, for any missing, extra, misshapen or non-float
-    tensor, and, when a tensor is read, for NaN or infinity in it.
+    A prefix of all names is taken off, modulations stored in two parts are joined, quantised
+    weights of the formats in `quantised_files` are made floats, and training leftovers are
+    skipped, with a note to the "pid_ref" logger.
+    Raises `PidInputError` for a missing, damaged or foreign file, for one of another quantised
+    format or whose name or folder says it is another checkpoint, for any missing, extra,
+    misshapen or non-float tensor, and, when a tensor is read, for NaN or infinity in it.
     """
     file = checkpoint_file(Path(path))
     _check_name(file, wanted)
     if isinstance(wanted, Checkpoint) and not force_space:
         _check_space(file, wanted)
-    tensors = _open(file)
-    _check_unquantised(file, tensors)
+    tensors = open_tensors(file)
+    prefix = _prefix(file, tensors.keys())
+    tensors = dequantised(file, tensors, prefix)
     config = wanted.config if isinstance(wanted, Checkpoint) else wanted
-    keys = _join_parts(_network_keys(file, tensors), tensors)
+    keys = _join_parts(_network_keys(file, tensors, prefix), tensors)
     _check_tensors(file, {name: _kind(tensors, parts) for name, parts in keys.items()}, wanted)
     kind = looks_like(_cached_shapes(config))
     if " or " in kind and isinstance(wanted, Checkpoint):
@@ -141,17 +133,10 @@ def checkpoint_file(path: Path) -> Path:
         if file.is_file():
             return file
     except OSError as error:
-        raise _unreadable(path, error) from error
+        raise unreadable(path, error) from error
     place = f"no {CHECKPOINT_FILE} in the folder {path}" if folder else f"no file at {path}"
     raise PidInputError(
         f"expected a checkpoint, but got {place}; pass the path of a .pth or .safetensors file"
-    )
-
-
-def _unreadable(path: Path, error: OSError) -> PidInputError:
-    return PidInputError(
-        f"expected a readable checkpoint, but got {error.strerror or error} for {path}; "
-        "check the path and its permissions"
     )
 
 
@@ -191,51 +176,13 @@ def _check_space(file: Path, wanted: Checkpoint) -> None:
         )
 
 
-class _Torch:
-    """The tensors of a mapped `.pth` file by key."""
-
-    def __init__(self, tensors: dict[str, Any]) -> None:
-        self.tensors = tensors
-
-    def keys(self) -> list[str]:
-        return list(self.tensors)
-
-    def kind(self, key: str) -> tuple[Shape, str]:
-        """Shape and dtype; for anything but a tensor, no shape and the type's name."""
-        value = self.tensors[key]
-        if not isinstance(value, torch.Tensor):
-            return (), type(value).__name__
-        return tuple(value.shape), str(value.dtype)
-
-    def get(self, key: str) -> torch.Tensor:
-        return self.tensors[key]
-
-
-class _Safetensors:
-    """The tensors of a mapped safetensors file by key."""
-
-    def __init__(self, file: Path) -> None:
-        self.handle: Any = safe_open(str(file), framework="pt", device="cpu")
-
-    def keys(self) -> list[str]:
-        return list(self.handle.keys())
-
-    def kind(self, key: str) -> tuple[Shape, str]:
-        entry = self.handle.get_slice(key)
-        dtype: str = entry.get_dtype()
-        return tuple(entry.get_shape()), _SAFETENSORS_FLOATS.get(dtype, dtype)
-
-    def get(self, key: str) -> torch.Tensor:
-        return self.handle.get_tensor(key)
-
-
 class _Renamed(Mapping[str, torch.Tensor]):
     """A state dict whose tensors lie in a file under other names, or in two parts."""
 
     def __init__(
         self,
         file: Path,
-        tensors: _Torch | _Safetensors,
+        tensors: Tensors,
         keys: Mapping[str, tuple[str, ...]],
         config: PidConfig,
     ) -> None:
@@ -264,68 +211,9 @@ class _Renamed(Mapping[str, torch.Tensor]):
         return len(self._keys)
 
 
-def _open(file: Path) -> _Torch | _Safetensors:
-    """Map a file of either format; its first bytes tell which."""
-    try:
-        with file.open("rb") as stream:
-            kind = _format(stream.read(64))
-    except OSError as error:
-        raise _unreadable(file, error) from error
-    if kind == "torch" and file.suffix == ".safetensors":  # torch.load goes by the suffix.
-        kind = "a .pth under a .safetensors name"
-    found: Any = None
-    try:
-        if kind == "safetensors":
-            return _Safetensors(file)
-        if kind == "torch":
-            found = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-    except pickle.UnpicklingError as error:
-        raise PidInputError(
-            f"expected only tensors in {file}, but got other or damaged contents, which are not "
-            "loaded because they could run code; pass the official file"
-        ) from error
-    except Exception as error:  # A damaged file fails its parser in almost any way.
-        reason = (str(error).splitlines() or [type(error).__name__])[0][:100]
-        raise PidInputError(
-            f"expected a whole checkpoint, but got a damaged, cut short or foreign file {file} "
-            f"({reason}); download it again"
-        ) from error
-    if kind != "torch":
-        raise PidInputError(
-            f"expected a .pth (zip) or .safetensors checkpoint, but got {kind} in {file}; "
-            "pass the weights file itself under its own name"
-        )
-    if not isinstance(found, dict):
-        raise PidInputError(
-            f"expected a flat dict of tensors in {file}, but got {type(found).__name__}; "
-            "pass the official file or a repackaging of it"
-        )
-    for wrapper in _WRAPPERS:
-        if isinstance(found.get(wrapper), dict):
-            _log.info("the tensors of %s are those of its %r", file, wrapper)
-            found = found[wrapper]
-    return _Torch({str(key): value for key, value in cast(Any, found).items()})
-
-
-def _format(head: bytes) -> str:
-    """What a file's first bytes say it is: "torch", "safetensors", or words for something else."""
-    if head.startswith(b"PK\x03\x04"):
-        return "torch"
-    if head.startswith(b"version https://git-lfs"):
-        return "a Git LFS pointer"
-    if len(head) >= 9 and head[8:9] == b"{" and 2 <= struct.unpack("<Q", head[:8])[0] < 2**27:
-        return "safetensors"
-    if not head:
-        return "nothing"
-    if head.lstrip()[:1] == b"<":
-        return "a web page"
-    return "something else"
-
-
-def _network_keys(file: Path, tensors: _Torch | _Safetensors) -> dict[str, str]:
+def _network_keys(file: Path, tensors: Tensors, prefix: str) -> dict[str, str]:
     """The file's key of every network tensor by its name; leftovers of training are left out."""
     keys = tensors.keys()
-    prefix = _prefix(file, keys)
     names: dict[str, str] = {}
     skipped: Counter[str] = Counter()
     for key in keys:
@@ -362,9 +250,7 @@ def _prefix(file: Path, keys: list[str]) -> str:
     return prefix
 
 
-def _join_parts(
-    keys: Mapping[str, str], tensors: _Torch | _Safetensors
-) -> dict[str, tuple[str, ...]]:
+def _join_parts(keys: Mapping[str, str], tensors: Tensors) -> dict[str, tuple[str, ...]]:
     """The file's keys of every network tensor: two where both equal parts of one are there."""
     joined: dict[str, tuple[str, ...]] = {name: (key,) for name, key in keys.items()}
     for name in keys:
@@ -378,46 +264,10 @@ def _join_parts(
     return joined
 
 
-def _kind(tensors: _Torch | _Safetensors, parts: tuple[str, ...]) -> tuple[Shape, str]:
+def _kind(tensors: Tensors, parts: tuple[str, ...]) -> tuple[Shape, str]:
     """Shape and dtype of a tensor whose equal parts are stacked."""
     shape, dtype = tensors.kind(parts[0])
     return ((len(parts) * shape[0], *shape[1:]) if len(parts) > 1 else shape), dtype
-
-
-def _check_unquantised(file: Path, tensors: _Torch | _Safetensors) -> None:
-    """Refuse weights of 8 bits or fewer, naming their format as far as the file says it."""
-    keys = tensors.keys()
-    marks = [key for key in keys if key.endswith(_QUANTISED_KEYS)]
-    dtypes = sorted(
-        {
-            dtype
-            for key in keys
-            if key not in marks and (dtype := tensors.kind(key)[1]).startswith(_QUANTISED_DTYPES)
-        }
-    )
-    if not marks and not dtypes:
-        return
-    formats = sorted({_comfy_format(tensors.get(key)) for key in marks if "comfy_quant" in key})
-    found = " of ".join(
-        ", ".join(parts)
-        for parts in (
-            [dtype.removeprefix("torch.") for dtype in dtypes],
-            [f"ComfyUI's {name}" for name in formats],
-        )
-        if parts
-    )
-    raise PidInputError(
-        f"expected weights in bfloat16, float16 or float32, but got quantised ones "
-        f"({found or 'with scales beside them'}) in {file}; pass the bf16 file they were made of"
-    )
-
-
-def _comfy_format(mark: torch.Tensor) -> str:
-    """The format that a `comfy_quant` tensor, the bytes of a JSON text, names."""
-    try:
-        return str(json.loads(bytes(mark.tolist()))["format"])[:40]
-    except (ValueError, KeyError, TypeError):
-        return "format without a name"
 
 
 def _check_tensors(

@@ -21,6 +21,7 @@ MIRRORS = {
 
 ELSEWHERE = {
     "reference/test_reference.py": "pid_ref: config network sampler weights",
+    "reference/test_checkpoint.py": "pid_ref: tensor_files",
     "runtime/test_decoder.py": (
         "runtime/pid_runtime: interpreter request backends/choice backends/graphs backends/memory"
     ),
