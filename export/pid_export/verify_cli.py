@@ -8,6 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pid_export.against_cli import add_against_options, check_against, verify_against
 from pid_export.errors import ExportInputError
 from pid_ref.errors import PidInputError
 from pid_runtime.backends.choice import BACKENDS
@@ -31,6 +32,8 @@ _EXAMPLES = """\
 examples:
   pid-verify flux-4k --backend onnxruntime
       every stage, then a whole decode, against the reference network
+  pid-verify flux-bf16 --backend torch --against flux-fp32 --latents latents/ --captions captions/
+      every picture against that of another bundle: what a precision costs
   pid-verify --golden tests/golden/*.safetensors --backend onnxruntime
   pid-verify --golden tests/golden/captions/*.safetensors --encoder tests/golden/captions/encoder
   pid-verify --golden tests/golden/latents/*.safetensors tests/golden/guided/*.safetensors
@@ -44,7 +47,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parser() -> console.ArgumentParser:
     parser = console.ArgumentParser(
-        "pid-verify", "Compare a bundle, or golden files, with the reference network.", _EXAMPLES
+        "pid-verify",
+        "Compare a bundle, or golden files, with the reference network; or with another bundle.",
+        _EXAMPLES,
     )
     parser.add_argument("bundle", type=Path, nargs="?", metavar="BUNDLE")
     parser.add_argument(
@@ -67,8 +72,8 @@ def _parser() -> console.ArgumentParser:
     parser.add_argument(
         "--size", default=None, metavar="WxH", help="of the decode (default: small)"
     )
-    parser.add_argument("--seed", type=int, default=0, help="of the random inputs")
     parser.add_argument("--threads", type=int, metavar="N", help="on the CPU (default: all cores)")
+    add_against_options(parser)
     return parser
 
 
@@ -80,13 +85,12 @@ def _verify(args: Namespace) -> int:
         raise ExportInputError(
             f"expected a backend of {', '.join(BACKENDS)}, but got {args.backend!r}"
         )
-    if args.seed < 0:
-        raise ExportInputError(f"expected a seed of at least 0, but got {args.seed}")
+    check_against(args)
     if args.golden:
         return _verify_golden(args)
     if args.encoder is not None:
         raise ExportInputError("expected --encoder with --golden, but got a bundle; drop it")
-    return _verify_bundle(args)
+    return _verify_bundle(args) if args.against is None else verify_against(args)
 
 
 def _verify_golden(args: Namespace) -> int:

@@ -37,7 +37,7 @@ ELSEWHERE = {
     ),
     "runtime/command/test_decode_cli.py": (
         "runtime/pid_runtime: __main__ latents command/decode_jobs command/decode_options"
-        " command/latent_files command/torch_files"
+        " command/latent_files command/latent_options command/torch_files"
     ),
     "pipelines/test_captions.py": (
         "runtime/pid_pipelines: caption_cache caption_model caption_tokens"
@@ -49,6 +49,7 @@ ELSEWHERE = {
         "runtime/pid_pipelines: before_decoding upscale_codecs upscale_jobs"
     ),
     "serve/test_app.py": ("runtime/pid_serve: bodies cli guard listening metrics service sessions"),
+    "export/test_against.py": "export/pid_export: against_cli",
     "export/test_captioner.py": (
         "runtime/pid_pipelines: captioner graph_files; export/pid_export: traced_model"
     ),

@@ -37,11 +37,16 @@ from pid_runtime.command.decode_options import (
     add_backend_options,
     add_image_options,
     image_folder,
-    number,
     open_decoder,
 )
 from pid_runtime.command.images import save_image, sheet_size, side_by_side, usual_format
-from pid_runtime.command.latent_files import FORMS, LATENT_SUFFIXES, LatentForm
+from pid_runtime.command.latent_files import LATENT_SUFFIXES
+from pid_runtime.command.latent_options import (
+    add_latent_options,
+    add_latent_paths,
+    check_latent_options,
+    latent_settings,
+)
 from pid_runtime.command.sampling_options import add_sampling_options, read_sampling
 from pid_runtime.command.spread import Save, add_spread_options, check_spread, spread
 from pid_runtime.decoder import Decoder
@@ -90,33 +95,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("bundle", type=Path, help="the bundle's folder")
-    inputs = parser.add_mutually_exclusive_group(required=True)
-    inputs.add_argument("--latent", type=Path, metavar="FILE", help="a latent file")
-    inputs.add_argument("--latents", type=Path, metavar="DIR", help="a folder of latent files")
-    for name in ("--image", "--images"):
-        inputs.add_argument(name, type=Path, help=argparse.SUPPRESS)  # until it moved
+    add_latent_paths(parser, hidden=("--image", "--images"))  # Where photos were, until they moved.
     add("-o", "--output", type=Path, help="an image, or a folder for a folder")
     add("--plan", action="store_true", help="say what decoding would take, and stop")
-    captions = parser.add_mutually_exclusive_group()
-    captions.add_argument("--caption", type=Path, metavar="FILE", help="one caption for all")
-    captions.add_argument(
-        "--captions", type=Path, metavar="DIR", help="a folder of captions named as the inputs"
-    )
-    add("--latent-key", metavar="NAME", help="the latent's tensor, if it has another name")
-    add(
-        "--latent-form",
-        type=_form,
-        default=LatentForm(),
-        metavar="FORM",
-        help=f"{', '.join(FORMS)}; raw:FILE says whose statistics normalise it, packed:1024x768 of "
-        "which picture it is (default: auto)",
-    )
-    add("--caption-key", metavar="NAME", help="the caption's tensor, if it has another name")
-    add(
-        "--sigma",
-        type=number,
-        help="noise level of the latents, 0 to 1 (default: the files', or 0)",
-    )
+    add_latent_options(parser)
     add_sampling_options(parser)
     add_image_options(parser)
     add("--sheet", type=Path, metavar="FILE", help="also write all images side by side")
@@ -131,14 +113,7 @@ def _decode(arguments: Namespace) -> int:
     check_spread(arguments)
     manifest = read_manifest(arguments.bundle, verify=False)
     sampling = read_sampling(arguments, manifest, batches=True)
-    settings = Settings(
-        arguments.latent_key,
-        arguments.caption_key,
-        arguments.latent_form,
-        arguments.sigma,
-        arguments.seed,
-        sampling,
-    )
+    settings = latent_settings(arguments, sampling)
     path = arguments.latents if many else arguments.latent
     sources = find_sources(path, arguments.caption, arguments.captions)
     skipped = skipped_files(path, LATENT_SUFFIXES) if many else None
@@ -351,33 +326,9 @@ def _check_kinds(arguments: Namespace, *, many: bool) -> None:
         raise PidRuntimeError(
             "expected -o for the image, or a folder of them, but got none; add it"
         )
-    for name in ("captions", "format"):
-        if getattr(arguments, name) is not None and not many:
-            raise PidRuntimeError(f"expected --{name} with --latents, but got --latent; drop it")
-    for name in ("latent", "caption"):
-        file = getattr(arguments, name)
-        if file is not None and file.is_dir():
-            raise PidRuntimeError(
-                f"expected a file for --{name}, but {file} is a folder; use --{name}s"
-            )
-    for name in ("latents", "captions"):
-        folder = getattr(arguments, name)
-        if folder is not None and not folder.is_dir():
-            raise PidRuntimeError(f"expected a folder for --{name}, but {folder} is none")
-
-
-def _form(text: str) -> LatentForm:
-    kind, colon, more = text.partition(":")
-    if kind not in FORMS or (colon and (kind not in ("raw", "packed") or not more)):
-        raise argparse.ArgumentTypeError(
-            f"expected {', '.join(FORMS)}, raw:FILE or packed:1024x768, but got {text!r}"
-        )
-    if kind == "raw" and colon:
-        return LatentForm(kind, statistics=Path(more))
-    try:
-        return LatentForm(kind, console.read_size(more) if colon else None)
-    except PidRuntimeError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
+    if arguments.format is not None and not many:
+        raise PidRuntimeError("expected --format with --latents, but got --latent; drop it")
+    check_latent_options(arguments)
 
 
 def _show_plans(arguments: Namespace, jobs: Sequence[Job]) -> None:
