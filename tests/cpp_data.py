@@ -13,10 +13,13 @@ from typing import Any
 
 import pytest
 
+from fakes.engines import add_engines
+from lean_bundles import lean_copy
 from pid_export.bundle import _model
 from pid_ref.registry import CHECKPOINTS
 from pid_runtime.advice import advice
-from pid_runtime.bundle.folder import parse_manifest
+from pid_runtime.bundle.engines import read_engine_sets
+from pid_runtime.bundle.folder import parse_manifest, read_manifest
 from pid_runtime.bundle.manifest import MANIFEST_FILE, RULES, FlowShift, Sampler
 from pid_runtime.bundle.manifest_check import ALIGNMENT, LARGEST_ARENA
 from pid_runtime.bundle.sizes import Sizes, sizes_for
@@ -34,8 +37,14 @@ NETWORKS = {"v1": "flux_2k", "v1.5": "flux_v1pt5", "flux2": "flux2_2k"}
 @functools.cache
 def manifest_tests() -> Any:
     """The module tests/runtime/bundle/test_manifest.py: its manifests, and how it breaks them."""
-    path = ROOT / "tests" / "runtime" / "bundle" / "test_manifest.py"
-    spec = importlib.util.spec_from_file_location("manifest_tests", path)
+    return module_of("test_manifest")
+
+
+@functools.cache
+def module_of(tests: str) -> Any:
+    """A module of tests of the bundle."""
+    path = ROOT / "tests" / "runtime" / "bundle" / f"{tests}.py"
+    spec = importlib.util.spec_from_file_location(f"bundle_{tests}", path)
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -76,8 +85,11 @@ def broken_manifests() -> list[dict[str, Any]]:
         ("sampler/steps", 0, "up to max_steps"),
         ("buffers/timestep/shape/1", 2, "buffer 'timestep'"),
     ):
-        text = tests.changed(path, value, arbitrary=True)
+        text = tests.changed(path, value, True)
         add(f"any times: {path} = {value}", text, message)
+    for path, value, message in tests.REFUSED_LEAN:
+        text = tests.changed(path, value, "lean")
+        add(ascii(f"lean: {path} = {value}")[:80], text, message)
     for version in ([3, 0], [0, 9], [1], [1, 0, 0], "1.0", None, [True, 0], []):
         add(f"version {version}", tests.changed("format_version", version), "version")
     for member in tests.TREES[False]:
@@ -124,11 +136,11 @@ def mutated_manifests(count: int) -> Iterator[dict[str, Any]]:
     scalars += ["", "..", "a/b", "fp16", "float16", "uint8", "state", "x.0", *tests.SYMBOLS]
     values = [*scalars, [], {}, [1], ["B", "L", 16], {"buffer": "state"}]
     for number in range(count):
-        arbitrary = choose.random() < 0.5
-        tree = copy.deepcopy(tests.TREES[arbitrary])
+        kind = choose.choice(list(tests.TREES))
+        tree = copy.deepcopy(tests.TREES[kind])
         name = f"{number}:"
         for _ in range(choose.randint(1, 2)):
-            place, other = choose.choices(tests.PLACES[arbitrary], k=2)
+            place, other = choose.choices(tests.PLACES[kind], k=2)
             how = choose.choice(["replace", "delete", "move", "repeat"])
             value = choose.choice(values)
             name += f" {how} {'/'.join(map(str, place))}"
@@ -151,6 +163,35 @@ def mutated_manifests(count: int) -> Iterator[dict[str, Any]]:
             yield {"name": name, "text": text, "refused": True}
         else:
             yield {"name": name, "text": text, "refused": False}
+
+
+def engine_sets(bundle: Path, folder: Path) -> list[dict[str, Any]]:
+    """Manifests with engine sets: what is read of them, or what the complaint has one of."""
+    tests = module_of("test_engines")
+    shutil.copytree(bundle, folder)
+    add_engines(folder, "plain")
+    add_engines(folder, tests.NAME, is_lean=True)
+    manifest = read_manifest(folder, verify=False)
+    read = [
+        {
+            "name": name,
+            "step": len(each.run_by(manifest).program["step"]),
+            "buffers": len(each.run_by(manifest).buffers),
+            "arena": each.buckets["tiny"].arena_bytes,
+        }
+        for name, each in read_engine_sets(manifest).items()
+    ]
+    found: list[dict[str, Any]] = [{"text": manifest.to_json(), "sets": read}]
+    bad: list[tuple[Any, str]] = tests.BAD_PROGRAMS
+    for edit, message in bad:
+        changed = tests.edited(manifest, edit)
+        with pytest.raises(PidRuntimeError):
+            read_engine_sets(changed)
+        found.append(
+            {"text": changed.to_json(), "messages": MESSAGES.get(message, message).split("|")}
+        )
+    shutil.rmtree(folder)
+    return found
 
 
 def tables() -> list[dict[str, Any]]:
@@ -375,6 +416,7 @@ def write_data(
     for name, network in NETWORKS.items():
         if name != "v1":
             export_network(folder / "exported", network).rename(folder / name)
+    lean_copy(golden_bundle, folder / "lean", 5)
     edited(golden_bundle, folder / "huge", make_huge)
 
     def exchange(tree: Any) -> None:
@@ -391,11 +433,12 @@ def write_data(
     edited(free_bundle, folder / "undistilled", shift)
     bundles = [
         folder / name
-        for name in (*NETWORKS, "any_times", "huge", "short", "undistilled", "wrong_graph")
+        for name in (*NETWORKS, "any_times", "lean", "huge", "short", "undistilled", "wrong_graph")
     ]
     for name, content in (
         ("valid_manifests", valid_manifests(bundles)),
         ("broken_manifests", broken_manifests()),
+        ("engine_sets", engine_sets(golden_bundle, folder / "engines")),
         ("tables", tables()),
         ("advice", advice_cases()),
         ("schedules", schedules()),

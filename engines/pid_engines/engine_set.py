@@ -8,8 +8,8 @@ from pid_engines.tasks import Task
 from pid_engines.worker import BuildResult
 from pid_export.arena import plan_arena
 from pid_runtime.bundle.engines import Engine, EngineBucket, EngineSet
-from pid_runtime.bundle.manifest import Copy, Manifest, Run
-from pid_runtime.bundle.sizes import sizes_for
+from pid_runtime.bundle.manifest import Manifest, runs_of
+from pid_runtime.bundle.sizes import CHUNK, sizes_for
 
 
 def describe(manifest: Manifest, task: Task, report: BuilderReport, result: BuildResult) -> Engine:
@@ -40,6 +40,7 @@ def make_set(
     for task in tasks:
         graphs.setdefault(task.plan.graph, []).append(built[task.file])
     buckets = options.buckets or tuple(manifest.buckets)
+    has_own_program = options.plan != "fast"
     return EngineSet(
         flavor=options.flavor.name,
         version=options.version,
@@ -47,6 +48,8 @@ def make_set(
         flags=options.flags,
         graphs={graph: tuple(engines) for graph, engines in graphs.items()},
         buckets={name: _plan_bucket(manifest, name, tasks, built) for name in buckets},
+        buffers=manifest.buffers if has_own_program else {},
+        program=manifest.program if has_own_program else {},
     )
 
 
@@ -73,19 +76,16 @@ def _plan_bucket(
         manifest.tokens_per_latent,
         manifest.sampler.max_steps,
         bucket.max_tokens,
-    )
-    plan = plan_arena(
-        manifest.buffers,
-        manifest.program,
-        sizes,
-        {
-            section: [
-                0 if isinstance(each, Copy) else scratch.get(each.graph, 0) for each in instructions
-            ]
-            for section, instructions in manifest.program.items()
-        },
-    )
-    steps = [each.graph for each in manifest.program["step"] if isinstance(each, Run)]
+    ).extended({}, **{CHUNK: bucket.chunk_tokens})
+    needed = {
+        section: [
+            max((scratch.get(run.graph, 0) for run in runs_of(each)), default=0)
+            for each in instructions
+        ]
+        for section, instructions in manifest.program.items()
+    }
+    plan = plan_arena(manifest.buffers, manifest.program, sizes, needed)
+    steps = [run.graph for each in manifest.program["step"] for run in runs_of(each)]
     runs = [used_engines[graph] for graph in steps if graph in used_engines]
     return EngineBucket(
         max_tokens=bucket.max_tokens,
@@ -94,7 +94,7 @@ def _plan_bucket(
         offsets=plan.offsets,
         scratch=plan.scratch,
         weights_bytes=weights,
-        buffers_bytes=bucket.arena_bytes,
+        buffers_bytes=plan_arena(manifest.buffers, manifest.program, sizes).arena_bytes,
         scratch_bytes=max(scratch.values()),
         peak_device_bytes=weights + plan.arena_bytes,
         attentions=sum(engine.attentions for engine in runs),

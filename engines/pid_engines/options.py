@@ -4,12 +4,14 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from pid_engines.flavors import BUILDERS
+from pid_engines.lean import lean_program
 from pid_runtime.bundle.flavors import Flavor
 from pid_runtime.bundle.manifest import Manifest
 
 PLANS = {"fast": 1 << 24, "lean": 1024}
-"""Most tokens of one call of a per-token stage. Its scratch grows with them; 4096, which is what
-bundles have, keep a large GPU busy."""
+"""Most tokens of one slice of a chunked instruction. Scratch grows with them; 4096, which is what
+bundles have, keep a large GPU busy. `lean` runs a program of its own too: see `pid_engines.lean`.
+"""
 
 ATTENTION_GRAPH = 1
 """Goes into every engine's key: another number when `attention_graph` writes another graph."""
@@ -57,7 +59,9 @@ class BuildOptions:
 
 
 def with_plan(manifest: Manifest, plan: str) -> Manifest:
-    """The manifest with buckets of no longer chunks than a plan has."""
+    """The manifest with the program of a plan, and buckets of no longer chunks than it has."""
+    if plan == "lean":
+        manifest = lean_program(manifest)
     most = PLANS[plan]
     buckets = {
         name: replace(bucket, chunk_tokens=min(bucket.chunk_tokens, most))

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from pid_engines.errors import BuildInputError
 from pid_runtime.bundle.engines import Profile, Range
-from pid_runtime.bundle.manifest import Bucket, Graph, Manifest, Noise, Run
+from pid_runtime.bundle.manifest import Bucket, Graph, Manifest, Run, runs_of
 from pid_runtime.bundle.sizes import Shape, sizes_for
 
 LARGEST_ASPECT = 8
@@ -101,11 +101,7 @@ def _profiles(manifest: Manifest, graph: str, bucket: Bucket) -> list[Profile]:
     """The profiles of a graph in a bucket: the sizes of all instructions that run it."""
     described = manifest.graphs[graph]
     symbols = _input_symbols(described)
-    runs = [
-        each.patchify() if isinstance(each, Noise) else each
-        for each in manifest.instructions()
-        if isinstance(each, Run | Noise)
-    ]
+    runs = (run for each in manifest.instructions() for run in runs_of(each))
     own = [run for run in runs if run.graph == graph]
     if not own:
         raise BuildInputError(

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from pid_runtime.bundle.manifest import SECTIONS, Buffer, Copy, Instruction, Noise
+from pid_runtime.bundle.manifest import SECTIONS, Buffer, Instruction, reads_writes
 from pid_runtime.bundle.sizes import Sizes
 
 ALIGNMENT = 256
@@ -43,7 +43,7 @@ def lifetimes(
         written: set[str] = set()
         carried: set[str] = set()
         for instruction in sections.get(section, ()):
-            reads, writes = _reads_writes(instruction)
+            reads, writes = reads_writes(instruction)
             for name in reads | writes:
                 uses[name].append(position)
             carried |= (reads - written) | (reads & before)
@@ -79,7 +79,7 @@ def plan_arena(
     sizes: Sizes,
     scratch: Mapping[str, Sequence[int]] | None = None,
 ) -> ArenaPlan:
-    """Plan the arena at the given sizes.
+    """Plan the arena at the given sizes, which have C where buffers do.
 
     scratch: bytes that each instruction of a section works in besides its buffers; None for none.
 
@@ -143,12 +143,3 @@ def _place(
             offset = max(offset, end)
         offsets[name] = offset
     return offsets, max(offsets[name] + length[name] for name in offsets)
-
-
-def _reads_writes(instruction: Instruction) -> tuple[set[str], set[str]]:
-    if isinstance(instruction, Copy):
-        return {instruction.source}, {instruction.target}
-    if isinstance(instruction, Noise):
-        return set(), {instruction.target, instruction.image}
-    reads = {operand.buffer for operand in instruction.inputs.values()}
-    return reads, {operand.buffer for operand in instruction.outputs.values()}

@@ -368,13 +368,14 @@ def _pixel_blocks(b: _Builder) -> list[Instruction]:
         )
         if i < depth:
             kept = b.buffer(f"pixels.{i}", b.compute, "B", "L", flat)
+            written = "pixels" if i == 1 else "next_pixels"  # there are some to be read by then
             program += [
                 b.run(
                     f"pixel.{i}",
                     "pixels",
                     {"embed": i == 1},
                     {**common, **rope, **pixels},
-                    {"pixels": (kept, ("B", "L", flat)), **projections(i)},
+                    {written: (kept, ("B", "L", flat)), **projections(i)},
                     chunk="L",
                     block=i,
                 ),

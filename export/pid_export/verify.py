@@ -29,7 +29,7 @@ from pid_ref.sampler import sample, timesteps
 from pid_ref.weights import RandomWeights
 from pid_runtime.backends.memory import Memory
 from pid_runtime.bundle.files import file_sha256
-from pid_runtime.bundle.manifest import Manifest, Noise, Run
+from pid_runtime.bundle.manifest import Manifest, Noise, Run, runs_of
 from pid_runtime.bundle.sizes import Sizes, sizes_of_request
 from pid_runtime.decoder import Bundle, Decoder
 from pid_runtime.errors import NotFiniteError
@@ -293,10 +293,18 @@ def verify_sampler(
 
 
 def verify_stages(bundle: Bundle, values: Values, sizes: Sizes) -> Iterator[Comparison]:
-    """Run every graph on the reference's inputs and compare its outputs, one after another."""
+    """Run every graph on the reference's inputs and compare its outputs, one after another.
+
+    An engine set's own program, which keeps less, is not run as it is: every instruction of the
+    bundle's is, in slices as there.
+    """
     manifest, memory = bundle.manifest, bundle.graphs.memory()
     graphs = bundle.graphs.graphs(memory)
     bucket = graphs.bucket_for(sizes.value("L"))
+    if bundle.graphs.manifest is not manifest:
+        manifest = _sliced_as(bundle.graphs.manifest, manifest)
+        own = manifest.bucket_for(sizes.value("L"))[1]
+        bucket = replace(own, chunk_tokens=min(own.chunk_tokens, bucket.chunk_tokens))
     needed = Program.arena_bytes(bucket, sizes)
     graphs.prepare(graph_calls(manifest, bucket, sizes), needed, sizes.value("B"))
     block = memory.allocate(needed)
@@ -330,6 +338,21 @@ def verify_stages(bundle: Bundle, values: Values, sizes: Sizes) -> Iterator[Comp
         if buffer.kind in ("temporary", "output"):
             _spoil(memory, program.buffer(name), buffer.dtype)
     graphs.close()
+
+
+def _sliced_as(run: Manifest, manifest: Manifest) -> Manifest:
+    """The manifest with its graphs cut as a manifest of the same graphs cuts them."""
+    chunks = {each.graph: each.chunk for part in run.instructions() for each in runs_of(part)}
+    program = {
+        section: tuple(
+            replace(each, chunk=chunks.get(each.graph, each.chunk))
+            if isinstance(each, Run)
+            else each
+            for each in instructions
+        )
+        for section, instructions in manifest.program.items()
+    }
+    return replace(manifest, program=program)
 
 
 def _spoil(memory: Memory, tensor: Any, dtype: str) -> None:

@@ -124,7 +124,7 @@ class Bundle:
         )
         try:
             graphs.load()
-            constants = read_constants(path, manifest)
+            constants = read_constants(path, graphs.manifest)
         except Exception as error:
             reason = memory_shortage(error)
             if reason is None:
@@ -185,6 +185,7 @@ class Decoder:
     def __init__(self, bundle: Bundle) -> None:
         """Most callers want `Decoder.open`, or `Bundle.decoder`."""
         self.manifest = bundle.manifest
+        self._as_run = bundle.graphs.manifest
         self._bundle = bundle
         self.memory = bundle.graphs.memory()
         self.graphs = bundle.graphs.graphs(self.memory)
@@ -383,7 +384,7 @@ class Decoder:
             tile=tile,
             overlap=overlap,
         )
-        return plan_of(self.manifest, request, self.graphs.bucket_for)
+        return plan_of(self._as_run, request, self.graphs.bucket_for)
 
     def _run_in_memory(
         self, request: Request, output: str, dlpack: bool, progress: Progress | None
@@ -576,12 +577,12 @@ class Decoder:
         fits = self._block is not None and needed <= self._block_bytes
         if not fits:
             self._block = None  # give the old arena back before asking for the new one
-        calls = graph_calls(self.manifest, bucket, sizes)
+        calls = graph_calls(self._as_run, bucket, sizes)
         self.graphs.prepare(calls, 0 if fits else needed, sizes.value("B"))
         if not fits:
             self._block, self._block_bytes = self.memory.allocate(needed), needed
         self._program = Program(
-            self.manifest,
+            self._as_run,
             self.graphs,
             self.memory,
             bucket,

@@ -8,14 +8,25 @@ stands for; running is then a walk over those calls. The C++ runtime follows thi
 import functools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pid_runtime.backends.graphs import Call, Graphs, PlannedCall
 from pid_runtime.backends.memory import Block, Memory, Tensor
-from pid_runtime.bundle.manifest import Bucket, Copy, Manifest, Noise, Operand, Port, Run
-from pid_runtime.bundle.sizes import ITEM_BYTES, Sizes
+from pid_runtime.bundle.manifest import (
+    Bucket,
+    Copy,
+    Each,
+    Manifest,
+    Noise,
+    Operand,
+    Port,
+    Run,
+    runs_of,
+)
+from pid_runtime.bundle.sizes import CHUNK, ITEM_BYTES, Shape, Sizes
 from pid_runtime.bundle.source import Constant, Table
 from pid_runtime.tables import compute_table
 
@@ -42,6 +53,7 @@ class Program:
         """
         self.manifest, self.graphs, self.memory = manifest, graphs, memory
         self.bucket, self.sizes, self.block = bucket, sizes, block
+        self._sizes = with_chunk(sizes, bucket)
         # Nothing in here refers to the program: it, and its memory, go with the last reference.
         self._calls: dict[tuple[str, int, int], list[Call | Noise]] = {}
         self._patchify: dict[int, Call] = {}
@@ -65,7 +77,7 @@ class Program:
     def buffer(self, name: str) -> Tensor:
         """A whole buffer."""
         buffer = self.manifest.buffers[name]
-        return self._tensor(name, 0, self.sizes.shape(buffer.shape))
+        return self._tensor(name, 0, self._sizes.shape(buffer.shape))
 
     def image_part(self, name: str, image: int) -> Tensor:
         """The part `[1, ..]` of a buffer `[B, ..]` that belongs to one image of the batch."""
@@ -82,7 +94,7 @@ class Program:
         """
         key = (section, row, step)
         if key not in self._calls:
-            sizes = self.sizes.extended({}, row=row, step=step)
+            sizes = self._sizes.extended({}, row=row, step=step)
             self._calls[key] = list(self._bind_section(section, sizes))
         for call in self._calls[key]:
             if not isinstance(call, Noise):
@@ -94,7 +106,7 @@ class Program:
         """Run again what of the prologue depends on this input, which has new values."""
         if name not in self._refresh:
             again = self.manifest.dependent("prologue", name)
-            calls = [call for each in again for call in self._bind(each, self.sizes)]
+            calls = [call for each in again for call in self._bind(each, self._sizes)]
             self._refresh[name] = self.graphs.sequence("prologue", calls)
         self._refresh[name]()
 
@@ -104,7 +116,7 @@ class Program:
         key = id(instruction)
         if key not in self._patchify:
             scratch = self._scratch[key]
-            calls = list(self._bind_run(instruction.patchify(), self.sizes, scratch))
+            calls = list(self._bind_run(instruction.patchify(), self._sizes, scratch))
             self._patchify[key] = self.graphs.sequence("noise", calls)
         self._patchify[key]()
 
@@ -118,7 +130,9 @@ class Program:
         graph = self.manifest.graphs[run.graph]
         port = {**graph.inputs, **graph.outputs}[name]
         operand = {**run.inputs, **run.outputs}[name]
-        return self._slice(operand, port, sizes, sizes.extended(run.dims), 0, None, 0)
+        sizes = with_chunk(sizes, self.bucket)
+        local = sizes.extended(run.dims)
+        return self._slice(operand, port.shape, sizes, local, _Slice(0, None, 0))
 
     def _bind_section(self, section: str, sizes: Sizes) -> Iterator[Call | Noise]:
         """A section's noise, and a sequence for all that runs between."""
@@ -134,77 +148,97 @@ class Program:
         if calls:
             yield self.graphs.sequence(section, calls)
 
-    def _bind(self, instruction: Run | Copy, sizes: Sizes) -> Iterator[Call]:
+    def _bind(self, instruction: Run | Copy | Each, sizes: Sizes) -> Iterator[Call]:
         if isinstance(instruction, Copy):
             source, target = self.buffer(instruction.source), self.buffer(instruction.target)
             yield functools.partial(self.memory.copy, source, target)
+        elif isinstance(instruction, Each):
+            yield from self._bind_each(instruction, sizes)
         else:
             yield from self.bind_run(instruction, sizes)
+
+    def _bind_each(self, each: Each, sizes: Sizes) -> Iterator[Call]:
+        scratch = self._scratch_from(self._scratch[id(each)])
+        for image in range(sizes.value("B")):
+            for begin, end in even_slices(sizes.value(each.axis), self.bucket.chunk_tokens):
+                cut = sizes.extended({}, **{"B": 1, each.axis: end - begin})
+                where = _Slice(image, each.axis, begin)
+                for part in each.do:
+                    if isinstance(part, Run):
+                        yield self._call(part, sizes, cut.extended(part.dims), where, scratch)
+                        continue
+                    source, target = (
+                        self._slice(Operand(name), each.slice_of(buffer), sizes, cut, where)
+                        for name in (part.source, part.target)
+                        for buffer in (self.manifest.buffers[name],)
+                    )
+                    yield functools.partial(self.memory.copy, source, target)
 
     def bind_run(self, run: Run, sizes: Sizes) -> Iterator[Call]:
         """One call per slice of the chunked axis, and per image where slices are not contiguous.
 
         Only the manifest's own instructions have planned scratch.
         """
-        return self._bind_run(run, sizes, self._scratch.get(id(run)))
+        return self._bind_run(run, with_chunk(sizes, self.bucket), self._scratch.get(id(run)))
 
     def _bind_run(self, run: Run, sizes: Sizes, scratch_offset: int | None) -> Iterator[Call]:
-        scratch: Tensor | None = None
-        if scratch_offset is not None:
-            begin = scratch_offset * sizes.value("B")
-            size = self.arena_bytes(self.bucket, sizes) - begin
-            scratch = self.memory.tensor(self.block, begin, "uint8", (size,))
+        scratch = self._scratch_from(scratch_offset)
         local = sizes.extended(run.dims)
-        graph = self.manifest.graphs[run.graph]
-        ports = {**graph.inputs, **graph.outputs}
-        operands = {**run.inputs, **run.outputs}
         slices = slices_of(run, self.bucket, local)
-        chunked = len(slices) > 1
-        whole = (
+        graph = self.manifest.graphs[run.graph]
+        operands = {**run.inputs, **run.outputs}
+        ports = {**graph.inputs, **graph.outputs}
+        if (
             self.graphs.whole_batches
-            and not chunked
+            and len(slices) == 1
             and all(self._covers_batch(operands[name], port, local) for name, port in ports.items())
-        )
-        for image in [None] if whole else range(local.value("B")):
+        ):
+            yield self._call(run, sizes, local, _Slice(0, None, 0), scratch)
+            return
+        for image in range(local.value("B")):
             for begin, end in slices:
-                dims = dict(local.values)
-                if image is not None:
-                    dims["B"] = 1
-                if chunked and run.chunk is not None:
-                    dims[run.chunk] = end - begin
-                tensors = {
-                    name: self._slice(
-                        operands[name], port, sizes, Sizes(dims), image or 0, run.chunk, begin
-                    )
-                    for name, port in ports.items()
-                }
-                yield self.graphs.bind(run.graph, tensors, scratch)
+                cut = {"B": 1} if run.chunk is None else {"B": 1, run.chunk: end - begin}
+                where = _Slice(image, run.chunk, begin)
+                yield self._call(run, sizes, local.extended({}, **cut), where, scratch)
+
+    def _call(
+        self, run: Run, sizes: Sizes, local: Sizes, where: "_Slice", scratch: Tensor | None
+    ) -> Call:
+        """One call. sizes: as buffers have them; local: as the graph's ports do."""
+        graph = self.manifest.graphs[run.graph]
+        operands = {**run.inputs, **run.outputs}
+        tensors = {
+            name: self._slice(operands[name], port.shape, sizes, local, where)
+            for name, port in {**graph.inputs, **graph.outputs}.items()
+        }
+        return self.graphs.bind(run.graph, tensors, scratch)
+
+    def _scratch_from(self, offset: int | None) -> Tensor | None:
+        """The arena from an instruction's scratch on."""
+        if offset is None:
+            return None
+        begin = offset * self.sizes.value("B")
+        size = self.arena_bytes(self.bucket, self.sizes) - begin
+        return self.memory.tensor(self.block, begin, "uint8", (size,))
 
     def _covers_batch(self, operand: Operand, port: Port, local: Sizes) -> bool:
         """Whether the batch elements of an operand lie next to each other."""
         if "B" not in port.shape or local.value("B") == 1:
             return True
         buffer_shape = self.manifest.buffers[operand.buffer].shape
-        return math.prod(local.shape(port.shape)) == math.prod(self.sizes.shape(buffer_shape))
+        return math.prod(local.shape(port.shape)) == math.prod(self._sizes.shape(buffer_shape))
 
     def _slice(
-        self,
-        operand: Operand,
-        port: Port,
-        sizes: Sizes,
-        local: Sizes,
-        image: int,
-        chunk: str | None,
-        begin: int,
+        self, operand: Operand, symbolic: Shape, sizes: Sizes, local: Sizes, where: "_Slice"
     ) -> Tensor:
-        """The part of a buffer an operand means for one image of the batch and one chunk."""
-        shape = local.shape(port.shape)
+        """The part of a buffer an operand of a port's shape means in one call."""
+        shape = local.shape(symbolic)
         buffer_shape = self.manifest.buffers[operand.buffer].shape
         at = sizes.index(buffer_shape, operand.start)
-        if "B" in port.shape:
-            at += image * math.prod(sizes.shape(buffer_shape[1:]))
-        if chunk in port.shape:
-            at += begin * math.prod(shape[port.shape.index(chunk) + 1 :])
+        if "B" in symbolic:
+            at += where.image * math.prod(sizes.shape(buffer_shape[1:]))
+        if where.axis in symbolic and CHUNK not in buffer_shape:
+            at += where.begin * math.prod(shape[symbolic.index(where.axis) + 1 :])
         return self._tensor(operand.buffer, at, shape)
 
     def _tensor(self, name: str, first: int, shape: Sequence[int]) -> Tensor:
@@ -213,12 +247,26 @@ class Program:
         return self.memory.tensor(self.block, offset, dtype, tuple(shape))
 
 
+@dataclass(frozen=True)
+class _Slice:
+    """What of its buffers a call is about."""
+
+    image: int
+    """Of the batch."""
+    axis: str | None
+    """What is cut."""
+    begin: int
+    """Where the slice begins along it."""
+
+
+def with_chunk(sizes: Sizes, bucket: Bucket) -> Sizes:
+    """Sizes as buffers have them in a bucket."""
+    return sizes.extended({}, **{CHUNK: bucket.chunk_tokens})
+
+
 def graph_calls(manifest: Manifest, bucket: Bucket, sizes: Sizes) -> Iterator[PlannedCall]:
     """Graph and sizes of every kind of call that a decode of one image of these sizes makes."""
-    for instruction in manifest.instructions():
-        if isinstance(instruction, Copy):
-            continue
-        run = instruction.patchify() if isinstance(instruction, Noise) else instruction
+    for run in (run for each in manifest.instructions() for run in runs_of(each)):
         local = sizes.extended(run.dims, B=1)
         for length in sorted({end - begin for begin, end in slices_of(run, bucket, local)}):
             yield (

@@ -6,7 +6,7 @@ Counted are matrix products, convolutions and attention, as torch's `FlopCounter
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from pid_runtime.bundle.manifest import Copy, Graph, Manifest, Noise, Run
+from pid_runtime.bundle.manifest import Graph, Instruction, Manifest, Noise, runs_of
 from pid_runtime.bundle.sizes import Sizes
 
 Network = Mapping[str, Any]
@@ -22,11 +22,12 @@ def refresh_flop(manifest: Manifest, name: str, sizes: Sizes) -> int:
     return _flop(manifest, manifest.dependent("prologue", name), sizes)
 
 
-def _flop(manifest: Manifest, program: Iterable[Run | Copy | Noise], sizes: Sizes) -> int:
+def _flop(manifest: Manifest, program: Iterable[Instruction], sizes: Sizes) -> int:
     return sum(
         graph_flop(manifest.network, manifest.graphs[run.graph], sizes.extended(run.dims))
-        for run in program
-        if isinstance(run, Run)
+        for instruction in program
+        if not isinstance(instruction, Noise)
+        for run in runs_of(instruction)
     )
 
 

@@ -66,7 +66,7 @@ def process(built: Path, tmp_path: Path) -> Iterator[Process]:
         decoder.end()
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", [*NETWORKS, "lean"])
 def test_decodes_are_those_of_python(process: Process, data: Path, name: str) -> None:
     bundle, random_numbers = data / name, np.random.default_rng(3)
     network = read_manifest(bundle, verify=False).network
@@ -112,6 +112,22 @@ def test_any_times_and_chunks_are_those_of_python(
         with Decoder.open(bundle, threads=1, verify=False) as python:
             want = python.decode(latent, seed=[4, 4], **options)
         assert_equal(process.decode({"latent": latent}, seeds=[4, 4], **options), want, TOLERANCE)
+
+
+def test_a_lean_program_decodes_the_same(
+    process: Process, data: Path, chunked_bundle: Path
+) -> None:
+    latent = np.random.default_rng(8).standard_normal((2, 16, 3, 2), np.float32)
+    images: list[NDArray[Any]] = []
+    flop: list[float] = []
+    for bundle in (chunked_bundle, data / "lean"):
+        process.ask({"open": str(bundle), "threads": 1})
+        images.append(process.decode({"latent": latent}, seeds=[1, 2]))
+        flop.append(process.ask({"plan": [64, 96], "batch": 1, "steps": 2})["tflop"])
+        with Decoder.open(bundle, threads=1, verify=False) as python:
+            assert flop[-1] == pytest.approx(python.plan(64, 96, steps=2).tflop)
+    assert_equal(*images, tolerance=0)
+    assert flop[0] < flop[1]
 
 
 SIDE = 32

@@ -17,6 +17,7 @@ import onnx
 import pytest
 from filelock import FileLock
 
+from lean_bundles import in_slices, largest_sizes
 from pid_engines import build, flavors
 from pid_engines import tasks as planning
 from pid_engines.attention_graph import attention_graph
@@ -24,20 +25,27 @@ from pid_engines.build import build_engines
 from pid_engines.builder_log import BuilderReport
 from pid_engines.child import Child
 from pid_engines.cli import main
+from pid_engines.engine_set import make_set
 from pid_engines.errors import BuildError, BuildInputError
 from pid_engines.flavors import find_flavor
+from pid_engines.lean import lean_program
 from pid_engines.options import BuildOptions, with_plan
 from pid_engines.processes import build_all, request_of
 from pid_engines.profiles import EnginePlan
 from pid_engines.tasks import Task, current_engines, plan_tasks
 from pid_engines.worker import BuildResult
 from pid_export.arena import Lifetime, lifetimes
-from pid_runtime.bundle.engines import check_engine_set, engine_folder, read_engine_sets
+from pid_runtime.bundle.engines import (
+    EngineSet,
+    check_engine_set,
+    engine_folder,
+    read_engine_sets,
+    with_engine_sets,
+)
 from pid_runtime.bundle.files import file_sha256
 from pid_runtime.bundle.flavors import FLAVORS, Flavor
 from pid_runtime.bundle.folder import read_manifest
-from pid_runtime.bundle.manifest import SECTIONS, Copy, Graph, Manifest, Port
-from pid_runtime.bundle.sizes import sizes_for
+from pid_runtime.bundle.manifest import SECTIONS, Graph, Manifest, Port, runs_of
 from pid_runtime.errors import PidRuntimeError
 
 pytest.importorskip(
@@ -793,18 +801,19 @@ def test_attention_over_more_tokens_than_the_builder_counts(
 
 def test_scratch_lies_where_no_buffer_is_in_use(built_once: Built) -> None:
     manifest = read_manifest(built_once.bundle)
-    engines = read_engine_sets(manifest)[built_once.result["engines"]]
+    assert_scratch_lies_apart(manifest, read_engine_sets(manifest)[built_once.result["engines"]])
+
+
+def assert_scratch_lies_apart(manifest: Manifest, engines: EngineSet) -> None:
+    manifest = engines.run_by(manifest)
     bucket = engines.buckets["tiny"]
-    sizes = sizes_for(
-        manifest.network, manifest.tokens_per_latent, manifest.sampler.max_steps, bucket.max_tokens
-    )
+    sizes = largest_sizes(manifest, bucket)
     alive = lifetimes(manifest.buffers, manifest.program)
     position = 0
     for section in SECTIONS:
         for index, instruction in enumerate(manifest.program[section]):
-            needed = 0
-            if not isinstance(instruction, Copy):
-                needed = max(max(e.scratch_bytes) for e in engines.graphs[instruction.graph])
+            used = [e for run in runs_of(instruction) for e in engines.graphs[run.graph]]
+            needed = max((max(e.scratch_bytes) for e in used), default=0)
             begin = bucket.scratch_offset(section, index)
             assert begin + needed <= bucket.arena_bytes
             for name, life in alive.items():
@@ -826,3 +835,45 @@ def test_a_lean_plan_has_shorter_chunks(golden_bundle: Path, options: BuildOptio
         assert with_plan(wide, "lean").buckets["small"].chunk_tokens == want
     lean = replace(options, plan="lean")
     assert lean.set_name == f"{options.set_name}-lean"
+
+
+def test_a_lean_set_has_a_program_of_its_own(built_once: Built, options: BuildOptions) -> None:
+    """As it would be if its engines took what those of the fast one take."""
+    manifest = read_manifest(built_once.bundle)
+    fast = read_engine_sets(manifest)[built_once.result["engines"]]
+    assert (fast.program, fast.buffers) == ({}, {})
+    assert manifest.format_version == (1, 4)
+    options = replace(options, plan="lean")
+    planned = in_slices(with_plan(manifest, "lean"), 5)
+    tasks = plan_tasks(built_once.bundle, planned, options)
+    built = {engine.file: engine for each in fast.graphs.values() for engine in each}
+    assert {task.file for task in tasks} == built.keys()
+    lean = make_set(planned, options, tasks, built)
+    changed = with_engine_sets(manifest, {options.set_name: lean})
+    assert changed.format_version == (2, 0)
+    assert read_engine_sets(changed) == {built_once.result["engines"]: fast, options.set_name: lean}
+    assert lean.program == lean_program(manifest).program
+    before, tiny = fast.buckets["tiny"], lean.buckets["tiny"]
+    assert tiny.buffers_bytes < before.buffers_bytes
+    assert (tiny.attentions, tiny.attentions_fused) == (before.attentions, before.attentions_fused)
+    assert_scratch_lies_apart(manifest, lean)
+
+
+@pytest.mark.slow
+def test_lean_engines_are_built_and_described(built: Built) -> None:
+    run = subprocess.run(
+        [*COMMAND, str(built.bundle), *ARGUMENTS, "--plan", "lean", "--json"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr
+    result = json.loads(run.stdout)
+    manifest = read_manifest(built.bundle)
+    sets = read_engine_sets(manifest)
+    fast, lean = sets[built.result["engines"]], sets[result["engines"]]
+    check_engine_set(built.bundle, manifest, result["engines"], lean)
+    assert manifest.format_version == (2, 0)
+    assert result["attentions_fused"] == built.result["attentions_fused"]
+    assert lean.program == lean_program(manifest).program and fast.program == {}
+    assert_scratch_lies_apart(manifest, lean)

@@ -21,7 +21,7 @@ from pid_engines.profiles import (
     shape_ranges,
 )
 from pid_runtime.bundle.folder import read_manifest
-from pid_runtime.bundle.manifest import Copy, Manifest, Noise
+from pid_runtime.bundle.manifest import Manifest, runs_of
 from pid_runtime.bundle.sizes import sizes_of_request
 from pid_runtime.interpreter import Program
 
@@ -159,8 +159,7 @@ def calls(manifest: Manifest, h: int, w: int, text: int) -> list[tuple[str, Shap
         replace(manifest, buffers=buffers), recorder, recorder, bucket, sizes, None, {}
     )
     for each in manifest.instructions():
-        if not isinstance(each, Copy):
-            run = each.patchify() if isinstance(each, Noise) else each
+        for run in runs_of(each):
             list(program.bind_run(run, sizes))
     return recorder.calls
 

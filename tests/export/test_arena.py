@@ -11,7 +11,16 @@ from pid_export.bundle import BUCKETS, MAX_FREE_STEPS, network_of
 from pid_export.program import ProgramSpec, build_program
 from pid_ref.config import PidConfig
 from pid_ref.registry import CHECKPOINTS, find_checkpoint
-from pid_runtime.bundle.manifest import SECTIONS, Buffer, Copy, Instruction, Noise, Operand, Run
+from pid_runtime.bundle.manifest import (
+    SECTIONS,
+    Buffer,
+    Copy,
+    Each,
+    Instruction,
+    Noise,
+    Operand,
+    Run,
+)
 from pid_runtime.bundle.sizes import Sizes, sizes_for
 
 Buffers = dict[str, Buffer]
@@ -67,6 +76,10 @@ class Memory:
             reads, writes = [instruction.source], [instruction.target]
         elif isinstance(instruction, Noise):
             reads, writes = [], [instruction.image, instruction.target]
+        elif isinstance(instruction, Each):  # slices: the first reads come after the last writes
+            for part in (*instruction.do, *instruction.do):
+                self.run(part)
+            return
         else:
             reads = [operand.buffer for operand in instruction.inputs.values()]
             writes = [operand.buffer for operand in instruction.outputs.values()]
@@ -115,11 +128,17 @@ def programs(draw: st.DrawFn) -> tuple[Buffers, Sections]:
     writes = st.lists(st.sampled_from(writable), max_size=2) if writable else st.just([])
 
     def instruction() -> Instruction:
-        kind = draw(st.sampled_from(["run", "run", "run", "copy", "noise"])) if writable else "run"
-        if kind == "copy":
-            return Copy(draw(st.sampled_from(sorted(buffers))), draw(st.sampled_from(writable)))
+        kinds = ["run", "run", "run", "copy", "noise", "each"] if writable else ["run"]
+        kind = draw(st.sampled_from(kinds))
         if kind == "noise":
             return Noise(draw(st.sampled_from(writable)), draw(st.sampled_from(writable)), "g")
+        if kind == "each":
+            return Each("L", tuple(part() for _ in range(draw(st.integers(1, 3)))))
+        return part(kind)
+
+    def part(kind: str | None = None) -> Run | Copy:
+        if (kind or draw(st.sampled_from(["run", "copy"]))) == "copy":
+            return Copy(draw(st.sampled_from(sorted(buffers))), draw(st.sampled_from(writable)))
         ins, outs = draw(reads), draw(writes)
         return Run(
             "g",

@@ -14,6 +14,8 @@ import torch
 from numpy.typing import NDArray
 
 from altered import Change, alter, tensors_of
+from fakes.engines import add_engines
+from fakes.gpu import FakeRtxEngine, Gpu, fake_cuda, fake_tensorrt, install
 from pid_export import verify
 from pid_export.bundle import config_of
 from pid_export.verify import compare
@@ -236,6 +238,29 @@ def test_every_tensor_counts(golden_bundle: Path, tmp_path: Path) -> None:
             comparisons = verify.verify_stages(bundle, values, sizes)
             wrong = graphs_of([each.name for each in comparisons if not each.passed])
         assert wrong == set(turned), turned
+
+
+def test_every_graph_of_a_lean_engine_set_is_compared(
+    edit_bundle: EditBundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Though its program keeps only slices of what they write."""
+    bundle, gpu = edit_bundle(), Gpu()
+    plain = read_manifest(bundle, verify=False)
+    add_engines(bundle, "lean", is_lean=True)
+    library = fake_tensorrt(gpu, bundle, FakeRtxEngine)
+    install(monkeypatch, {**fake_cuda(gpu), "tensorrt_rtx": library})
+    manifest, times = read_manifest(bundle, verify=False), list(timesteps(4))
+    inputs = verify.random_inputs(manifest, 64, 96, 0, len(times) - 1)
+    net = verify.reference_network(manifest, None)
+    values, sizes = verify.stage_values(manifest, net, inputs, times)
+    with Bundle.open(bundle, "tensorrt", manifest=manifest) as opened:
+        comparisons = list(verify.verify_stages(opened, values, sizes))
+        assert [each for each in comparisons if not each.passed] == []
+        assert graphs_of([each.name for each in comparisons]) == set(plain.graphs)
+        with opened.decoder() as decoder:
+            want = verify.reference_image(manifest, net, inputs, times)
+            assert verify.verify_decode(decoder, inputs, times, want).passed
+    assert not gpu.memory
 
 
 def test_a_fault_that_no_image_shows(

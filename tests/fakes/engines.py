@@ -2,8 +2,10 @@
 
 import hashlib
 import json
+from dataclasses import replace
 from pathlib import Path
 
+from lean_bundles import in_slices, lean
 from pid_engines.keys import engine_key
 from pid_runtime.bundle.engines import (
     Engine,
@@ -29,12 +31,15 @@ def add_engines(
     targets: tuple[str, ...] = ("sm86", "sm89"),
     scratch_bytes: int = 4096,
     peak_device_bytes: int = 1 << 20,
+    is_lean: bool = False,
 ) -> EngineSet:
     """Add a set of engines, which nothing built, to a bundle; `fakes.gpu` runs them.
 
-    There is one per graph, but one per bucket of a graph without weights.
+    There is one per graph, but one per bucket of a graph without weights. is_lean: with a program
+    of its own, in slices of 5 tokens.
     """
     manifest = read_manifest(bundle, verify=False)
+    run = lean(in_slices(manifest, 5)) if is_lean else manifest
     folder = engine_folder(bundle, name)
     folder.mkdir(parents=True)
     flags = {"opt_level": 3, "workspace_bytes": 0}
@@ -78,7 +83,7 @@ def add_engines(
             )
         graphs[graph] = tuple(engines)
     buckets: dict[str, EngineBucket] = {}
-    for number, (bucket, plan) in enumerate(manifest.buckets.items()):
+    for number, (bucket, plan) in enumerate(run.buckets.items()):
         room = -(-scratch_bytes * (number + 1) // 256) * 256
         buckets[bucket] = EngineBucket(
             max_tokens=plan.max_tokens,
@@ -87,7 +92,7 @@ def add_engines(
             offsets=plan.offsets,
             scratch={
                 section: (plan.arena_bytes,) * len(instructions)
-                for section, instructions in manifest.program.items()
+                for section, instructions in run.program.items()
             },
             weights_bytes=0,
             buffers_bytes=plan.arena_bytes,
@@ -97,6 +102,8 @@ def add_engines(
             attentions_fused=0,
         )
     engine_set = EngineSet(flavor, version, targets, flags, graphs, buckets)
+    if is_lean:
+        engine_set = replace(engine_set, buffers=run.buffers, program=run.program)
     changed = with_engine_sets(manifest, {name: engine_set})
     (bundle / MANIFEST_FILE).write_text(changed.to_json())
     return engine_set

@@ -121,7 +121,7 @@ def test_the_schema_says_what_the_reader_says() -> None:
     assert parts["name"]["pattern"] == f"^{NAME.pattern}$"
     assert set(parts["dtype"]["enum"]) == set(ITEM_BYTES)
     assert parts["buffer"]["properties"]["kind"]["enum"] == list(manifest_check.BUFFER_KINDS)
-    assert set(parts["size_symbol"]["enum"]) == manifest_check.SIZE_SYMBOLS
+    assert set(parts["size_symbol"]["enum"]) == manifest_check.BUFFER_SYMBOLS
     assert parts["size"]["maximum"] == manifest_check.LARGEST_SIZE
     assert SCHEMA["properties"]["precision"]["enum"] == list(PRECISIONS)
     assert list(SCHEMA["properties"]["program"]["properties"]) == list(SECTIONS)
@@ -148,7 +148,7 @@ def test_the_page_is_about_these_versions() -> None:
 def named() -> Iterator[str]:
     yield from (*ITEM_BYTES, *PRECISIONS, *SECTIONS, *TABLES, *STAGES)
     yield from (*manifest_check.BUFFER_KINDS, *manifest_check.INDEX_SYMBOLS)
-    yield from manifest_check.SIZE_SYMBOLS
+    yield from manifest_check.BUFFER_SYMBOLS
     yield from (option for name in TABLES for option in table_options(name))
     yield from Dimensions.__dataclass_fields__
     yield from SCHEMA["properties"]

@@ -395,7 +395,10 @@ def test_graphs_go_with_their_last_user(golden_bundle: Path) -> None:
     graphs.load()
     manifest = read_manifest(golden_bundle)
     watched = SimpleNamespace(
-        memory=graphs.memory, graphs=graphs.graphs, close=lambda: closed.append(True)
+        manifest=manifest,
+        memory=graphs.memory,
+        graphs=graphs.graphs,
+        close=lambda: closed.append(True),
     )
     bundle = Bundle(golden_bundle, manifest, cast(LoadedGraphs, watched), {})
     first, second = bundle.decoder(), bundle.decoder()

@@ -36,8 +36,8 @@ Bundle::Bundle(const std::filesystem::path& path, const BackendOptions& options)
     const auto begin = Clock::now();
     manifest_ = read_manifest(path, options.verify, options.threads);
     try {
-        constants_ = read_constants(path, manifest_);
         graphs_ = load_graphs(path, manifest_, options);
+        constants_ = read_constants(path, graphs_->manifest());
     } catch (const Shortage& shortage) {
         throw too_large_to_open(path, manifest_, shortage.what());
     } catch (const std::bad_alloc&) {
@@ -231,7 +231,7 @@ Plan Decoder::plan(std::int64_t height, std::int64_t width, std::int64_t batch,
                    const pid_decode_params& params) const {
     const Request request = outline_request(manifest(), height, width, batch, params);
     const std::uint64_t tokens = request.program_sizes().value("L");
-    return plan_of(manifest(), request, &graphs_->bucket_for(tokens));
+    return plan_of(as_run(), request, &graphs_->bucket_for(tokens));
 }
 
 pid_timings Decoder::timings() const {
@@ -289,14 +289,14 @@ Program& Decoder::bind(const Sizes& sizes) {
         arena_.reset(); // give the old arena back before asking for the new one
         arena_bytes_ = 0;
     }
-    graphs_->prepare(planned_calls(manifest(), bucket, sizes), fits ? 0 : needed, sizes.value("B"));
+    graphs_->prepare(planned_calls(as_run(), bucket, sizes), fits ? 0 : needed, sizes.value("B"));
     if (!fits) {
         arena_ = memory_.allocate(needed);
         arena_bytes_ = needed;
         note(log_, "Arena of ", gigabytes(needed), " for a batch of ", sizes.value("B"), " at ",
              sizes.value("W"), "x", sizes.value("H"));
     }
-    program_.emplace(manifest(), memory_, *graphs_, bucket, sizes, arena_, bundle_->constants());
+    program_.emplace(as_run(), memory_, *graphs_, bucket, sizes, arena_, bundle_->constants());
     return *program_;
 }
 

@@ -66,6 +66,8 @@ public:
     Decoder& operator=(const Decoder&) = delete;
 
     const Manifest& manifest() const { return bundle_->manifest(); }
+    // That with the program that the backend runs.
+    const Manifest& as_run() const { return bundle_->graphs().manifest(); }
     Memory& memory() { return memory_; }
     const Memory& memory() const { return memory_; }
 

@@ -32,7 +32,8 @@ std::uint64_t product_from(const Sizes& sizes, const SymbolicShape& shape, std::
 Program::Program(const Manifest& manifest, Memory& memory, Graphs& graphs, const Bucket& bucket,
                  const Sizes& sizes, Allocation arena, const Constants& constants)
     : manifest_(manifest), memory_(memory), graphs_(graphs), bucket_(bucket), sizes_(sizes),
-      arena_(std::move(arena)) {
+      bucket_sizes_(sizes), arena_(std::move(arena)) {
+    bucket_sizes_.set(chunk_symbol, bucket.chunk_tokens);
     for (const auto& [name, buffer] : manifest.buffers) {
         if (const auto* table = std::get_if<Table>(&buffer.source))
             memory.write(this->buffer(name), compute_table(*table, sizes).data(), PID_HOST);
@@ -50,7 +51,7 @@ std::uint64_t Program::arena_bytes(const Bucket& bucket, const Sizes& sizes) {
 }
 
 Tensor Program::buffer(const std::string& name) const {
-    return tensor(name, 0, sizes_.shape(manifest_.buffers.at(name).shape));
+    return tensor(name, 0, bucket_sizes_.shape(manifest_.buffers.at(name).shape));
 }
 
 Tensor Program::image_part(const std::string& name, std::uint64_t image) const {
@@ -65,7 +66,7 @@ void Program::run(const std::string& section, std::uint64_t row, std::uint64_t s
     const auto key = std::make_tuple(section, row, step);
     auto found = parts_.find(key);
     if (found == parts_.end()) {
-        Sizes sizes = sizes_;
+        Sizes sizes = bucket_sizes_;
         sizes.set("row", row);
         sizes.set("step", step);
         found = parts_.emplace(key, bind_section(section, sizes)).first;
@@ -84,7 +85,7 @@ void Program::refresh(const std::string& input) {
     if (found == refreshes_.end()) {
         std::vector<Call> calls;
         for (const std::size_t index : manifest_.dependent("prologue", {input}))
-            bind("prologue", index, sizes_, calls);
+            bind("prologue", index, bucket_sizes_, calls);
         found = refreshes_.emplace(input, graphs_.sequence(std::move(calls))).first;
     }
     graphs_.throw_if_cancelled();
@@ -113,7 +114,7 @@ std::vector<Program::Part> Program::bind_section(const std::string& section, con
             continue;
         }
         end_sequence();
-        bind_run(noise->patchify(), sizes_, scratch_of(section, index), calls);
+        bind_run(noise->patchify(), bucket_sizes_, scratch_of(section, index), calls);
         parts.emplace_back(BoundNoise{*noise, graphs_.sequence(std::move(calls))});
         calls.clear();
     }
@@ -126,6 +127,8 @@ void Program::bind(const std::string& section, std::size_t index, const Sizes& s
     const Instruction& instruction = manifest_.program.at(section)[index];
     if (const auto* copy = std::get_if<Copy>(&instruction))
         calls.push_back(memory_.copy(buffer(copy->source), buffer(copy->target)));
+    else if (const auto* each = std::get_if<Each>(&instruction))
+        bind_each(*each, sizes, scratch_of(section, index), calls);
     else
         bind_run(std::get<Run>(instruction), sizes, scratch_of(section, index), calls);
 }
@@ -135,38 +138,64 @@ void Program::bind_run(const Run& run, const Sizes& sizes, const Scratch& scratc
                        std::vector<Call>& calls) {
     const Sizes local = sizes.extended(run.dims);
     const Graph& graph = manifest_.graphs.at(run.graph);
-    struct Binding {
-        const std::string& name;
-        const Port& port;
-        const Operand& operand;
+    const auto cover = [&](const std::map<std::string, Port>& ports,
+                           const std::map<std::string, Operand>& operands) {
+        return std::all_of(ports.begin(), ports.end(), [&](const auto& port) {
+            return covers_batch(operands.at(port.first), port.second, local);
+        });
     };
-    std::vector<Binding> bindings;
-    for (const auto& [name, port] : graph.inputs)
-        bindings.push_back({name, port, run.inputs.at(name)});
-    for (const auto& [name, port] : graph.outputs)
-        bindings.push_back({name, port, run.outputs.at(name)});
-
     const Slices slices = slices_of(run, bucket_, local);
-    const bool chunked = slices.size() > 1;
-    const bool whole = graphs_.whole_batches() && !chunked &&
-                       std::all_of(bindings.begin(), bindings.end(), [&](const Binding& each) {
-                           return covers_batch(each.operand, each.port, local);
-                       });
-    const std::uint64_t images = whole ? 1 : local.value("B");
-    for (std::uint64_t image = 0; image < images; ++image) {
+    if (graphs_.whole_batches() && slices.size() == 1 && cover(graph.inputs, run.inputs) &&
+        cover(graph.outputs, run.outputs)) {
+        calls.push_back(bind_call(run, sizes, local, {0, run.chunk, 0}, scratch));
+        return;
+    }
+    for (std::uint64_t image = 0; image < local.value("B"); ++image) {
         for (const auto& [begin, end] : slices) {
             Sizes one = local;
-            if (!whole)
-                one.set("B", 1);
-            if (chunked)
+            one.set("B", 1);
+            if (!run.chunk.empty())
                 one.set(run.chunk, end - begin);
-            Bindings tensors;
-            for (const Binding& each : bindings)
-                tensors.emplace(
-                    each.name, slice(each.operand, each.port, sizes, one, image, run.chunk, begin));
-            calls.push_back(graphs_.bind(run.graph, tensors, scratch));
+            calls.push_back(bind_call(run, sizes, one, {image, run.chunk, begin}, scratch));
         }
     }
+}
+
+// For every image and slice, what there is to do, in order.
+void Program::bind_each(const Each& each, const Sizes& sizes, const Scratch& scratch,
+                        std::vector<Call>& calls) {
+    for (std::uint64_t image = 0; image < sizes.value("B"); ++image) {
+        for (const auto& [begin, end] : even_slices(sizes.value(each.axis), bucket_.chunk_tokens)) {
+            Sizes cut = sizes;
+            cut.set("B", 1);
+            cut.set(each.axis, end - begin);
+            const Slice where{image, each.axis, begin};
+            const auto part_of = [&](const std::string& name) {
+                const SymbolicShape seen = each.slice_of(manifest_.buffers.at(name));
+                return slice({name, {}}, seen, sizes, cut, where);
+            };
+            for (const auto& part : each.parts) {
+                if (const auto* run = std::get_if<Run>(&part)) {
+                    calls.push_back(
+                        bind_call(*run, sizes, cut.extended(run->dims), where, scratch));
+                } else {
+                    const Copy& copy = std::get<Copy>(part);
+                    calls.push_back(memory_.copy(part_of(copy.source), part_of(copy.target)));
+                }
+            }
+        }
+    }
+}
+
+Call Program::bind_call(const Run& run, const Sizes& sizes, const Sizes& local, const Slice& where,
+                        const Scratch& scratch) {
+    const Graph& graph = manifest_.graphs.at(run.graph);
+    Bindings tensors;
+    for (const auto& [name, port] : graph.inputs)
+        tensors.emplace(name, slice(run.inputs.at(name), port.shape, sizes, local, where));
+    for (const auto& [name, port] : graph.outputs)
+        tensors.emplace(name, slice(run.outputs.at(name), port.shape, sizes, local, where));
+    return graphs_.bind(run.graph, tensors, scratch);
 }
 
 // What the graph of an instruction may work in.
@@ -182,23 +211,23 @@ Scratch Program::scratch_of(const std::string& section, std::size_t index) const
 bool Program::covers_batch(const Operand& operand, const Port& port, const Sizes& local) const {
     if (!has_symbol(port.shape, "B") || local.value("B") == 1)
         return true;
-    return local.count(port.shape) == sizes_.count(manifest_.buffers.at(operand.buffer).shape);
+    const SymbolicShape& whole = manifest_.buffers.at(operand.buffer).shape;
+    return local.count(port.shape) == bucket_sizes_.count(whole);
 }
 
-// The part of a buffer an operand means for one image of the batch and one chunk.
-Tensor Program::slice(const Operand& operand, const Port& port, const Sizes& sizes,
-                      const Sizes& local, std::uint64_t image, const std::string& chunk,
-                      std::uint64_t begin) const {
+// The part of a buffer an operand, of a port that sees this shape, means in one call.
+Tensor Program::slice(const Operand& operand, const SymbolicShape& seen, const Sizes& sizes,
+                      const Sizes& local, const Slice& where) const {
     const SymbolicShape& shape = manifest_.buffers.at(operand.buffer).shape;
     std::uint64_t at = sizes.index(shape, operand.start);
-    if (has_symbol(port.shape, "B"))
-        at += image * product_from(sizes, shape, 1);
-    const auto cut = std::find(port.shape.begin(), port.shape.end(), Size(chunk));
-    if (!chunk.empty() && cut != port.shape.end()) {
-        const auto axis = static_cast<std::size_t>(cut - port.shape.begin());
-        at += begin * product_from(local, port.shape, axis + 1);
+    if (has_symbol(seen, "B"))
+        at += where.image * product_from(sizes, shape, 1);
+    const auto cut = std::find(seen.begin(), seen.end(), Size(where.axis));
+    if (!where.axis.empty() && cut != seen.end() && !has_symbol(shape, chunk_symbol)) {
+        const auto axis = static_cast<std::size_t>(cut - seen.begin());
+        at += where.begin * product_from(local, seen, axis + 1);
     }
-    return tensor(operand.buffer, at, local.shape(port.shape));
+    return tensor(operand.buffer, at, local.shape(seen));
 }
 
 Tensor Program::tensor(const std::string& name, std::uint64_t first, Shape shape) const {
@@ -213,20 +242,18 @@ std::vector<PlannedCall> planned_calls(const Manifest& manifest, const Bucket& b
     std::vector<PlannedCall> calls;
     for (const char* section : sections) {
         for (const Instruction& instruction : manifest.program.at(section)) {
-            if (std::holds_alternative<Copy>(instruction))
-                continue;
-            const auto* noise = std::get_if<Noise>(&instruction);
-            const Run run = noise != nullptr ? noise->patchify() : std::get<Run>(instruction);
-            Sizes local = sizes.extended(run.dims);
-            local.set("B", 1);
-            std::set<std::uint64_t> lengths;
-            for (const auto& [begin, end] : slices_of(run, bucket, local))
-                lengths.insert(end - begin);
-            for (const std::uint64_t length : lengths) {
-                Sizes one = local;
-                if (!run.chunk.empty())
-                    one.set(run.chunk, length);
-                calls.push_back({run.graph, one});
+            for (const Run& run : runs_of(instruction)) {
+                Sizes local = sizes.extended(run.dims);
+                local.set("B", 1);
+                std::set<std::uint64_t> lengths;
+                for (const auto& [begin, end] : slices_of(run, bucket, local))
+                    lengths.insert(end - begin);
+                for (const std::uint64_t length : lengths) {
+                    Sizes one = local;
+                    if (!run.chunk.empty())
+                        one.set(run.chunk, length);
+                    calls.push_back({run.graph, one});
+                }
             }
         }
     }

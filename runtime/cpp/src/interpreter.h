@@ -71,10 +71,22 @@ private:
               std::vector<Call>& calls);
     void bind_run(const Run& run, const Sizes& sizes, const Scratch& scratch,
                   std::vector<Call>& calls);
+    void bind_each(const Each& each, const Sizes& sizes, const Scratch& scratch,
+                   std::vector<Call>& calls);
+    // What of its buffers a call is about: an image of the batch, and where its slice begins along
+    // the axis that is cut, "" for none.
+    struct Slice {
+        std::uint64_t image;
+        const std::string& axis;
+        std::uint64_t begin;
+    };
+    // One call. sizes: as buffers have them; local: as the graph's ports do.
+    Call bind_call(const Run& run, const Sizes& sizes, const Sizes& local, const Slice& where,
+                   const Scratch& scratch);
     Scratch scratch_of(const std::string& section, std::size_t index) const;
     bool covers_batch(const Operand& operand, const Port& port, const Sizes& local) const;
-    Tensor slice(const Operand& operand, const Port& port, const Sizes& sizes, const Sizes& local,
-                 std::uint64_t image, const std::string& chunk, std::uint64_t begin) const;
+    Tensor slice(const Operand& operand, const SymbolicShape& seen, const Sizes& sizes,
+                 const Sizes& local, const Slice& where) const;
     Tensor tensor(const std::string& name, std::uint64_t first, Shape shape) const;
 
     const Manifest& manifest_;
@@ -82,6 +94,7 @@ private:
     Graphs& graphs_;
     const Bucket& bucket_;
     Sizes sizes_;
+    Sizes bucket_sizes_; // with those of the bucket
     Allocation arena_;
     std::map<std::tuple<std::string, std::uint64_t, std::uint64_t>, std::vector<Part>> parts_;
     std::map<std::string, Call> refreshes_; // by input

@@ -120,15 +120,17 @@ constexpr std::array<std::pair<const char*, std::uint64_t (Count::*)() const>, 8
 
 std::uint64_t instruction_flop(const Manifest& manifest, const Instruction& instruction,
                                const Sizes& sizes) {
-    const auto* run = std::get_if<Run>(&instruction);
-    if (run == nullptr)
+    if (std::holds_alternative<Noise>(instruction))
         return 0;
-    const Graph& graph = manifest.graphs.at(run->graph);
-    const Sizes local = sizes.extended(run->dims);
-    for (const auto& [stage, count] : stages)
-        if (graph.stage == stage)
-            return 2 * (Count(manifest, graph, local).*count)();
-    return 0;
+    std::uint64_t flop = 0;
+    for (const Run& run : runs_of(instruction)) {
+        const Graph& graph = manifest.graphs.at(run.graph);
+        const Sizes local = sizes.extended(run.dims);
+        for (const auto& [stage, count] : stages)
+            if (graph.stage == stage)
+                flop += 2 * (Count(manifest, graph, local).*count)();
+    }
+    return flop;
 }
 
 } // namespace

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 
+#include "bundle/engines.h"
 #include "bundle/folder.h"
 #include "refusal.h"
 #include "test_json.h"
@@ -65,6 +66,35 @@ TEST_F(Manifests, MutatedOnesAreJudgedAsInPython) {
     EXPECT_GT(count, 200U);
     EXPECT_GT(refused, count / 4);
     EXPECT_LT(refused, count);
+}
+
+TEST_F(Manifests, EngineSetsAreReadAndRefusedAsInPython) {
+    const auto cases = pid::test::read_json(data_folder() / "engine_sets.json");
+    ASSERT_GT(cases.size(), 5U);
+    for (const auto& each : cases) {
+        const Manifest manifest = Manifest::parse(each["text"].get<std::string>());
+        if (each.contains("messages")) {
+            const auto& wanted = each["messages"];
+            const std::string message = refusal([&] { pid::core::read_engine_sets(manifest); });
+            EXPECT_TRUE(std::any_of(wanted.begin(), wanted.end(),
+                                    [&](const auto& words) {
+                                        return message.find(words.template get<std::string>()) !=
+                                               std::string::npos;
+                                    }))
+                << "wanted: " << wanted << "\ngot: " << message;
+            continue;
+        }
+        const auto sets = pid::core::read_engine_sets(manifest);
+        ASSERT_EQ(sets.size(), each["sets"].size());
+        for (std::size_t i = 0; i < sets.size(); ++i) {
+            const auto& wanted = each["sets"][i];
+            const Manifest run = sets[i].run_by(manifest);
+            EXPECT_EQ(sets[i].name, wanted["name"].get<std::string>());
+            EXPECT_EQ(run.program.at("step").size(), wanted["step"].get<std::size_t>());
+            EXPECT_EQ(run.buffers.size(), wanted["buffers"].get<std::size_t>());
+            EXPECT_EQ(sets[i].buckets.at("tiny").arena_bytes, wanted["arena"].get<std::uint64_t>());
+        }
+    }
 }
 
 TEST_F(Manifests, BucketsAreChosenByTokens) {

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Protocol
 
 from pid_runtime.backends.memory import Memory, Tensor
-from pid_runtime.bundle.manifest import Bucket
+from pid_runtime.bundle.manifest import Bucket, Manifest
 
 Call = Callable[[], None]
 
@@ -54,6 +54,9 @@ class LoadedGraphs(Protocol):
 
     Constructing one opens no device and reads no weights: `load` does.
     """
+
+    manifest: Manifest
+    """The bundle's; when loaded, with the program that is run and its buffers."""
 
     def load(self) -> None:
         """Open the device and load the graphs. Raises `PidRuntimeError` when that fails."""

@@ -108,6 +108,7 @@ class LoadedEngines:
         )
         self.set = self._sets[name]
         check_engine_set(self._bundle, self.manifest, name, self.set, self._verify)
+        self.manifest = self.set.run_by(self.manifest)
         self.flavor = FLAVORS[self.set.flavor]
         self._trt = libraries[self.set.flavor]
         self._folder = engine_folder(self._bundle, name)

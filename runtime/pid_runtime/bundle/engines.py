@@ -8,7 +8,7 @@ TensorRT backend reads it; other backends do not look at it.
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,8 +16,17 @@ from typing import Any
 from pid_runtime.bundle.files import file_sha256
 from pid_runtime.bundle.flavors import FLAVORS, flavor_for
 from pid_runtime.bundle.json_reader import NAME, read_member, require
-from pid_runtime.bundle.manifest import Bucket, Graph, Manifest
-from pid_runtime.bundle.manifest_check import check_bucket
+from pid_runtime.bundle.manifest import (
+    SPECIAL,
+    Bucket,
+    Buffer,
+    Graph,
+    Instruction,
+    Manifest,
+    encode_buffers,
+    encode_program,
+)
+from pid_runtime.bundle.manifest_check import check_bucket, check_program
 from pid_runtime.errors import PidRuntimeError
 
 ENGINE_FOLDER = "engines"
@@ -107,6 +116,16 @@ class EngineSet:
     """Engines by graph; the first that holds a call's sizes runs it."""
     buckets: dict[str, EngineBucket]
     """The buckets it was built for."""
+    buffers: dict[str, Buffer] = field(default_factory=dict)
+    """Those of `program`; none without one."""
+    program: dict[str, tuple[Instruction, ...]] = field(default_factory=dict)
+    """What it runs in place of the bundle's program; empty if it runs that one."""
+
+    def run_by(self, manifest: Manifest) -> Manifest:
+        """The bundle's manifest with the buffers and the program that this set runs."""
+        if not self.program:
+            return manifest
+        return replace(manifest, buffers=self.buffers, program=self.program)
 
     def engine_for(self, graph: str, values: Mapping[str, int]) -> tuple[Engine, int]:
         """The engine, and its optimisation profile, for a call of a graph at these sizes.
@@ -164,7 +183,7 @@ def read_engine_sets(manifest: Manifest) -> dict[str, EngineSet]:
         flavor = raw.get("flavor") if isinstance(raw, dict) else None
         if isinstance(flavor, str) and flavor not in FLAVORS:
             continue
-        engine_set: EngineSet = read_member(EngineSet, raw, what)
+        engine_set: EngineSet = read_member(EngineSet, raw, what, SPECIAL)
         _check_set(manifest, what, engine_set)
         sets[name] = engine_set
     return sets
@@ -172,10 +191,20 @@ def read_engine_sets(manifest: Manifest) -> dict[str, EngineSet]:
 
 def with_engine_sets(manifest: Manifest, sets: Mapping[str, EngineSet]) -> Manifest:
     """The manifest with these engine sets added, in place of those of the same names."""
-    added = {name: json.loads(json.dumps(asdict(each))) for name, each in sets.items()}
+    added = {name: json.loads(json.dumps(_encode(each))) for name, each in sets.items()}
     changed = replace(manifest, engines={**manifest.engines, **added})
     read_engine_sets(changed)
     return changed
+
+
+def _encode(engine_set: EngineSet) -> dict[str, Any]:
+    """A set as JSON, without what it does not need."""
+    encoded = asdict(engine_set)
+    del encoded["buffers"], encoded["program"]
+    if engine_set.program:
+        encoded["buffers"] = encode_buffers(engine_set.buffers)
+        encoded["program"] = encode_program(engine_set.program)
+    return encoded
 
 
 def choose_engine_set(
@@ -282,11 +311,14 @@ def _check_set(manifest: Manifest, what: str, engine_set: EngineSet) -> None:
         _require(graph in manifest.graphs, f"graphs of the bundle in {what}", graph)
         for engine in engines:
             _check_engine(f"{graph!r} of {what}", manifest.graphs[graph], engine)
+    run = engine_set.run_by(manifest)
+    if engine_set.program:
+        check_program(run)
     for name, bucket in engine_set.buckets.items():
         _require(name in manifest.buckets, f"buckets of the bundle in {what}", name)
         most = manifest.buckets[name].max_tokens
         _require(bucket.max_tokens == most, f"{most} tokens in bucket {name!r} of {what}", "others")
-        _check_scratch(manifest, f"bucket {name!r} of {what}", bucket)
+        _check_scratch(run, f"bucket {name!r} of {what}", bucket)
 
 
 def _check_scratch(manifest: Manifest, what: str, bucket: EngineBucket) -> None:

@@ -1,12 +1,12 @@
 """The manifest: a decoder as data. See docs/bundle-format.md, which this module implements."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from pid_runtime.bundle.json_reader import Special, read_member, read_object, unexpected
-from pid_runtime.bundle.sizes import Shape
+from pid_runtime.bundle.sizes import CHUNK, Shape
 from pid_runtime.bundle.source import Source, encode_source, read_source
 from pid_runtime.errors import PidRuntimeError
 
@@ -107,7 +107,38 @@ class Noise:
         return Run(self.graph, inputs, outputs)
 
 
-Instruction = Run | Copy | Noise
+@dataclass(frozen=True)
+class Each:
+    """For each slice of an axis, one after another: all of `do` in order.
+
+    Its runs have no `chunk` of their own: what is theirs of the axis is the slice. Its copies are
+    of the slice too.
+    """
+
+    axis: str
+    do: tuple[Run | Copy, ...]
+
+    @property
+    def runs(self) -> tuple[Run, ...]:
+        """Its runs, as those that are cut along the axis."""
+        return tuple(replace(part, chunk=self.axis) for part in self.do if isinstance(part, Run))
+
+    def slice_of(self, buffer: Buffer) -> Shape:
+        """The shape of a slice of a buffer, in which the axis is the slice's length."""
+        return tuple(self.axis if size == CHUNK else size for size in buffer.shape)
+
+
+Instruction = Run | Copy | Noise | Each
+
+
+def runs_of(instruction: Instruction) -> tuple[Run, ...]:
+    """What an instruction runs, or may run."""
+    if isinstance(instruction, Each):
+        return instruction.runs
+    if isinstance(instruction, Noise):
+        return (instruction.patchify(),)
+    return () if isinstance(instruction, Copy) else (instruction,)
+
 
 SECTIONS = ("prologue", "timestep", "step", "image", "image_bytes")
 """Parts of a program: once; once per step before the first; per step; then one of the last two."""
@@ -228,7 +259,14 @@ class Manifest:
             for port in (*graph.inputs.values(), *graph.outputs.values())
         )
         dtypes = {each.dtype for each in (*ports, *self.buffers.values())}
-        return FORMAT_VERSIONS[0 if dtypes <= DTYPES_OF_VERSION_1 else 1]
+        symbols = {size for buffer in self.buffers.values() for size in buffer.shape}
+        is_of_version_1 = (
+            dtypes <= DTYPES_OF_VERSION_1
+            and CHUNK not in symbols
+            and not any(isinstance(each, Each) for each in self.instructions())
+            and not any(isinstance(s, dict) and "program" in s for s in self.engines.values())
+        )
+        return FORMAT_VERSIONS[0 if is_of_version_1 else 1]
 
     @property
     def most_tokens(self) -> int:
@@ -244,18 +282,14 @@ class Manifest:
         for section in SECTIONS:
             yield from self.program.get(section, ())
 
-    def dependent(self, section: str, name: str) -> list[Run | Copy]:
+    def dependent(self, section: str, name: str) -> list[Run | Copy | Each]:
         """A section's instructions whose results follow from this buffer, in order."""
         known = {name}
-        found: list[Run | Copy] = []
+        found: list[Run | Copy | Each] = []
         for instruction in self.program[section]:
             if isinstance(instruction, Noise):
                 continue
-            if isinstance(instruction, Copy):
-                sources, targets = {instruction.source}, {instruction.target}
-            else:
-                sources = {operand.buffer for operand in instruction.inputs.values()}
-                targets = {operand.buffer for operand in instruction.outputs.values()}
+            sources, targets = reads_writes(instruction)
             if not known.isdisjoint(sources):
                 known |= targets
                 found.append(instruction)
@@ -264,12 +298,8 @@ class Manifest:
     def to_json(self) -> str:
         """The text of manifest.json."""
         fields = asdict(self)
-        fields["program"] = {
-            name: [_encode(instruction) for instruction in section]
-            for name, section in self.program.items()
-        }
-        for name, buffer in self.buffers.items():
-            fields["buffers"][name]["source"] = encode_source(buffer.source)
+        fields["program"] = encode_program(self.program)
+        fields["buffers"] = encode_buffers(self.buffers)
         for graph in fields["graphs"].values():
             if graph["contrib_file"] is None:
                 del graph["contrib_file"]
@@ -281,7 +311,41 @@ class Manifest:
         return json.dumps({**head, **fields}, indent=1)
 
 
+def reads_writes(instruction: Instruction) -> tuple[set[str], set[str]]:
+    """The buffers whose contents from before an instruction uses, and those it writes."""
+    if isinstance(instruction, Copy):
+        return {instruction.source}, {instruction.target}
+    if isinstance(instruction, Noise):
+        return set(), {instruction.target, instruction.image}
+    if isinstance(instruction, Run):
+        reads = {operand.buffer for operand in instruction.inputs.values()}
+        return reads, {operand.buffer for operand in instruction.outputs.values()}
+    reads, writes = set[str](), set[str]()
+    for part in instruction.do:
+        more_reads, more_writes = reads_writes(part)
+        reads |= more_reads - writes
+        writes |= more_writes
+    return reads, writes
+
+
+def encode_program(program: Mapping[str, Sequence[Instruction]]) -> dict[str, Any]:
+    """A program as JSON."""
+    return {
+        name: [_encode(instruction) for instruction in section] for name, section in program.items()
+    }
+
+
+def encode_buffers(buffers: Mapping[str, Buffer]) -> dict[str, Any]:
+    """Buffers as JSON."""
+    return {
+        name: {**asdict(buffer), "source": encode_source(buffer.source)}
+        for name, buffer in buffers.items()
+    }
+
+
 def _encode(instruction: Instruction) -> dict[str, Any]:
+    if isinstance(instruction, Each):
+        return {"each": instruction.axis, "do": [_encode(part) for part in instruction.do]}
     if isinstance(instruction, Copy):
         return {"copy": instruction.source, "to": instruction.target}
     if isinstance(instruction, Noise):
@@ -303,6 +367,7 @@ _MEMBERS: dict[str, tuple[type[Any], dict[str, str]]] = {
     "run": (Run, {"run": "graph"}),
     "copy": (Copy, {"copy": "source", "to": "target"}),
     "noise": (Noise, {"noise": "target"}),
+    "each": (Each, {"each": "axis"}),
 }
 """By the member that tells instructions apart: its class, and fields by members of other names."""
 
@@ -313,10 +378,20 @@ def _read_instruction(raw: Any, where: str) -> Instruction:
     members: dict[str, Any] = raw
     found = [member for member in _MEMBERS if member in members]
     if len(found) != 1:
-        raise PidRuntimeError(f"expected run, copy or noise in {where}, but got {list(members)}")
+        wanted = "run, copy, noise or each"
+        raise PidRuntimeError(f"expected {wanted} in {where}, but got {list(members)}")
     kind, names = _MEMBERS[found[0]]
     renamed = {names.get(key, key): value for key, value in members.items()}
     return read_object(kind, renamed, where, SPECIAL)
+
+
+def _read_part(raw: Any, where: str) -> Run | Copy:
+    """An instruction of an `Each`."""
+    if isinstance(raw, dict) and ("each" in raw or "noise" in raw):
+        raise PidRuntimeError(f"expected run or copy in {where}, but got {repr(raw)[:80]}")
+    part = _read_instruction(raw, where)
+    assert isinstance(part, Run | Copy)
+    return part
 
 
 def _read_buffers(raw: Any, where: str) -> dict[str, Buffer]:
@@ -339,6 +414,7 @@ def _read_operand(raw: Any, where: str) -> Operand:
 
 SPECIAL: dict[Any, Special] = {
     Instruction: _read_instruction,
+    Run | Copy: _read_part,
     dict[str, Buffer]: _read_buffers,
     Operand: _read_operand,
 }

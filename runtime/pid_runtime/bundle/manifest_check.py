@@ -7,6 +7,7 @@ is missing, and nothing reads or writes outside the arena.
 import math
 import re
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from functools import partial
 from itertools import pairwise
 from typing import TypeVar
@@ -23,6 +24,7 @@ from pid_runtime.bundle.manifest import (
     Bucket,
     Buffer,
     Copy,
+    Each,
     Graph,
     Instruction,
     Manifest,
@@ -31,8 +33,9 @@ from pid_runtime.bundle.manifest import (
     Port,
     Run,
     Sampler,
+    runs_of,
 )
-from pid_runtime.bundle.sizes import ITEM_BYTES, LARGEST_SIZE, Shape, Sizes, sizes_for
+from pid_runtime.bundle.sizes import CHUNK, ITEM_BYTES, LARGEST_SIZE, Shape, Sizes, sizes_for
 from pid_runtime.bundle.source import Constant, Table
 from pid_runtime.errors import PidRuntimeError
 
@@ -44,6 +47,7 @@ LARGEST_STEPS = 1000
 LARGEST_ARENA = 1 << 40
 
 SIZE_SYMBOLS = frozenset(("B", "T", "h", "w", "Hs", "Ws", "H", "W", "L", "S", "N"))
+BUFFER_SYMBOLS = SIZE_SYMBOLS | {CHUNK}
 INDEX_SYMBOLS = frozenset(("row", "step"))
 """May start an operand, but be no size."""
 
@@ -66,12 +70,22 @@ def check_manifest(manifest: Manifest) -> None:
     _check_network(manifest)
     _check_codec(manifest)
     _check_sampler(manifest.sampler)
+    for name, graph in manifest.graphs.items():
+        both = set(graph.inputs) & set(graph.outputs)
+        _require(not both, f"other outputs than inputs of graph {name!r}", sorted(both))
+        for port_name, port in (*graph.inputs.items(), *graph.outputs.items()):
+            _check_shape(f"{port_name!r} of graph {name!r}", port.dtype, port.shape, None)
+    check_program(manifest)
+    _require(bool(manifest.buckets), "a bucket", "none")
+    for name, bucket in manifest.buckets.items():
+        check_bucket(manifest, name, bucket)
+
+
+def check_program(manifest: Manifest) -> None:
+    """Raise `PidRuntimeError` when buffers and instructions do not fit each other or the graphs."""
     for name, buffer in manifest.buffers.items():
         _check_buffer(name, buffer)
     _check_interface(manifest)
-    for name, graph in manifest.graphs.items():
-        for port_name, port in (*graph.inputs.items(), *graph.outputs.items()):
-            _check_shape(f"{port_name!r} of graph {name!r}", port.dtype, port.shape, None)
     _require(
         set(manifest.program) == set(SECTIONS),
         f"program sections {', '.join(SECTIONS)}",
@@ -82,9 +96,6 @@ def check_manifest(manifest: Manifest) -> None:
         _require(draws <= 1, f"at most one noise in {section}", draws)
         for instruction in instructions:
             _check_instruction(manifest, section, instruction)
-    _require(bool(manifest.buckets), "a bucket", "none")
-    for name, bucket in manifest.buckets.items():
-        check_bucket(manifest, name, bucket)
 
 
 def _check_files(manifest: Manifest) -> None:
@@ -150,8 +161,13 @@ def _check_sampler(sampler: Sampler) -> None:
 
 def _check_buffer(name: str, buffer: Buffer) -> None:
     what = f"buffer {name!r}"
-    _check_shape(what, buffer.dtype, buffer.shape, SIZE_SYMBOLS)
+    _check_shape(what, buffer.dtype, buffer.shape, BUFFER_SYMBOLS)
     _require(buffer.kind in BUFFER_KINDS, f"{what} of a known kind", buffer.kind)
+    if CHUNK in buffer.shape:
+        first, *others = (size for size in buffer.shape if size != "B")
+        sliced = first == CHUNK and all(isinstance(size, int) for size in others)
+        _require(sliced, f"{what} to have {CHUNK} first and no other size", buffer.shape)
+        _require(buffer.kind == "temporary", f"{what} of a slice to be temporary", buffer.kind)
     if isinstance(buffer.source, Table):
         expected = ("float32", buffer.source.shape)
         _require((buffer.dtype, buffer.shape) == expected, f"{what} as its table", buffer.shape)
@@ -205,7 +221,11 @@ def _check_instruction(manifest: Manifest, section: str, instruction: Instructio
         source = _named(manifest.buffers, instruction.source, "buffer")
         target = _written(manifest, instruction.target)
         alike = (source.dtype, source.shape) == (target.dtype, target.shape)
+        alike = alike and CHUNK not in source.shape
         _require(alike, f"a copy of {instruction.source!r} to a buffer like it", instruction.target)
+        return
+    if isinstance(instruction, Each):
+        _check_each(manifest, instruction)
         return
     if isinstance(instruction, Noise):
         _require(section in ("prologue", "step"), "noise in prologue or step", section)
@@ -218,7 +238,31 @@ def _check_instruction(manifest: Manifest, section: str, instruction: Instructio
         state = manifest.buffers["state"]
         alike = (target.dtype, target.shape) == (state.dtype, state.shape)
         _require(alike, "noise of the state's shape", instruction.target)
-    run = instruction.patchify() if isinstance(instruction, Noise) else instruction
+    for run in runs_of(instruction):
+        _check_run(manifest, run)
+
+
+def _check_each(manifest: Manifest, each: Each) -> None:
+    known = each.axis in SIZE_SYMBOLS - {"B"}
+    _require(known, "each slice of a size", each.axis)
+    _require(bool(each.do), f"something to do for each slice of {each.axis}", "nothing")
+    for part in each.do:
+        if isinstance(part, Run):
+            _require(part.chunk is None, f"no slices of {part.graph!r} of its own", part.chunk)
+            _require(each.axis not in part.dims, f"{each.axis} in {part.graph!r} as it is", "other")
+            _check_run(manifest, replace(part, chunk=each.axis))
+            continue
+        source = _named(manifest.buffers, part.source, "buffer")
+        target = _written(manifest, part.target)
+        shape = each.slice_of(source)
+        leading = tuple(size for size in shape if size != "B")
+        alike = (source.dtype, shape) == (target.dtype, each.slice_of(target))
+        sliced = leading[:1] == (each.axis,) and leading.count(each.axis) == 1
+        what = f"a copy of slices of {part.source!r} to a buffer like it"
+        _require(alike and sliced, what, part.target)
+
+
+def _check_run(manifest: Manifest, run: Run) -> None:
     graph = _named(manifest.graphs, run.graph, "graph")
     reserved = {"B", *INDEX_SYMBOLS}
     _require(run.chunk not in reserved, f"graph {run.graph!r} cut along a size", run.chunk)
@@ -234,6 +278,9 @@ def _check_instruction(manifest: Manifest, section: str, instruction: Instructio
             _require(port.dtype == buffer.dtype, f"{what} to be {port.dtype}", buffer.dtype)
             _check_shape(what, port.dtype, port.shape, SIZE_SYMBOLS | set(run.dims))
             _check_start(what, operands[name], buffer)
+            if CHUNK in buffer.shape:
+                sliced = run.chunk in port.shape and not operands[name].start
+                _require(sliced, f"{what} to be a slice, in {operands[name].buffer!r}", port.shape)
             if run.chunk is not None and run.chunk in port.shape:
                 leading = tuple(size for size in port.shape if size != "B")
                 first = leading[0] == run.chunk and leading.count(run.chunk) == 1
@@ -277,6 +324,7 @@ def check_bucket(manifest: Manifest, name: str, bucket: Bucket, scratch_bytes: i
     column = sizes_for(
         manifest.network, manifest.tokens_per_latent, manifest.sampler.max_steps, bucket.max_tokens
     )
+    column = column.extended({}, **{CHUNK: bucket.chunk_tokens})
     row = column.extended({"h": "w", "w": "h", "Hs": "Ws", "Ws": "Hs", "H": "W", "W": "H"})
     total = 0
     for buffer_name, buffer in manifest.buffers.items():
@@ -288,21 +336,23 @@ def check_bucket(manifest: Manifest, name: str, bucket: Bucket, scratch_bytes: i
     total += scratch_bytes
     _require(bucket.arena_bytes <= total, f"an arena of {what} of {total} bytes or less", "more")
     for instructions in manifest.program.values():
-        for instruction in instructions:
-            if not isinstance(instruction, Copy):
-                for sizes in (column, row):
-                    _check_extent(manifest, instruction, sizes)
+        for run in (run for instruction in instructions for run in runs_of(instruction)):
+            for sizes in (column, row):
+                _check_extent(manifest, run, sizes)
 
 
-def _check_extent(manifest: Manifest, instruction: Run | Noise, sizes: Sizes) -> None:
+def _check_extent(manifest: Manifest, run: Run, sizes: Sizes) -> None:
     """Every operand lies in its buffer."""
-    run = instruction.patchify() if isinstance(instruction, Noise) else instruction
     graph: Graph = manifest.graphs[run.graph]
-    local = sizes.extended(run.dims)
+    local = cut = sizes.extended(run.dims)
+    if run.chunk is not None:
+        length = min(local.value(run.chunk), sizes.value(CHUNK))
+        cut = local.extended({}, **{run.chunk: length})
     ports: dict[str, Port] = {**graph.inputs, **graph.outputs}
     for name, operand in {**run.inputs, **run.outputs}.items():
         shape = manifest.buffers[operand.buffer].shape
-        end = sizes.index(shape, operand.start) + math.prod(local.shape(ports[name].shape))
+        seen = (cut if CHUNK in shape else local).shape(ports[name].shape)
+        end = sizes.index(shape, operand.start) + math.prod(seen)
         _require(
             end <= math.prod(sizes.shape(shape)),
             f"{name!r} of graph {run.graph!r} inside buffer {operand.buffer!r}",

@@ -10,6 +10,9 @@ LARGEST_SIZE = 1 << 24
 
 ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "uint8": 1}
 
+CHUNK = "C"
+"""The first size of a buffer that holds no more than a slice: the tokens of a bucket's chunk."""
+
 Shape = tuple[int | str, ...]
 """Sizes and symbols; see `Sizes`."""
 
@@ -19,7 +22,8 @@ class Sizes:
     """Values of the symbols of one decode.
 
     B batch, T text tokens, h w latent, Hs Ws patch grid, L = Hs Ws, S = T + L, H W pixels,
-    N rows of the modulation table or schedule, `row` and `step` of the step being run.
+    N rows of the modulation table or schedule, `row` and `step` of the step being run. What is
+    planned or run in a bucket has C too, its `chunk_tokens`.
     """
 
     values: Mapping[str, int]

@@ -55,7 +55,7 @@ from pid_runtime.bundle.engines import (
     with_engine_sets,
 )
 from pid_runtime.bundle.folder import read_manifest
-from pid_runtime.bundle.manifest import MANIFEST_FILE, Copy
+from pid_runtime.bundle.manifest import MANIFEST_FILE, runs_of
 from pid_runtime.command import decode_cli
 from pid_runtime.decoder import Bundle, Decoder
 from pid_runtime.errors import PidRuntimeError
@@ -157,6 +157,32 @@ def test_calls_are_one_image_each_and_lie_in_the_arena(gpu: Gpu, rtx: Path) -> N
         assert second.addresses == {"tokens": state + size, "image": image + size}
 
 
+def test_a_program_of_the_engines_own_is_run(
+    gpu: Gpu,
+    edit_bundle: EditBundle,
+    chunked_bundle: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Images are the bundle's, in less memory, one by one, recorded and replayed, or in tiles."""
+    bundle = edit_bundle()
+    engines = add_engines(bundle, NAME, is_lean=True)
+    library = fake_tensorrt(gpu, bundle, FakeRtxEngine)
+    install(monkeypatch, {**fake_cuda(gpu), "tensorrt_rtx": library})
+    with open_decoder(bundle) as decoder, Decoder.open(chunked_bundle, "torch") as expected:
+        for _ in range(3):
+            np.testing.assert_allclose(decode(decoder), decode(expected), atol=CLOSE)
+        assert decoder._block is not None
+        assert decoder._block.size_bytes == 2 * engines.buckets["tiny"].arena_bytes
+        updates = [run for run in gpu.runs if run.graph == "update"]
+        again = [run for run in gpu.runs if run.graph == "pixel.1"]
+        assert len(again) == 2 * len(updates)
+        more = decoder.plan(64, 96).tflop / expected.plan(64, 96).tflop
+        assert 1.01 < more < 1.5
+        tiles = {"tile": (64, 64), "overlap": 0, "steps": 1}
+        np.testing.assert_allclose(decode(decoder, **tiles), decode(expected, **tiles), atol=CLOSE)
+    assert not gpu.memory
+
+
 def test_every_instruction_has_its_own_place_for_scratch(
     gpu: Gpu, edit_bundle: EditBundle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -173,7 +199,7 @@ def test_every_instruction_has_its_own_place_for_scratch(
             count = len(instructions)
             scratch[section] = tuple(begin + i * bucket.scratch_bytes for i in range(count))
             for offset, each in zip(scratch[section], instructions, strict=True):
-                places[offset] = "" if isinstance(each, Copy) else each.graph
+                places[offset] = "".join(run.graph for run in runs_of(each))
             begin += count * bucket.scratch_bytes
         return replace(bucket, scratch=scratch, arena_bytes=begin)
 

@@ -60,6 +60,49 @@ def test_sets_are_read_as_they_were_written(edit_bundle: EditBundle) -> None:
     assert json.loads(text)["engines"][NAME]["graphs"]["image.0"][0]["bf16_island"] is False
 
 
+def test_a_set_with_a_program_of_its_own(edit_bundle: EditBundle) -> None:
+    """It makes a bundle of version 2, and is run in place of the bundle's."""
+    bundle = edit_bundle()
+    before = read_manifest(bundle, verify=False)
+    plain, own = add_engines(bundle, "plain"), add_engines(bundle, NAME, is_lean=True)
+    text = (bundle / MANIFEST_FILE).read_text()
+    manifest = parse_manifest(text)
+    assert read_engine_sets(manifest) == {"plain": plain, NAME: own}
+    assert json.loads(text)["format_version"] == [2, 0]
+    assert not json.loads(text)["engines"]["plain"].keys() & {"buffers", "program"}
+    run = own.run_by(manifest)
+    assert (run.program, run.buffers) == (own.program, own.buffers)
+    assert run.program != before.program == manifest.program == plain.run_by(manifest).program
+    without = replace(manifest, engines={"plain": manifest.engines["plain"]})
+    assert without.format_version == (1, 4)
+
+
+BAD_PROGRAMS: list[tuple[Callable[[dict[str, Any]], object], str]] = [
+    (lambda e: e["program"].pop("step"), "program sections"),
+    (lambda e: e.pop("program"), "a scratch of|an offset of"),
+    (lambda e: e.update(program={}), "a scratch of|an offset of"),
+    (lambda e: e.update(program=[]), "an object"),
+    (lambda e: e.pop("buffers"), "buffer"),
+    (lambda e: e["buffers"].pop("s"), "expected a buffer the manifest knows, but got 's'"),
+    (lambda e: e["buffers"]["state"].update(kind="input"), "buffer 'state'"),
+    (lambda e: e["program"]["step"].pop(), "a scratch of"),
+    (lambda e: e["program"]["step"][-1]["do"][0].update(run="x"), "graph the manifest knows"),
+    (lambda e: e["program"]["step"][-1].update(each="T"), "a copy of slices|to be a slice"),
+    (lambda e: e["buckets"]["tiny"].update(chunk_tokens=60), "in the arena"),
+]
+
+
+@pytest.mark.parametrize(("edit", "message"), BAD_PROGRAMS)
+def test_bad_programs_are_refused(
+    edit_bundle: EditBundle, edit: Callable[[dict[str, Any]], object], message: str
+) -> None:
+    bundle = edit_bundle()
+    add_engines(bundle, NAME, is_lean=True)
+    with pytest.raises(PidRuntimeError, match=message) as caught:
+        read_engine_sets(edited(read_manifest(bundle, verify=False), edit))
+    assert "\n" not in str(caught.value)
+
+
 def test_a_set_joins_those_that_are_there(bundle: Path) -> None:
     add_engines(bundle, "other", flavor="tensorrt", version="11.4.0.106")
     sets = read_engine_sets(read_manifest(bundle, verify=False))

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
+from lean_bundles import lean
 from pid_export.bundle import STEP_COUNTS, ExportOptions, _buckets, _sampler, network_of
 from pid_export.program import build_program
 from pid_ref.config import PidConfig
@@ -94,8 +95,15 @@ def small_manifest(arbitrary_timesteps: bool = False) -> Manifest:
     return manifest
 
 
-MANIFESTS = {False: small_manifest(), True: small_manifest(arbitrary_timesteps=True)}
-TREES: dict[bool, Tree] = {key: json.loads(each.to_json()) for key, each in MANIFESTS.items()}
+Kind = bool | Literal["lean"]
+"""Whether a bundle takes any timesteps; or it takes none, and its program is lean."""
+
+MANIFESTS: dict[Kind, Manifest] = {
+    False: small_manifest(),
+    True: small_manifest(arbitrary_timesteps=True),
+    "lean": lean(small_manifest()),
+}
+TREES: dict[Kind, Tree] = {key: json.loads(each.to_json()) for key, each in MANIFESTS.items()}
 
 
 def constants_of(manifest: Manifest) -> dict[str, NDArray[np.float32]]:
@@ -134,9 +142,9 @@ def refuse(call: Callable[[], object], message: str | None = None) -> None:
     assert "\n" not in str(raised.value)
 
 
-def changed(path: str, value: Any, arbitrary: bool = False) -> str:
+def changed(path: str, value: Any, kind: Kind = False) -> str:
     """The small manifest as text, with the value at a path such as "sampler/steps" changed."""
-    tree = copy.deepcopy(TREES[arbitrary])
+    tree = copy.deepcopy(TREES[kind])
     *parents, last = path.split("/")
     node: Any = tree
     for part in parents:
@@ -154,9 +162,9 @@ DELETED = object()
 # Reading
 
 
-@pytest.mark.parametrize("arbitrary", [False, True])
-def test_round_trip(arbitrary: bool) -> None:
-    manifest = MANIFESTS[arbitrary]
+@pytest.mark.parametrize("kind", MANIFESTS)
+def test_round_trip(kind: Kind) -> None:
+    manifest = MANIFESTS[kind]
     assert parse_manifest(manifest.to_json()) == manifest
 
 
@@ -373,11 +381,12 @@ REFUSED = [
     ("graphs/latent/inputs/latent/shape", [], "axes"),
     ("graphs/latent/inputs/latent/shape/2", "Q", "known sizes"),
     ("graphs/latent/inputs/more", {"dtype": "float32", "shape": [1]}, "run with"),
+    ("graphs/latent/outputs/latent", {"dtype": "float32", "shape": [1]}, "other outputs"),
     ("graphs/latent", DELETED, "graph"),
     ("program/step", DELETED, "program sections"),
     ("program/epilogue", [], "program sections"),
-    ("program/step/0", {"loop": 3}, "run, copy or noise"),
-    ("program/step/0", {"copy": "state", "to": "state", "noise": "x"}, "run, copy or noise"),
+    ("program/step/0", {"loop": 3}, "run, copy, noise or each"),
+    ("program/step/0", {"copy": "state", "to": "state", "noise": "x"}, "run, copy, noise or each"),
     ("program/step/0", [], "an instruction"),
     ("program/step/0/run", "absent", "graph"),
     ("program/step/0/run", {}, "a string"),
@@ -430,6 +439,60 @@ def test_broken_manifests_are_refused(path: str, value: Any, message: str) -> No
     refuse(lambda: parse_manifest(changed(path, value)), message)
 
 
+UPDATE = "program/step/-1"
+COPY = {"copy": "state", "to": "noise"}
+
+REFUSED_LEAN = [
+    ("buffers/x.1/shape", ["B", 3, "C"], "to have C first"),
+    ("buffers/x.1/shape", ["B", "C", "L"], "to have C first"),
+    ("buffers/x.1/shape", ["B", "C", "C"], "to have C first"),
+    ("buffers/x.1/shape", ["C", "B", 16], "first axis"),
+    ("buffers/pixels.1/shape", ["B", "C", 1023], "inside buffer"),
+    ("buffers/x.1/shape", ["B", "C", 15], "a copy of slices"),
+    ("buffers/x.1/kind", "output", "temporary"),
+    ("buffers/state/shape/1", "C", "buffer 'state'"),
+    ("graphs/update/inputs/pixels/shape/1", "C", "known sizes"),
+    (f"{UPDATE}/each", "B", "each slice of a size"),
+    (f"{UPDATE}/each", "C", "each slice of a size"),
+    (f"{UPDATE}/each", "step", "each slice of a size"),
+    (f"{UPDATE}/each", "T", "to be a slice"),
+    (f"{UPDATE}/each", 3, "a string"),
+    (f"{UPDATE}/do", DELETED, "'do'"),
+    (f"{UPDATE}/do", [], "something to do"),
+    (f"{UPDATE}/do", {}, "a list"),
+    (f"{UPDATE}/do/0", {"each": "L", "do": [COPY]}, "run or copy"),
+    (f"{UPDATE}/do/0", {"noise": "noise", "image": "image", "graph": "patchify"}, "run or copy"),
+    (f"{UPDATE}/do/0/chunk", "L", "no slices of 'pixel.1'"),
+    (f"{UPDATE}/do/0/dims", {"L": "S"}, "as it is"),
+    (f"{UPDATE}/do/0/run", "absent", "graph"),
+    (f"{UPDATE}/do/0/run", "caption", "run with"),
+    (f"{UPDATE}/do/0/outputs/pixels", {"buffer": "pixels.1", "start": [0, 0, 0]}, "a slice"),
+    (f"{UPDATE}/do/1/inputs/pixels", "absent", "buffer"),
+    (f"{UPDATE}/do/2/copy", "x.1", "a copy of slices"),
+    (f"{UPDATE}/do/2/copy", "absent", "buffer"),
+    (f"{UPDATE}/do/2/to", "image", "a copy of slices"),
+    (f"{UPDATE}/do/2/to", "latent", "one a program writes"),
+    (f"{UPDATE}/do/2", {"copy": "image", "to": "noise_image"}, "a copy of slices"),
+    ("program/step/0/inputs/x", "x.1", "to be a slice"),
+    ("program/step/2", {"copy": "x.1", "to": "x.2"}, "buffer like it"),
+    ("program/step/2/inputs/k", "x.1", "to be a slice"),
+    ("buckets/tiny/chunk_tokens", 32, "in the arena"),
+]
+"""Of a lean program."""
+
+
+@pytest.mark.parametrize(("path", "value", "message"), REFUSED_LEAN)
+def test_broken_lean_manifests_are_refused(path: str, value: Any, message: str) -> None:
+    refuse(lambda: parse_manifest(changed(path, value, "lean")), message)
+
+
+@pytest.mark.parametrize("change", [{"chunk": None}, {"dims": {"Q": "L"}}])
+def test_a_run_for_each_slice_may_say_what_changes_nothing(change: Tree) -> None:
+    tree = copy.deepcopy(TREES["lean"])
+    tree["program"]["step"][-1]["do"][0] |= change
+    decode_everywhere(parse_manifest(json.dumps(tree)))
+
+
 @pytest.mark.parametrize(
     ("path", "value", "message"),
     [
@@ -440,7 +503,7 @@ def test_broken_manifests_are_refused(path: str, value: Any, message: str) -> No
     ],
 )
 def test_broken_manifests_of_any_times(path: str, value: Any, message: str) -> None:
-    text = changed(path, value, arbitrary=True)
+    text = changed(path, value, True)
     if message:
         refuse(lambda: parse_manifest(text), message)
     else:
@@ -585,10 +648,10 @@ def decode_everywhere(
             decoder.decode(latent, caption, times=times, rule=rule, noise=noise)
 
 
-@pytest.mark.parametrize("arbitrary", [False, True])
+@pytest.mark.parametrize("kind", MANIFESTS)
 @pytest.mark.parametrize("whole_batches", [False, True])
-def test_a_valid_program_stays_in_its_arena(arbitrary: bool, whole_batches: bool) -> None:
-    decode_everywhere(MANIFESTS[arbitrary], most_steps=100, whole_batches=whole_batches)
+def test_a_valid_program_stays_in_its_arena(kind: Kind, whole_batches: bool) -> None:
+    decode_everywhere(MANIFESTS[kind], most_steps=100, whole_batches=whole_batches)
 
 
 def places_in(node: Any, place: Place = ()) -> list[Place]:
@@ -605,7 +668,7 @@ def places_in(node: Any, place: Place = ()) -> list[Place]:
 
 
 PLACES = {key: places_in(tree) for key, tree in TREES.items()}
-SYMBOLS = ["B", "T", "h", "w", "Hs", "Ws", "H", "W", "L", "S", "N", "row", "step", "Q"]
+SYMBOLS = ["B", "T", "h", "w", "Hs", "Ws", "H", "W", "L", "S", "N", "C", "row", "step", "Q"]
 SCALARS = st.one_of(
     st.integers(-1, 70),
     st.sampled_from([256, 1024, 2**24, 2**31, 2**53, 10**30, 0.5, 1e308, math.nan, -1.0]),
@@ -624,9 +687,9 @@ VALUES = st.recursive(
 @st.composite
 def mutated(draw: st.DrawFn) -> str:
     """A manifest with a few values deleted, replaced, moved or repeated, as text."""
-    arbitrary = draw(st.booleans())
-    tree = copy.deepcopy(TREES[arbitrary])
-    places = st.sampled_from(PLACES[arbitrary])
+    kind = draw(st.sampled_from(list(TREES)))
+    tree = copy.deepcopy(TREES[kind])
+    places = st.sampled_from(PLACES[kind])
     for _ in range(draw(st.integers(1, 3))):
         place, other = draw(places), draw(places)
         how = draw(st.sampled_from(["replace", "delete", "move", "repeat"]))

@@ -83,6 +83,9 @@ public:
     LoadedGraphs& operator=(const LoadedGraphs&) = delete;
     virtual ~LoadedGraphs() = default;
 
+    // The bundle's manifest, with the program that is run and its buffers.
+    virtual const Manifest& manifest() const = 0;
+
     // The memory of one more decoder.
     virtual Memory memory(const RunOptions& options) = 0;
 

@@ -240,7 +240,7 @@ public:
 
     std::unique_ptr<Graphs> graphs(Memory&, const RunOptions&) override;
 
-    const Manifest& manifest() const { return manifest_; }
+    const Manifest& manifest() const override { return manifest_; }
 
     Call bind(const std::string& graph, const Bindings& tensors) {
         const Graph& described = manifest_.graphs.at(graph);

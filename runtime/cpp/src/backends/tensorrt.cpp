@@ -85,7 +85,7 @@ class LoadedEngines : public LoadedGraphs {
 public:
     LoadedEngines(std::filesystem::path bundle, const Manifest& manifest, EngineSet set,
                   std::shared_ptr<CudaDevice> device, std::size_t threads)
-        : bundle_(std::move(bundle)), manifest_(manifest), set_(std::move(set)),
+        : bundle_(std::move(bundle)), manifest_(set.run_by(manifest)), set_(std::move(set)),
           device_(std::move(device)), threads_(threads) {
         device_->make_current();
         runtime_.reset(nvinfer1::createInferRuntime(logger_));
@@ -109,7 +109,7 @@ public:
 
     std::unique_ptr<Graphs> graphs(Memory& memory, const RunOptions& options) override;
 
-    const Manifest& manifest() const { return manifest_; }
+    const Manifest& manifest() const override { return manifest_; }
     const EngineSet& set() const { return set_; }
     std::string last_error() { return logger_.last(); }
 
@@ -145,7 +145,7 @@ public:
 
 private:
     std::filesystem::path bundle_;
-    const Manifest& manifest_;
+    Manifest manifest_; // as the set runs it
     EngineSet set_;
     std::shared_ptr<CudaDevice> device_; // keeps the GPU's context, which decoders use too
     std::size_t threads_;

@@ -155,8 +155,14 @@ EngineSet read_engine_set(const Manifest& manifest, const std::string& name, con
             check_engine(what, described->second, read.back());
         }
     }
+    if (value.contains("program") && !object(value["program"], where + ", program").empty()) {
+        set.buffers = read_buffers(value, where);
+        set.program = read_program(value, where);
+        check_program(set.run_by(manifest));
+    }
+    const Manifest run = set.run_by(manifest);
     for (const auto& [bucket, plan] : object(member(value, "buckets", where), where).items())
-        set.buckets.emplace(bucket, read_engine_bucket(manifest, bucket, plan,
+        set.buckets.emplace(bucket, read_engine_bucket(run, bucket, plan,
                                                        "bucket " + shown(bucket) + " of " + where));
     return set;
 }
@@ -240,6 +246,15 @@ void check_engines(const std::filesystem::path& bundle, const Manifest& manifest
 
 std::string EngineSet::build_command(const std::filesystem::path& bundle) const {
     return command_for(bundle, flavor, joined(targets, ","));
+}
+
+Manifest EngineSet::run_by(const Manifest& manifest) const {
+    Manifest run = manifest;
+    if (!program.empty()) {
+        run.buffers = buffers;
+        run.program = program;
+    }
+    return run;
 }
 
 EngineUse engine_for(const EngineSet& set, const std::string& graph, const Sizes& sizes) {

@@ -56,6 +56,12 @@ struct EngineSet {
     std::map<std::string, std::vector<Engine>> graphs;
     // The buckets it was built for.
     std::map<std::string, EngineBucket> buckets;
+    // What it runs in place of the bundle's program, and its buffers; empty if it runs that one.
+    std::map<std::string, Buffer> buffers;
+    std::map<std::string, std::vector<Instruction>> program;
+
+    // The bundle's manifest with the buffers and the program that this set runs.
+    Manifest run_by(const Manifest& manifest) const;
 
     // The command that builds such a set anew.
     std::string build_command(const std::filesystem::path& bundle) const;

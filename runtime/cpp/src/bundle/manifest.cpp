@@ -176,17 +176,42 @@ Run read_run(const Json& value, const std::string& where) {
     return run;
 }
 
+Instruction read_instruction(const Json& value, const std::string& where);
+
+Each read_each(const Json& value, const std::string& where) {
+    Each each;
+    each.axis = text(value["each"], where + ", axis");
+    const std::string parts = where + ", do";
+    for (const Json& part : list(member(value, "do", where), parts)) {
+        if (part.contains("each") || part.contains("noise"))
+            refuse("expected run or copy in ", parts, ", but got ", shown(part));
+        Instruction instruction = read_instruction(part, parts);
+        if (auto* run = std::get_if<Run>(&instruction)) {
+            if (!run->chunk.empty())
+                refuse("expected no slices of '", run->graph, "' of its own in ", parts,
+                       ", but the manifest has ", shown(run->chunk), "; export the bundle again");
+            run->chunk = each.axis;
+            each.parts.emplace_back(std::move(*run));
+        } else {
+            each.parts.emplace_back(std::get<Copy>(std::move(instruction)));
+        }
+    }
+    return each;
+}
+
 Instruction read_instruction(const Json& value, const std::string& where) {
     object(value, where);
     const bool run = value.contains("run"), copy = value.contains("copy"),
-               noise = value.contains("noise");
-    if (run + copy + noise != 1)
-        refuse("expected run, copy or noise in ", where, ", but got ", shown(value));
+               noise = value.contains("noise"), each = value.contains("each");
+    if (run + copy + noise + each != 1)
+        refuse("expected run, copy, noise or each in ", where, ", but got ", shown(value));
     if (run)
         return read_run(value, where);
     if (copy)
         return Copy{text(value["copy"], where + ", source"),
                     text(member(value, "to", where), where + ", target")};
+    if (each)
+        return read_each(value, where);
     return Noise{text(value["noise"], where + ", target"),
                  text(member(value, "image", where), where + ", image"),
                  text(member(value, "graph", where), where + ", graph")};
@@ -279,17 +304,58 @@ Model read_model(const Json& value, const std::string& where) {
 
 namespace {
 
+// The buffers whose contents from before an instruction uses, and those it writes.
+struct Uses {
+    std::set<std::string> reads;
+    std::set<std::string> writes;
+
+    void read(const std::string& name) {
+        if (writes.count(name) == 0)
+            reads.insert(name);
+    }
+    void add(const Run& run) {
+        for (const auto& [port, operand] : run.inputs)
+            read(operand.buffer);
+        for (const auto& [port, operand] : run.outputs)
+            writes.insert(operand.buffer);
+    }
+    void add(const Copy& copy) {
+        read(copy.source);
+        writes.insert(copy.target);
+    }
+};
+
 // A member of the manifest that is an object of parts, each read by `read`.
 template <typename Part, typename Read>
-std::map<std::string, Part> read_parts(const Json& raw, const char* name, Read read) {
-    const std::string where = std::string(manifest_file) + ", " + name;
+std::map<std::string, Part> read_parts(const Json& raw, const std::string& whole, const char* name,
+                                       Read read) {
+    const std::string where = whole + ", " + name;
     std::map<std::string, Part> parts;
-    for (const auto& [key, value] : object(member(raw, name, manifest_file), where).items())
+    for (const auto& [key, value] : object(member(raw, name, whole), where).items())
         parts.emplace(plain_name(key, where), read(value, where));
     return parts;
 }
 
 } // namespace
+
+SymbolicShape Each::slice_of(const Buffer& buffer) const {
+    SymbolicShape shape = buffer.shape;
+    std::replace(shape.begin(), shape.end(), Size(chunk_symbol), Size(axis));
+    return shape;
+}
+
+std::vector<Run> runs_of(const Instruction& instruction) {
+    if (const auto* run = std::get_if<Run>(&instruction))
+        return {*run};
+    if (const auto* noise = std::get_if<Noise>(&instruction))
+        return {noise->patchify()};
+    std::vector<Run> runs;
+    if (const auto* each = std::get_if<Each>(&instruction))
+        for (const auto& part : each->parts)
+            if (const auto* run = std::get_if<Run>(&part))
+                runs.push_back(*run);
+    return runs;
+}
 
 Run Noise::patchify() const {
     return {graph, {{"image", {image, {}}}}, {{"tokens", {target, {}}}}, "", {}};
@@ -305,6 +371,25 @@ Bucket read_bucket(const Json& value, const std::string& where) {
     for (const auto& [name, offset] : object(member(value, "offsets", where), offsets).items())
         bucket.offsets[plain_name(name, offsets)] = integer(offset, offsets);
     return bucket;
+}
+
+std::map<std::string, Buffer> read_buffers(const Json& raw, const std::string& where) {
+    const std::string buffers = where + ", buffers";
+    std::map<std::string, Buffer> read;
+    for (const auto& [name, value] : object(member(raw, "buffers", where), buffers).items())
+        read.emplace(plain_name(name, buffers), read_buffer(name, value, buffers));
+    return read;
+}
+
+std::map<std::string, std::vector<Instruction>> read_program(const Json& raw,
+                                                             const std::string& where) {
+    return read_parts<std::vector<Instruction>>(
+        raw, where, "program", [](const Json& section, const std::string& at) {
+            std::vector<Instruction> instructions;
+            for (const Json& instruction : list(section, at))
+                instructions.push_back(read_instruction(instruction, at));
+            return instructions;
+        });
 }
 
 Table read_table(const Json& source, const std::string& what) {
@@ -371,22 +456,15 @@ Manifest Manifest::parse(std::string_view text_of_file) {
     const Json down = network.value("latent_down", Json());
     manifest.model.latent_down = down.is_number_unsigned() ? down.get<std::uint64_t>() : 0;
     manifest.sampler = read_sampler(member(raw, "sampler", where), where + ", sampler");
-    manifest.files = read_parts<File>(raw, "files", [](const Json& file, const std::string& at) {
-        return File{integer(member(object(file, at), "bytes", at), at + ", bytes"),
-                    text(member(file, "sha256", at), at + ", sha256")};
-    });
-    manifest.graphs = read_parts<Graph>(raw, "graphs", read_graph);
-    const std::string buffers = where + ", buffers";
-    for (const auto& [name, value] : object(member(raw, "buffers", where), buffers).items())
-        manifest.buffers.emplace(plain_name(name, buffers), read_buffer(name, value, buffers));
-    manifest.buckets = read_parts<Bucket>(raw, "buckets", read_bucket);
-    manifest.program = read_parts<std::vector<Instruction>>(
-        raw, "program", [](const Json& section, const std::string& at) {
-            std::vector<Instruction> instructions;
-            for (const Json& instruction : list(section, at))
-                instructions.push_back(read_instruction(instruction, at));
-            return instructions;
+    manifest.files =
+        read_parts<File>(raw, where, "files", [](const Json& file, const std::string& at) {
+            return File{integer(member(object(file, at), "bytes", at), at + ", bytes"),
+                        text(member(file, "sha256", at), at + ", sha256")};
         });
+    manifest.graphs = read_parts<Graph>(raw, where, "graphs", read_graph);
+    manifest.buffers = read_buffers(raw, where);
+    manifest.buckets = read_parts<Bucket>(raw, where, "buckets", read_bucket);
+    manifest.program = read_program(raw, where);
     if (raw.contains("engines")) {
         Json engines = object(raw["engines"], where + ", engines");
         for (const std::string& name : sets)
@@ -411,25 +489,23 @@ const std::pair<const std::string, Bucket>& Manifest::bucket_for(std::uint64_t t
 std::vector<std::size_t> Manifest::dependent(const std::string& section,
                                              std::set<std::string> inputs) const {
     std::vector<std::size_t> found;
-    const auto follows = [&](const auto& operands) {
-        return std::any_of(operands.begin(), operands.end(), [&](const auto& operand) {
-            return inputs.count(operand.second.buffer) > 0;
-        });
-    };
     const std::vector<Instruction>& instructions = program.at(section);
     for (std::size_t index = 0; index < instructions.size(); ++index) {
-        if (const auto* run = std::get_if<Run>(&instructions[index])) {
-            if (!follows(run->inputs))
-                continue;
-            for (const auto& [name, operand] : run->outputs)
-                inputs.insert(operand.buffer);
-            found.push_back(index);
-        } else if (const auto* copy = std::get_if<Copy>(&instructions[index])) {
-            if (inputs.count(copy->source) == 0)
-                continue;
-            inputs.insert(copy->target);
-            found.push_back(index);
-        }
+        Uses uses;
+        if (const auto* run = std::get_if<Run>(&instructions[index]))
+            uses.add(*run);
+        else if (const auto* copy = std::get_if<Copy>(&instructions[index]))
+            uses.add(*copy);
+        else if (const auto* each = std::get_if<Each>(&instructions[index]))
+            for (const auto& part : each->parts)
+                std::visit([&](const auto& one) { uses.add(one); }, part);
+        const bool follows =
+            std::any_of(uses.reads.begin(), uses.reads.end(),
+                        [&](const std::string& name) { return inputs.count(name) > 0; });
+        if (!follows)
+            continue;
+        inputs.insert(uses.writes.begin(), uses.writes.end());
+        found.push_back(index);
     }
     return found;
 }

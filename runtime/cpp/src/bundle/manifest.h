@@ -117,7 +117,20 @@ struct Noise {
     Run patchify() const;
 };
 
-using Instruction = std::variant<Run, Copy, Noise>;
+// For each slice of an axis, one after another: all of `parts` in order. Its runs are cut along the
+// axis, which is their `chunk`; its copies are of the slice too.
+struct Each {
+    std::string axis;
+    std::vector<std::variant<Run, Copy>> parts;
+
+    // The shape of a slice of a buffer, in which the axis is the slice's length.
+    SymbolicShape slice_of(const Buffer& buffer) const;
+};
+
+using Instruction = std::variant<Run, Copy, Noise, Each>;
+
+// What an instruction runs, or may run.
+std::vector<Run> runs_of(const Instruction& instruction);
 
 // Parts of a program: once; once per step before the first; per step; then one of the last two.
 constexpr std::array<const char*, 5> sections{"prologue", "timestep", "step", "image",

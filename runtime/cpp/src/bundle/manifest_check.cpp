@@ -20,6 +20,7 @@ constexpr std::uint64_t most_tokens_per_latent = 1024;
 using Names = std::set<std::string>;
 
 const Names size_symbols{"B", "T", "h", "w", "Hs", "Ws", "H", "W", "L", "S", "N"};
+const Names buffer_symbols{"B", "T", "h", "w", "Hs", "Ws", "H", "W", "L", "S", "N", chunk_symbol};
 const Names reserved_symbols{"B", "row", "step"};
 const Names precisions{"fp32", "fp16", "bf16"};
 const Names kinds{"input", "schedule", "table", "constant", "temporary", "output"};
@@ -134,10 +135,26 @@ SymbolicShape table_shape(const Table& table) {
     return {"L", pixels.patch_size, pixels.size / 2};
 }
 
+// Whether a buffer has place for a slice alone.
+bool holds_slice(const Buffer& buffer) {
+    return has_symbol(buffer.shape, chunk_symbol);
+}
+
 void check_buffer(const std::string& name, const Buffer& buffer) {
     const std::string what = "buffer '" + name + "'";
-    check_shape(what, buffer.shape, &size_symbols);
+    check_shape(what, buffer.shape, &buffer_symbols);
     require(kinds.count(buffer.kind) > 0, what + " of a known kind", shown(buffer.kind));
+    if (holds_slice(buffer)) {
+        const auto first = buffer.shape.begin() + (buffer.shape[0] == Size("B") ? 1 : 0);
+        const bool sliced = *first == Size(chunk_symbol) &&
+                            std::all_of(first + 1, buffer.shape.end(), [](const Size& size) {
+                                return std::holds_alternative<std::uint64_t>(size);
+                            });
+        require(sliced, text_of(what, " to have ", chunk_symbol, " first and no other size"),
+                text_of(buffer.shape));
+        require(buffer.kind == "temporary", what + " of a slice to be temporary",
+                shown(buffer.kind));
+    }
     if (const auto* table = std::get_if<Table>(&buffer.source)) {
         require(buffer.dtype == DType::float32 && buffer.shape == table_shape(*table),
                 what + " as its table", text_of(buffer.shape));
@@ -230,6 +247,11 @@ void check_operands(const Manifest& manifest, const Run& run,
                 name_of(buffer.dtype));
         check_shape(what, port.shape, &symbols);
         check_start(what, operand->second, buffer);
+        if (holds_slice(buffer))
+            require(!run.chunk.empty() && has_symbol(port.shape, run.chunk) &&
+                        operand->second.start.empty(),
+                    what + " to be a slice, in '" + operand->second.buffer + "'",
+                    text_of(port.shape));
         if (!run.chunk.empty() && has_symbol(port.shape, run.chunk))
             require(cut_first(port.shape, run.chunk), what + " to have " + run.chunk + " first",
                     text_of(port.shape));
@@ -257,11 +279,33 @@ void check_run(const Manifest& manifest, const Run& run) {
                     "outputs of '" + run.graph + "' cut along " + run.chunk, shown(name));
 }
 
+void check_each(const Manifest& manifest, const Each& each) {
+    require(each.axis != "B" && size_symbols.count(each.axis) > 0, "each slice of a size",
+            shown(each.axis));
+    require(!each.parts.empty(), "something to do for each slice of " + each.axis, "nothing");
+    for (const auto& part : each.parts) {
+        if (const auto* run = std::get_if<Run>(&part)) {
+            require(run->dims.count(each.axis) == 0,
+                    each.axis + " in '" + run->graph + "' as it is", "other");
+            check_run(manifest, *run);
+            continue;
+        }
+        const Copy& copy = std::get<Copy>(part);
+        const Buffer& source = named(manifest.buffers, copy.source, "buffer");
+        const Buffer& target = written(manifest, copy.target);
+        const SymbolicShape shape = each.slice_of(source);
+        require(source.dtype == target.dtype && shape == each.slice_of(target) &&
+                    cut_first(shape, each.axis),
+                "a copy of slices of '" + copy.source + "' to a buffer like it",
+                shown(copy.target));
+    }
+}
+
 void check_instruction(const Manifest& manifest, const std::string& section,
                        const Instruction& instruction) {
     if (const auto* copy = std::get_if<Copy>(&instruction)) {
         const Buffer& source = named(manifest.buffers, copy->source, "buffer");
-        require(alike(source, written(manifest, copy->target)),
+        require(alike(source, written(manifest, copy->target)) && !holds_slice(source),
                 "a copy of '" + copy->source + "' to a buffer like it", shown(copy->target));
     } else if (const auto* noise = std::get_if<Noise>(&instruction)) {
         require(section == "prologue" || section == "step", "noise in prologue or step", section);
@@ -272,6 +316,8 @@ void check_instruction(const Manifest& manifest, const std::string& section,
         require(alike(written(manifest, noise->target), manifest.buffers.at("state")),
                 "noise of the state's shape", shown(noise->target));
         check_run(manifest, noise->patchify());
+    } else if (const auto* each = std::get_if<Each>(&instruction)) {
+        check_each(manifest, *each);
     } else {
         check_run(manifest, std::get<Run>(instruction));
     }
@@ -281,13 +327,17 @@ void check_instruction(const Manifest& manifest, const std::string& section,
 void check_extent(const Manifest& manifest, const Run& run, const Sizes& sizes) {
     const Graph& graph = manifest.graphs.at(run.graph);
     const Sizes local = sizes.extended(run.dims);
+    Sizes cut = local;
+    if (!run.chunk.empty())
+        cut.set(run.chunk, std::min(local.value(run.chunk), sizes.value(chunk_symbol)));
     const auto check = [&](const std::map<std::string, Port>& ports,
                            const std::map<std::string, Operand>& operands) {
         for (const auto& [name, port] : ports) {
             const Operand& operand = operands.at(name);
-            const SymbolicShape& shape = manifest.buffers.at(operand.buffer).shape;
-            const std::uint64_t end =
-                sum(sizes.index(shape, operand.start), local.count(port.shape));
+            const Buffer& buffer = manifest.buffers.at(operand.buffer);
+            const SymbolicShape& shape = buffer.shape;
+            const std::uint64_t end = sum(sizes.index(shape, operand.start),
+                                          (holds_slice(buffer) ? cut : local).count(port.shape));
             require(end <= sizes.count(shape),
                     text_of("'", name, "' of graph '", run.graph, "' inside buffer '",
                             operand.buffer, "'"),
@@ -321,8 +371,10 @@ void check_bucket(const Manifest& manifest, const std::string& name, const Bucke
             "an offset of " + what + " for every buffer", "other names");
     // Byte counts are products of sizes: within the bucket they are largest at one of these two.
     const std::uint64_t rows = manifest.sampler.max_steps;
-    const std::array<Sizes, 2> largest{Sizes::of_column(manifest.network, rows, bucket.max_tokens),
-                                       Sizes::of_row(manifest.network, rows, bucket.max_tokens)};
+    std::array<Sizes, 2> largest{Sizes::of_column(manifest.network, rows, bucket.max_tokens),
+                                 Sizes::of_row(manifest.network, rows, bucket.max_tokens)};
+    for (Sizes& sizes : largest)
+        sizes.set(chunk_symbol, bucket.chunk_tokens);
     std::uint64_t total = 0;
     for (const auto& [buffer_name, buffer] : manifest.buffers) {
         const std::uint64_t bytes = std::max(largest[0].bytes(buffer.dtype, buffer.shape),
@@ -337,12 +389,9 @@ void check_bucket(const Manifest& manifest, const std::string& name, const Bucke
             text_of("an arena of ", what, " of ", total, " bytes or less"), bucket.arena_bytes);
     for (const auto& [section, instructions] : manifest.program) {
         for (const Instruction& instruction : instructions) {
-            for (const Sizes& sizes : largest) {
-                if (const auto* run = std::get_if<Run>(&instruction))
-                    check_extent(manifest, *run, sizes);
-                else if (const auto* noise = std::get_if<Noise>(&instruction))
-                    check_extent(manifest, noise->patchify(), sizes);
-            }
+            for (const Run& run : runs_of(instruction))
+                for (const Sizes& sizes : largest)
+                    check_extent(manifest, run, sizes);
         }
     }
 }
@@ -351,15 +400,25 @@ void check_manifest(const Manifest& manifest) {
     check_files(manifest);
     check_network(manifest);
     check_sampler(manifest.sampler);
-    for (const auto& [name, buffer] : manifest.buffers)
-        check_buffer(name, buffer);
-    check_interface(manifest);
     for (const auto& [name, graph] : manifest.graphs) {
         for (const auto& [port_name, port] : graph.inputs)
             check_shape("'" + port_name + "' of graph '" + name + "'", port.shape, nullptr);
-        for (const auto& [port_name, port] : graph.outputs)
+        for (const auto& [port_name, port] : graph.outputs) {
+            require(graph.inputs.count(port_name) == 0,
+                    "other outputs than inputs of graph '" + name + "'", shown(port_name));
             check_shape("'" + port_name + "' of graph '" + name + "'", port.shape, nullptr);
+        }
     }
+    check_program(manifest);
+    require(!manifest.buckets.empty(), "a bucket", "none");
+    for (const auto& [name, bucket] : manifest.buckets)
+        check_bucket(manifest, name, bucket);
+}
+
+void check_program(const Manifest& manifest) {
+    for (const auto& [name, buffer] : manifest.buffers)
+        check_buffer(name, buffer);
+    check_interface(manifest);
     for (const char* section : sections)
         named(manifest.program, section, "program section");
     require(manifest.program.size() == sections.size(), "just the five sections of a program",
@@ -373,9 +432,6 @@ void check_manifest(const Manifest& manifest) {
         for (const Instruction& instruction : instructions)
             check_instruction(manifest, section, instruction);
     }
-    require(!manifest.buckets.empty(), "a bucket", "none");
-    for (const auto& [name, bucket] : manifest.buckets)
-        check_bucket(manifest, name, bucket);
 }
 
 } // namespace pid::core

@@ -24,6 +24,9 @@ void require(bool condition, const Wanted& wanted, const Got& got,
 // or promises the impossible.
 void check_manifest(const Manifest& manifest);
 
+// The part of that about buffers and instructions.
+void check_program(const Manifest& manifest);
+
 // Whether so many bytes may lie at an offset.
 bool lies_in_arena(const Bucket& bucket, std::uint64_t offset, std::uint64_t bytes);
 

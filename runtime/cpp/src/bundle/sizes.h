@@ -28,6 +28,9 @@ using SymbolicShape = std::vector<Size>;
 std::string text_of(const SymbolicShape& shape);
 bool has_symbol(const SymbolicShape& shape, const std::string& symbol);
 
+// The first size of a buffer that holds no more than a slice: the tokens of a bucket's chunk.
+constexpr const char* chunk_symbol = "C";
+
 // Products and sums that stop at `too_much` in place of an overflow; everything allowed is smaller.
 constexpr std::uint64_t too_much = std::uint64_t{1} << 62U;
 std::uint64_t product(std::uint64_t a, std::uint64_t b);
@@ -47,7 +50,7 @@ struct Network {
     std::uint64_t least_tokens() const { return product(tokens_per_latent, tokens_per_latent); }
 };
 
-// Values of the symbols of one decode.
+// Values of the symbols of one decode; in a bucket there is that of `chunk_symbol` too.
 class Sizes {
 public:
     // The sizes of a decode of `batch` latents.
