@@ -57,7 +57,7 @@ def _parser() -> console.ArgumentParser:
     parser.add_argument(
         "--plan",
         default="fast",
-        help="fast, or lean: less memory, by stages in smaller parts",
+        help="fast, or lean: less memory, by smaller parts and 1 to 3 %% more work",
     )
     parser.add_argument(
         "--opt-level", type=int, default=3, metavar="N", help="how long to search: 0 to 5"
