@@ -68,15 +68,19 @@ def assert_decodes_alike(bundle: Path, tmp_path: Path, backend: str, tokens: int
         copy_with(bundle, tmp_path / "whole", manifest),
         copy_with(bundle, tmp_path / "lean", changed),
     )
-    for batch, height, width in ((1, 2, 3), (2, 3, 1), (3, 1, 2), (1, 1, 1)):
-        latent = normal(batch, network["latent_channels"], height, width, seed=batch)
-        caption = normal(1, 3, network["text_dim"], seed=9)
-        times = None if manifest.sampler.times else (0.9, 0.4, 0.0)
-        images: list[Any] = []
-        for each in pair:
-            with Decoder.open(each, backend) as decoder:
-                images.append(decoder.decode(latent, caption, times=times, seed=4, sigma=0.25))
-        assert_equal(*images, tolerance=0)
+    times = None if manifest.sampler.times else (0.9, 0.4, 0.0)
+    caption = normal(1, 3, network["text_dim"], seed=9)
+    latents = [
+        normal(batch, network["latent_channels"], height, width, seed=batch)
+        for batch, height, width in ((1, 2, 3), (2, 3, 1), (3, 1, 2), (1, 1, 1))
+    ]
+    images: list[list[Any]] = []
+    for each in pair:
+        with Decoder.open(each, backend, threads=1) as decoder:
+            options: dict[str, Any] = {"times": times, "seed": 4, "sigma": 0.25}
+            images.append([decoder.decode(each, caption, **options) for each in latents])
+    for want, got in zip(*images, strict=True):
+        assert_equal(got, want, tolerance=0)
 
 
 @pytest.mark.parametrize("tokens", [5, 4096])
