@@ -31,6 +31,7 @@ from pid_export.graphs import GraphExporter
 from pid_ref.checkpoint import state_shapes
 from pid_ref.config import PidConfig
 from pid_ref.weights import RandomWeights
+from pid_runtime.backends import onnxruntime
 from pid_runtime.bundle.files import write_whole
 from pid_runtime.bundle.folder import read_manifest
 from places import GOLDEN
@@ -145,7 +146,8 @@ def _traces_are_shared(shared_folder: Path) -> None:
 def _torch_exports_quickly() -> Iterator[None]:
     """torch collects its operators for every stage it exports, which is a third of the time.
 
-    A tenth goes into asking, a million times, whether to log the arithmetic of sizes.
+    A tenth goes into asking, a million times, whether to log the arithmetic of sizes; a fifth into
+    keeping results of operators, of which a stage has few twice.
     """
     with pytest.MonkeyPatch.context() as patch:
         collect = staticmethod(functools.cache(ONNXRegistry.from_torchlib))
@@ -153,6 +155,18 @@ def _torch_exports_quickly() -> Iterator[None]:
         find = functools.cache(torch_export._materialize_cpp_cia_ops)
         patch.setattr(torch_export, "_materialize_cpp_cia_ops", find)
         patch.setattr(sym_node.sym_node_log, "debug", lambda *_: None)
+        patch.setattr(torch._dynamo.config, "fake_tensor_cache_enabled", False)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _onnx_runtime_has_one_thread() -> Iterator[None]:
+    """A bundle is many sessions, and new threads of each spin: nine tenths of opening a small one.
+
+    Tests that are about threads ask for them.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(onnxruntime, "core_count", lambda: 1)
         yield
 
 

@@ -50,7 +50,7 @@ def get_dependencies(folder: Path, onnxruntime: object) -> tuple[int, str]:
 
 QUICK = {
     "CMAKE_BUILD_TYPE": "Debug",
-    "CMAKE_CXX_FLAGS_DEBUG": "-O1",
+    "CMAKE_CXX_FLAGS_DEBUG": "-Og",
     "CMAKE_UNITY_BUILD": "ON",
     "CMAKE_UNITY_BUILD_BATCH_SIZE": "0",
 }

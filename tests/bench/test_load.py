@@ -29,6 +29,6 @@ def test_a_server_beside_a_bare_decoder(
             assert 0 < row["p50"] <= row["p99"] and row["per_second"] > 0
         assert rows[1]["memory_bytes"] > 2**20
         assert "change --requests" in refusal(load.main, *given, "--requests", 2)
-    with running(golden_bundle, "--max-result", 1) as (port, _):
+    with running(golden_bundle, "--threads", 1, "--max-result", 1) as (port, _):
         given[2] = f"http://127.0.0.1:{port}"
         assert "expected 200 of the server, but got 413" in refusal(load.main, *given, *few)

@@ -266,7 +266,7 @@ def test_tokens(golden_bundle: Path) -> None:
 
 
 def test_the_command_answers_what_was_asked_before_it_ends(golden_bundle: Path) -> None:
-    with running(golden_bundle) as (port, pid):
+    with running(golden_bundle, "--threads", 1) as (port, pid):
         answers: list[Answer] = []
         latent = save({"latent": np.zeros((16, 12, 12), np.float32)})
         asking = threading.Thread(

@@ -21,7 +21,7 @@ def resident():
 def decode(decoder):
     decoder.decode(np.zeros((2, 16, 16, 16), np.float32))
 
-with Bundle.open(sys.argv[1]) as bundle:
+with Bundle.open(sys.argv[1], threads=1) as bundle:
     with bundle.decoder() as decoder:
         decode(decoder)
         before_close = resident()

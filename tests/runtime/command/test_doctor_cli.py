@@ -1,5 +1,6 @@
 """`pid-doctor` on machines that are none: with and without packages, drivers and GPUs."""
 
+import functools
 import importlib.metadata
 import json
 from collections.abc import Callable
@@ -60,6 +61,15 @@ def nvidia_smi(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[...,
 @pytest.fixture(autouse=True)
 def _no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     install(monkeypatch, fake_cuda(Gpu(has_driver=False)))
+
+
+_packages = functools.cache(importlib.metadata.packages_distributions)
+
+
+@pytest.fixture(autouse=True)
+def _packages_are_listed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two lists of all that is installed are a fifth of a report."""
+    monkeypatch.setattr(importlib.metadata, "packages_distributions", _packages)
 
 
 def state_of(report: Report, name: str) -> tuple[str, str]:
