@@ -179,7 +179,7 @@ def test_requests_that_the_document_has_and_has_not(nano: Path) -> None:
 
 
 def test_mixed_load_leaves_nothing_behind(nano: Path) -> None:
-    load_leaves_nothing(nano, seconds=2.5, most_growth=2**30)
+    load_leaves_nothing(nano, seconds=1.5, most_growth=2**30)
 
 
 @pytest.mark.slow

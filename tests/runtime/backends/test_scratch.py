@@ -19,7 +19,7 @@ def resident():
         return int(file.read().split()[1]) * 4096 / 1e6
 
 def decode(decoder):
-    decoder.decode(np.zeros((2, 16, 16, 16), np.float32))
+    decoder.decode(np.zeros((2, 16, 16, 16), np.float32), steps=1)
 
 with Bundle.open(sys.argv[1], threads=1) as bundle:
     with bundle.decoder() as decoder:
