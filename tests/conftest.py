@@ -27,6 +27,9 @@ from torch.onnx._internal.exporter._registration import ONNXRegistry
 
 from altered import alter
 from pid_export.bundle import ExportOptions, export_bundle
+from pid_export.calibrate import calibrate
+from pid_export.calibration import Calibration
+from pid_export.calibration_inputs import MADE_UP, synthetic_inputs
 from pid_export.graphs import GraphExporter
 from pid_ref.checkpoint import state_shapes
 from pid_ref.config import PidConfig
@@ -214,6 +217,26 @@ def free_bundle(export_once: Callable[..., Path]) -> Path:
 def bf16_bundle(export_once: Callable[..., Path]) -> Path:
     """The same as `golden_bundle`, but in bfloat16, as engines are built from."""
     return export_once("bf16_bundle", precision="bf16")
+
+
+@pytest.fixture(scope="session")
+def calibration(golden_bundle: Path) -> Calibration:
+    """How large the numbers of `golden_bundle` are."""
+    return calibrate(
+        golden_bundle, synthetic_inputs(read_manifest(golden_bundle)), described=MADE_UP
+    )
+
+
+@pytest.fixture(scope="session")
+def fp8_bundle(export_once: Callable[..., Path], calibration: Calibration) -> Path:
+    """The same as `golden_bundle`, but in fp8."""
+    return export_once("fp8_bundle", precision="fp8", calibration=calibration)
+
+
+@pytest.fixture(scope="session")
+def fp8_twin(export_once: Callable[..., Path], calibration: Calibration) -> Path:
+    """The same as `fp8_bundle`, with float32 where that has bfloat16."""
+    return export_once("fp8_twin", precision="fp8-fp32", calibration=calibration)
 
 
 @pytest.fixture(scope="session")

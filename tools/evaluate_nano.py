@@ -11,6 +11,7 @@ is the reduced photograph itself. PSNR and SSIM over RGB, 8 bits; grid as of `qu
 import argparse
 import json
 import sys
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 from nano_photos import Pixels, load_photos
+from numpy.typing import NDArray
 from PIL import Image
 from quality import grid, psnr, resized, ssim
 
@@ -28,6 +30,7 @@ from pid_ref.registry import NANO, NANO_CONFIG, NANO_STD
 from pid_ref.sampler import sample
 from pid_runtime.bundle.files import file_sha256
 from pid_runtime.command.images import save_image, side_by_side, to_uint8
+from pid_runtime.decoder import Decoder
 from pid_runtime.nano.block_dct import decode, encode
 from pid_runtime.nano.codec import from_uint8
 from pid_runtime.noise import image_noise
@@ -45,18 +48,20 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Judge a nano decoder.")
     parser.add_argument("--folder", type=Path, required=True, help="where the photographs are kept")
     parser.add_argument("--weights", type=Path, default=NANO.file)
+    parser.add_argument(
+        "--bundle", type=Path, help="judge this bundle, by torch, instead of the reference"
+    )
     parser.add_argument("--sigmas", type=float, nargs="+", default=SIGMAS)
     parser.add_argument("--steps", type=int, nargs="+", default=STEPS)
     parser.add_argument("-o", "--output", type=Path, help="also write a JSON file")
     parser.add_argument("--sheet", type=Path, help="also write pieces of all images, side by side")
     args = parser.parse_args()
-    net = PidNet(NANO_CONFIG).eval()
-    net.load_state_dict(dict(read_checkpoint(args.weights, NANO_CONFIG)))
+    decode_one = _reference(args.weights) if args.bundle is None else _bundle(args.bundle)
     rows: list[dict[str, Any]] = []
     sheet: list[Pixels] = []
     for name, photo in load_photos(args.folder / "photos", held_out=True).items():
         for sigma in args.sigmas:
-            images = decodes(net, photo, sigma, args.steps)
+            images = decodes(decode_one, photo, sigma, args.steps)
             original = images.pop("original")
             for label, image in images.items():
                 found = {"psnr_db": psnr(original, image), "ssim": ssim(original, image)}
@@ -81,6 +86,7 @@ def main() -> int:
             "command": " ".join(["python", *sys.argv]),
             "hardware": cpu_name(),
             "versions": {name: version(name) for name in names},
+            "bundle": str(args.bundle) if args.bundle else None,
             "weights_sha256": file_sha256(args.weights),
             "rows": rows,
         }
@@ -88,7 +94,40 @@ def main() -> int:
     return 0
 
 
-def decodes(net: PidNet, photo: Pixels, sigma: float, steps: list[int]) -> dict[str, Pixels]:
+Decode = Callable[[NDArray[np.float32], float, list[NDArray[np.float32]]], NDArray[np.float32]]
+"""An image `[1, 3, H, W]` of a latent, its noise level, and as much noise as there are steps."""
+
+
+def _reference(weights: Path) -> Decode:
+    net = PidNet(NANO_CONFIG).eval()
+    net.load_state_dict(dict(read_checkpoint(weights, NANO_CONFIG)))
+    caption = torch.zeros(1, NANO_CONFIG.text_max_length, NANO_CONFIG.text_dim)
+
+    def one(
+        latent: NDArray[np.float32], sigma: float, noise: list[NDArray[np.float32]]
+    ) -> NDArray[np.float32]:
+        first, *others = map(torch.from_numpy, noise)
+        at = torch.tensor([sigma])
+        return sample(
+            net, torch.from_numpy(latent), caption, at, first, others, steps=len(noise)
+        ).numpy()
+
+    return one
+
+
+def _bundle(path: Path) -> Decode:
+    decoder = Decoder.open(path, "torch")
+
+    def one(
+        latent: NDArray[np.float32], sigma: float, noise: list[NDArray[np.float32]]
+    ) -> NDArray[np.float32]:
+        first, *others = noise
+        return decoder.decode(latent, sigma=sigma, noise=first, step_noise=others, steps=len(noise))
+
+    return one
+
+
+def decodes(decode_one: Decode, photo: Pixels, sigma: float, steps: list[int]) -> dict[str, Pixels]:
     """What the native decoder and the network make of a photograph's latent at one noise level."""
     height, width = (side // MULTIPLE * MULTIPLE for side in photo.shape[:2])
     photo = photo[:height, :width]
@@ -101,19 +140,9 @@ def decodes(net: PidNet, photo: Pixels, sigma: float, steps: list[int]) -> dict[
     for label, by in RIVALS.items():
         images[label] = resized(native, height, width, by)
     for count in steps:
-        draws = [
-            torch.from_numpy(image_noise(0, k, height, width, PATCH))[None] for k in range(count)
-        ]
-        image = sample(
-            net,
-            torch.from_numpy(latent),
-            torch.zeros(1, NANO_CONFIG.text_max_length, NANO_CONFIG.text_dim),
-            torch.tensor([sigma]),
-            draws[0],
-            draws[1:],
-            steps=count,
-        )
-        images[f"PiD, {count} step{'s' * (count > 1)}"] = to_uint8(image.numpy())[0]
+        draws = [image_noise(0, k, height, width, PATCH)[None] for k in range(count)]
+        image = decode_one(latent, sigma, draws)
+        images[f"PiD, {count} step{'s' * (count > 1)}"] = to_uint8(image)[0]
     return images
 
 

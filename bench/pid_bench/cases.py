@@ -90,7 +90,7 @@ class Case:
     """Of the image that comes out, in pixels."""
     height: int
     precision: str
-    """fp32, fp16 or bf16."""
+    """As bundles have it."""
     device: str
     """cpu or cuda."""
     threads: int

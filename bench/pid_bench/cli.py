@@ -65,7 +65,9 @@ def _parser() -> console.ArgumentParser:
         "--cascade-depth", type=float, default=1.0, metavar="SHARE", help="of their blocks, to 1"
     )
     which.add_argument("--sdx4-steps", type=int, metavar="N", help="sampler steps of vae+sdx4")
-    which.add_argument("--precision", metavar="LIST", help="fp32, fp16, bf16 (CPU: fp32)")
+    which.add_argument(
+        "--precision", metavar="LIST", help="fp32, fp16, bf16, int8; fp8 of a bundle (CPU: fp32)"
+    )
     which.add_argument("--device", help="cpu or cuda (default: cuda where there is a GPU)")
     how = parser.add_argument_group("how")
     how.add_argument("--threads", type=int, metavar="N", help="on the CPU (default: all cores)")

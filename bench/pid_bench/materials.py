@@ -31,6 +31,11 @@ def check_bundle(cases: Sequence[Case], selection: Selection) -> None:
     """Raise `BenchInputError` or `PidRuntimeError` when a given bundle cannot serve the cases."""
     path, manifest = selection.bundle, selection.manifest
     for case in cases:
+        if case.pipeline == PID and manifest is None and case.precision in ("fp8", "fp8-fp32"):
+            raise BenchInputError(
+                f"expected --bundle with --precision {case.precision}, whose scales are measured "
+                "by pid-export, but got none; export one, and name it"
+            )
         if case.pipeline != PID or manifest is None:
             continue
         backend = BACKENDS[case.backend]

@@ -8,11 +8,11 @@ from torch import Tensor
 from pid_bench.stage import Stage, normal
 from pid_bench.work import NO_WORK, Work, count_calls, total
 from pid_export.bundle import STEP_COUNTS, dimensions_of, network_of
-from pid_export.program import ProgramSpec, build_program
+from pid_export.program import ProgramSpec, RoundedParts, build_program
 from pid_ref.config import PidConfig
 from pid_ref.errors import PidInputError
 from pid_ref.network import PidNet
-from pid_runtime.backends.stages import DTYPES, build_stage
+from pid_runtime.backends.stages import ATTENTION_ENDS, DTYPES, build_stage
 from pid_runtime.bundle.manifest import Run
 from pid_runtime.bundle.sizes import ITEM_BYTES, sizes_of_request
 
@@ -63,7 +63,7 @@ def program_works(
 ) -> dict[str, dict[str, Work]]:
     """A decode by our program, by section and graph: `steps` steps, all else once.
 
-    The modulation table is "table" of the steps. precision: fp32, fp16 or bf16, as bundles have it.
+    The modulation table is "table" of the steps. precision: as bundles have it.
     Every graph is counted on all tokens at once: chunks have the same FLOP, but read their weights
     again. Raises `PidInputError` unless height and width are multiples of the network's
     `size_multiple`.
@@ -71,7 +71,7 @@ def program_works(
     h, w = _latent_size(config, height, width)
     network = network_of(config)
     dimensions = dimensions_of(network)
-    program = build_program(config, precision, KNOWN_TIMES)
+    program = build_program(config, precision, KNOWN_TIMES, _rounded(precision))
     sizes = sizes_of_request(
         network,
         config.tokens_per_latent,
@@ -98,6 +98,16 @@ def program_works(
                 work = count_calls(stage, (), inputs, times)
                 works[run.graph] = total([work, works.get(run.graph, NO_WORK)])
     return sections
+
+
+def _rounded(precision: str) -> RoundedParts | None:
+    """What a bundle rounds that keeps no graph as it is."""
+    if precision in ("int8", "int8-fp32"):
+        return RoundedParts(weights=True)
+    if precision not in ("fp8", "fp8-fp32"):
+        return None
+    scales: dict[str, float] = dict.fromkeys((*ATTENTION_ENDS, "weights"), 1.0)
+    return RoundedParts(attentions={"attention": scales, "pixel_attention": scales}, told=1.0)
 
 
 def _table(program: ProgramSpec) -> Work:

@@ -28,7 +28,15 @@ REPORT_FILE = "report.json"
 KINDS = ("measured", "counted", "reported")
 STATUSES = ("ok", "oom", "error")
 
-TOLERANCE = {"fp32": 1e-4, "fp16": 0.02, "bf16": 0.1}
+TOLERANCE = {
+    "fp32": 1e-4,
+    "fp16": 0.02,
+    "bf16": 0.1,
+    "int8": 0.1,
+    "int8-fp32": 0.1,
+    "fp8": 0.3,
+    "fp8-fp32": 0.3,
+}
 """Largest root mean square difference of two images of the same network, pixels in [-1, 1].
 
 Both have rounded in their own ways; what is miscompiled is off by about 1.

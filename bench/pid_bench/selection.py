@@ -127,7 +127,8 @@ def _exists(case: Case) -> bool:
         return False
     if case.backend == "public":
         return case.precision == "bf16"
-    return not (case.backend == "onnxruntime" and case.device == "cpu" and case.precision == "bf16")
+    no_bf16 = case.backend == "onnxruntime" and case.device == "cpu"
+    return not (no_bf16 and PRECISIONS[case.precision] == "bfloat16")
 
 
 def select(args: Namespace) -> Selection:

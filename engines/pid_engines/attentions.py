@@ -1,4 +1,4 @@
-"""The attentions of a graph, and whether float16 is enough for them."""
+"""The attentions of a graph, whether float16 is enough for them, and products of 8-bit numbers."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -39,6 +39,23 @@ def find_attentions(model: onnx.ModelProto) -> list[Attention]:
     return found
 
 
+def find_rounded_products(model: onnx.ModelProto) -> list[str]:
+    """The names of a graph's products of 8-bit numbers: both operands were such."""
+    makers = {name: node for node in model.graph.node for name in node.output}
+
+    def was_rounded(name: str) -> bool:
+        maker = makers.get(name)
+        while maker is not None and maker.op_type in _MOVES:
+            maker = makers.get(maker.input[0])
+        return maker is not None and maker.op_type == "DequantizeLinear"
+
+    return [
+        node.name
+        for node in model.graph.node
+        if node.op_type == "MatMul" and all(map(was_rounded, node.input))
+    ]
+
+
 def overflows(profiles: Sequence[Mapping[str, Sequence[int]]]) -> bool:
     """Whether an attention of this graph may see more keys than it can add up in float16.
 
@@ -48,8 +65,11 @@ def overflows(profiles: Sequence[Mapping[str, Sequence[int]]]) -> bool:
     return keys > LARGEST_FP16_KEYS
 
 
-_ELEMENTWISE = ("Add", "Cast", "Div", "Mul", "Where")
-"""What may stand between a product and the softmax: scale, mask and precision."""
+_MOVES = ("Reshape", "Transpose")
+"""What changes no number."""
+
+_ELEMENTWISE = ("Add", "Cast", "DequantizeLinear", "Div", "Mul", "QuantizeLinear", "Where")
+"""What may stand between a product and the softmax: scale, mask, precision and rounding."""
 
 
 def _product_before(

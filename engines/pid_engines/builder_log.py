@@ -17,14 +17,19 @@ class BuilderReport:
     """Device memory of an execution, per optimisation profile."""
     attentions_fused: int
     """Attentions that are one kernel in every profile."""
+    products_not_fp8: tuple[str, ...]
+    """Products that should read 8-bit numbers, and do not in every profile."""
 
 
-def read_report(log: str, attentions: Sequence[Attention], profiles: int) -> BuilderReport | str:
+def read_report(
+    log: str, attentions: Sequence[Attention], products: Sequence[str], profiles: int
+) -> BuilderReport | str:
     """What the builder's verbose log says of an engine, or what is missing in it.
 
-    The log has a number of bytes for each profile in turn. The kernels are listed in lines
-    "Name: .., LayerType: .., TacticName: .., Metadata: [ONNX Layer: NODE]..", each with the nodes
-    that it computes: an attention is fused if each profile has a kernel of an attention's tactic
+    products: of 8-bit numbers, by node. The log has a number of bytes for each profile in turn. The
+    kernels are listed in lines "Name: .., LayerType: .., Inputs: [ { .., Datatype: FP8, .. } ],
+    Constants: .., TacticName: .., Metadata: [ONNX Layer: NODE]..", each with the nodes that it
+    computes: an attention is fused if each profile has a kernel of an attention's tactic
     that computes its softmax and both products, and no other kernel computes its softmax.
     """
     scratch = tuple(map(int, re.findall(r"Total Activation Memory: (\d+) bytes", log)))
@@ -35,19 +40,48 @@ def read_report(log: str, attentions: Sequence[Attention], profiles: int) -> Bui
             f"expected the builder to report the memory of {profiles} profiles and of the weights, "
             f"but got {len(scratch)} and {len(weights)} numbers"
         )
-    kernels = [
-        ("mha" in tactic, set(re.findall(r"\[ONNX Layer: ([^\]]*)\]", nodes)))
-        for tactic, nodes in re.findall(
-            r"^Name: .*, TacticName: ([^,]*),.* Metadata:(.*)$", log, re.MULTILINE
-        )
-    ]
+    kernels = [_Kernel.read(*parts) for parts in _KERNEL.findall(log)]
     fused = 0
     for attention in attentions:
         parts = {attention.softmax, *attention.products}
         whole = [
-            is_attention and parts <= nodes
-            for is_attention, nodes in kernels
-            if attention.softmax in nodes
+            kernel.is_attention and parts <= kernel.nodes
+            for kernel in kernels
+            if attention.softmax in kernel.nodes
         ]
         fused += len(whole) >= profiles and all(whole)
-    return BuilderReport(int(weights[0]) + max(kept, default=0), scratch, fused)
+    others: list[str] = []
+    for product in products:
+        fp8 = [k.reads_fp8 for k in kernels if k.multiplies and product in k.nodes]
+        if len(fp8) < profiles or not all(fp8):
+            others.append(product)
+    return BuilderReport(int(weights[0]) + max(kept, default=0), scratch, fused, tuple(others))
+
+
+_KERNEL = re.compile(
+    r"^Name: .*?, LayerType: (\w+), Inputs: (\[.*?\]), Constants:.*?"
+    r"TacticName: ([^,]*),.* Metadata:(.*)$",
+    re.MULTILINE,
+)
+
+
+@dataclass(frozen=True)
+class _Kernel:
+    """A kernel of an engine."""
+
+    is_attention: bool
+    multiplies: bool
+    reads_fp8: bool
+    """Whether all that it reads is 8-bit numbers."""
+    nodes: frozenset[str]
+    """Of the graph, that it computes."""
+
+    @classmethod
+    def read(cls, layer: str, inputs: str, tactic: str, nodes: str) -> "_Kernel":
+        is_attention = "mha" in tactic
+        return cls(
+            is_attention,
+            is_attention or layer == "gemm",
+            set(re.findall(r"Datatype: (\w+)", inputs)) == {"FP8"},
+            frozenset(re.findall(r"\[ONNX Layer: ([^\]]*)\]", nodes)),
+        )

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pid_engines.errors import BuildError, BuildInputError
-from pid_engines.flavors import find_flavor, parse_targets
+from pid_engines.flavors import FIRST_WITH_FP8, find_flavor, parse_targets
 from pid_engines.options import PLANS, BuildOptions
 from pid_runtime.bundle.engines import Engine
+from pid_runtime.bundle.folder import read_manifest
 from pid_runtime.command import console
 
 if TYPE_CHECKING:
@@ -75,7 +76,8 @@ def _parser() -> console.ArgumentParser:
     parser.add_argument(
         "--allow-unfused",
         action="store_true",
-        help="take engines whose attention is not one kernel: slow, and large",
+        help="take engines whose attention is not one kernel, which are slow and large, or whose "
+        "rounded products are not of 8 bits",
     )
     return parser
 
@@ -105,10 +107,12 @@ def _options(args: Namespace) -> BuildOptions:
         raise BuildInputError(f"expected --jobs from 1 to 64, but got {args.jobs}")
     workspace = _parse_size(args.workspace) if args.workspace else 0
     flavor, version = find_flavor(args.flavor)
+    precision = read_manifest(args.bundle, verify=False).precision
+    oldest = FIRST_WITH_FP8 if precision == "fp8" else 0
     return BuildOptions(
         flavor=flavor,
         version=version,
-        targets=parse_targets(args.target, flavor),
+        targets=parse_targets(args.target, flavor, oldest),
         buckets=_parse_buckets(args.buckets),
         plan=args.plan,
         opt_level=args.opt_level,

@@ -45,6 +45,9 @@ OLDEST_POLYGRAPHY = "0.53.6"
 FIRST_WITH_BF16 = 80
 """Oldest architecture with bfloat16 arithmetic, as the number in its name."""
 
+FIRST_WITH_FP8 = 89
+"""Oldest architecture that multiplies 8-bit floats."""
+
 
 def architecture(target: str) -> int:
     """The number of a target: 86 for sm86."""
@@ -126,14 +129,16 @@ def gpu_target() -> str:
         ) from None
 
 
-def parse_targets(text: str | None, flavor: Flavor) -> tuple[str, ...]:
+def parse_targets(text: str | None, flavor: Flavor, oldest: int = 0) -> tuple[str, ...]:
     """Read "sm86,sm89", "current" or None for the flavour's own choice; oldest first.
 
+    oldest: of the flavour's own choice.
     Raises `BuildInputError` for what the flavour does not build for.
     """
     builder = BUILDERS[flavor.name]
     if text is None:
-        return builder.default_targets or (gpu_target(),)
+        chosen = tuple(each for each in builder.default_targets if architecture(each) >= oldest)
+        return chosen or (gpu_target(),)
     names = {part.strip() for part in text.split(",")}
     if names == {"current"}:
         names = {gpu_target()}

@@ -6,7 +6,13 @@ from typing import Any
 from pid_runtime.bundle.manifest import Graph
 from pid_runtime.bundle.sizes import Shape
 
-_DTYPES = {"FLOAT": "float32", "HALF": "float16", "BF16": "bfloat16", "UINT8": "uint8"}
+_DTYPES = {
+    "FLOAT": "float32",
+    "HALF": "float16",
+    "BF16": "bfloat16",
+    "UINT8": "uint8",
+    "FP8": "float8_e4m3fn",
+}
 """The manifest's names of dtypes."""
 
 

@@ -83,9 +83,12 @@ def request_of(
 
 
 def _checked_report(task: Task, log: Path, options: BuildOptions) -> BuilderReport:
-    """What the builder said about an engine. Raises `BuildError` if its attention is not fused."""
+    """What the builder said about an engine. Raises `BuildError` if it is not what it must be."""
     report = read_report(
-        log.read_text("utf-8", "replace"), task.attentions, len(task.plan.profiles)
+        log.read_text("utf-8", "replace"),
+        task.attentions,
+        task.rounded_products,
+        len(task.plan.profiles),
     )
     if isinstance(report, str):
         raise BuildError(f"engine {task.plan.name}: {report}; see {log}")
@@ -94,6 +97,13 @@ def _checked_report(task: Task, log: Path, options: BuildOptions) -> BuilderRepo
         raise BuildError(
             f"expected the builder to fuse every attention of engine {task.plan.name}, but it "
             f"fused {report.attentions_fused} of {count}; see {log}, or take it as it is with "
+            "--allow-unfused"
+        )
+    if report.products_not_fp8 and not options.allow_unfused:
+        raise BuildError(
+            f"expected the builder to multiply 8-bit numbers in all {len(task.rounded_products)} "
+            f"rounded products of engine {task.plan.name}, but it did not in "
+            f"{', '.join(report.products_not_fp8)}; see {log}, or take it as it is with "
             "--allow-unfused"
         )
     return report

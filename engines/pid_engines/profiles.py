@@ -22,6 +22,14 @@ Below it TensorRT for RTX 1.7.1 does not fuse one: 3584 was tried, and 4096 fuse
 """
 
 
+FEWEST_FP8_KEYS = 33
+"""Of an attention of 8-bit numbers, the least keys of a profile.
+
+TensorRT for RTX 1.7.1 does not fuse one whose profile begins lower: 32 and less were tried, and 33
+fuses.
+"""
+
+
 @dataclass(frozen=True)
 class EnginePlan:
     """An engine to be built."""
@@ -114,6 +122,9 @@ def _profiles(manifest: Manifest, graph: str, bucket: Bucket) -> list[Profile]:
         least, best, most = max(ranges, key=lambda sizes: sizes[2])
         if described.stage == "attention" and described.options["heads"] == 1:
             best, most = max(best, ONE_HEAD_TOKENS), max(most, ONE_HEAD_TOKENS)
+        if described.options.get("fp8_scales") and symbol in described.inputs["k"].shape:
+            least = FEWEST_FP8_KEYS
+            best, most = max(best, least), max(most, least)
         profile[symbol] = least, best, most
     if {"h", "w"} <= set(symbols):
         return [{**profile, "h": h, "w": w} for h, w in bands(_latent_budget(manifest, bucket))]

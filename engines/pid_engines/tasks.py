@@ -13,16 +13,17 @@ from pid_engines.attentions import (
     LARGEST_SCORES,
     Attention,
     find_attentions,
+    find_rounded_products,
     overflows,
 )
 from pid_engines.errors import BuildInputError
-from pid_engines.flavors import FIRST_WITH_BF16, architecture
+from pid_engines.flavors import FIRST_WITH_BF16, FIRST_WITH_FP8, architecture
 from pid_engines.keys import engine_key, recorded_key
 from pid_engines.options import BuildOptions
 from pid_engines.profiles import EnginePlan, plan_engines
 from pid_runtime.bundle.engines import Engine, EngineSet
 from pid_runtime.bundle.files import file_sha256
-from pid_runtime.bundle.manifest import Manifest
+from pid_runtime.bundle.manifest import PRECISIONS, Manifest
 
 _log = logging.getLogger(__name__)
 
@@ -34,6 +35,8 @@ class Task:
     plan: EnginePlan
     key: str
     attentions: tuple[Attention, ...]
+    rounded_products: tuple[str, ...]
+    """Products of 8-bit numbers, by node."""
     bf16_island: bool
     content: bytes | None
     """Of the ONNX file to build from, if that is not the bundle's own."""
@@ -53,15 +56,21 @@ def plan_tasks(bundle: Path, manifest: Manifest, options: BuildOptions) -> list[
                 f"{name!r}; export it with that bucket, or choose another"
             )
     old = next((t for t in options.targets if architecture(t) < FIRST_WITH_BF16), None)
-    if manifest.precision == "fp32":
+    if PRECISIONS[manifest.precision] == "float32":
         raise BuildInputError(
-            "expected a bundle in bf16 or fp16, but got fp32, whose attention needs all of its "
-            "scores in memory; export with --precision bf16"
+            f"expected a bundle in bf16, fp16, fp8 or int8, but got {manifest.precision}, whose "
+            "attention needs all of its scores in memory; export with --precision bf16"
         )
-    if manifest.precision == "bf16" and old is not None:
+    oldest = options.targets[0] if options.targets else None
+    if manifest.precision == "fp8" and oldest and architecture(oldest) < FIRST_WITH_FP8:
         raise BuildInputError(
-            f"expected targets from sm{FIRST_WITH_BF16} on for a bf16 bundle, but got {old}, "
-            "which has no bfloat16; leave it out, or export with --precision fp16"
+            f"expected targets from sm{FIRST_WITH_FP8} on for an fp8 bundle, but got {oldest}, "
+            "which cannot multiply 8-bit floats; leave it out, or export with --precision bf16"
+        )
+    if PRECISIONS[manifest.precision] == "bfloat16" and old is not None:
+        raise BuildInputError(
+            f"expected targets from sm{FIRST_WITH_BF16} on for a {manifest.precision} bundle, but "
+            f"got {old}, which has no bfloat16; leave it out, or export with --precision fp16"
         )
     tasks: list[Task] = []
     for plan in plan_engines(manifest, buckets):
@@ -82,7 +91,8 @@ def plan_tasks(bundle: Path, manifest: Manifest, options: BuildOptions) -> list[
         content = None
         if graph.stage == "attention":
             content = attention_graph(graph, bf16_island=island)
-        attentions = find_attentions(onnx.load_from_string(content) if content else own)
+        model = onnx.load_from_string(content) if content else own
+        attentions, products = find_attentions(model), find_rounded_products(model)
         key = engine_key(
             manifest,
             plan.graph,
@@ -93,7 +103,7 @@ def plan_tasks(bundle: Path, manifest: Manifest, options: BuildOptions) -> list[
             profiles=plan.profiles,
             bf16_island=island,
         )
-        tasks.append(Task(plan, key, tuple(attentions), island, content))
+        tasks.append(Task(plan, key, tuple(attentions), tuple(products), island, content))
     return tasks
 
 

@@ -12,12 +12,19 @@ import torch
 from torch import Tensor
 
 from pid_export.arena import plan_arena
+from pid_export.calibration import (
+    Calibration,
+    check_calibration,
+    fold_rounded,
+    port_scales,
+    rounded_of,
+)
 from pid_export.contrib import contrib_graph
 from pid_export.errors import ExportInputError
 from pid_export.fold import fold_graph, fold_tables
 from pid_export.graphs import GraphExporter, Placed, check_graph
 from pid_export.onnx_ports import OPSET
-from pid_export.program import ProgramSpec, build_program
+from pid_export.program import GraphSpec, ProgramSpec, build_program
 from pid_export.weights_file import Slot, WeightsWriter
 from pid_ref.config import PidConfig
 from pid_ref.guided_sampler import BASE_SIZE, FLOW_SHIFT, GUIDANCE, STEPS
@@ -31,6 +38,7 @@ from pid_runtime.bundle.manifest import (
     MANIFEST_FILE,
     PACKED_DCT,
     PRECISIONS,
+    ROUNDED_PRECISIONS,
     WEIGHTS_FILE,
     Bucket,
     Codec,
@@ -54,6 +62,9 @@ MAX_TOKENS = 1 << 20
 CHUNK_TOKENS = 4096
 """Tokens of one call of a per-token stage: they fill a GPU, and their scratch stays small."""
 
+CALIBRATION_FILE = "calibration.json"
+"""In a bundle in fp8: what `pid-calibrate` wrote of it."""
+
 STEP_COUNTS = (1, 2, 4)
 MAX_FREE_STEPS = 100
 """Most steps of a decode at arbitrary times."""
@@ -64,7 +75,7 @@ class ExportOptions:
     """How a bundle is to be made."""
 
     precision: str = "fp32"
-    """fp32, fp16 or bf16: dtype of activations and matrix weights."""
+    """One of `PRECISIONS`: dtype of activations and matrix weights."""
     buckets: tuple[tuple[str, int], ...] = tuple(BUCKETS.items())
     """Names and token budgets."""
     steps: int | None = None
@@ -76,11 +87,26 @@ class ExportOptions:
     """Of a network that takes many steps and guidance; implies `arbitrary_timesteps`."""
     chunk_tokens: int = CHUNK_TOKENS
     """Largest number of tokens in one call of a per-token stage."""
+    calibration: Calibration | None = None
+    """How large numbers are; of fp8 alone, which needs one."""
+    keep: tuple[str, ...] = ()
+    """Graphs whose products, or attentions, fp8 and int8 do not round."""
+
+    @property
+    def rounds(self) -> bool:
+        """Whether the precision is one of those that round to 8 bits."""
+        return self.precision in ROUNDED_PRECISIONS
 
     def __post_init__(self) -> None:
         if self.precision not in PRECISIONS:
             raise ExportInputError(
                 f"expected precision {_listed(PRECISIONS)}, but got {self.precision!r}"
+            )
+        needs_calibration = self.precision in ("fp8", "fp8-fp32")
+        if needs_calibration != (self.calibration is not None) or (self.keep and not self.rounds):
+            raise ExportInputError(
+                "expected a calibration for fp8 alone, and graphs to keep for fp8 or int8, but got "
+                f"precision {self.precision}; pid-calibrate makes one"
             )
         if self.steps is None:
             return
@@ -150,6 +176,14 @@ def export_bundle(
     takes_any = options.arbitrary_timesteps or options.undistilled
     times = () if takes_any else (timesteps(1)[0], *timesteps(4)[:-1])
     program = build_program(config, options.precision, len(times) or None)
+    model = _model(config, checkpoint, weights)
+    calibration = options.calibration
+    if calibration is not None:
+        check_calibration(calibration, model["name"], model["weights"], program)
+    if options.rounds:
+        rounded = rounded_of(calibration, program, options.keep)
+        program = build_program(config, options.precision, len(times) or None, rounded)
+        model["rounding"] = {"kept": list(options.keep)}
     with whole_folder(output) as folder:
         placed, file, hashes = _write_weights(
             folder, config, program, source, options, times, advance
@@ -177,9 +211,16 @@ def export_bundle(
                 contrib_file=write(f"{name}.contrib.onnx", contrib) if contrib else None,
             )
             advance((1 - _WEIGHTS_SHARE) / len(program.graphs))
+        if calibration is not None:
+            text = calibration.to_json().encode()
+            model["rounding"] |= {
+                "calibration": write(CALIBRATION_FILE, text),
+                "inputs": calibration.inputs,
+                "percentile": calibration.percentile,
+            }
         manifest = Manifest(
             producer=f"pid-trt {version('pid-trt')}",
-            model=_model(config, checkpoint, weights),
+            model=model,
             precision=options.precision,
             network=network,
             tokens_per_latent=config.tokens_per_latent,
@@ -235,13 +276,16 @@ def weight_slots(config: PidConfig, program: ProgramSpec, precision: str) -> dic
         if isinstance(buffer.source, Constant):
             shape = tuple(int(size) for size in buffer.shape)
             slots[buffer.source.tensor] = Slot(torch.float32, shape)
-    dimensions = dimensions_of(network_of(config))
     for name, spec in program.graphs.items():
-        with torch.device("meta"):
-            stage = build_stage(spec.stage, spec.options, dimensions, precision)
-        for key, parameter in stage.state_dict().items():
+        for key, parameter in _empty_stage(spec, config, precision).state_dict().items():
             slots[f"{name}.{key}"] = Slot(parameter.dtype, tuple(parameter.shape))
     return slots
+
+
+def _empty_stage(spec: GraphSpec, config: PidConfig, precision: str) -> torch.nn.Module:
+    """A graph's stage without values."""
+    with torch.device("meta"):
+        return build_stage(spec.stage, spec.options, dimensions_of(network_of(config)), precision)
 
 
 def _write_weights(
@@ -268,6 +312,11 @@ def _write_weights(
         advance(_WEIGHTS_SHARE * (writer.size - writer.data_offset) / total)
         for name, spec in program.graphs.items():
             folded = fold_graph(spec, source, config)
+            if options.rounds:
+                stage = _empty_stage(spec, config, options.precision)
+                folded = fold_rounded(
+                    name, stage, folded, port_scales(name, program), options.calibration
+                )
             own = [key for key in slots if key.startswith(f"{name}.")]
             if {f"{name}.{key}" for key in folded} != set(own):
                 raise AssertionError(f"graph {name}: folded weights are not its stage's parameters")

@@ -6,6 +6,7 @@ import time
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,13 +21,18 @@ from pid_runtime.command import console
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from pid_export.fp8_export import Rounded
+
 _log = logging.getLogger(__name__)
 
 _BUCKETS = "2k,3k,4k"
 
+FP8_PRECISIONS = ("fp8", "fp8-fp32")
+FP8_OPTIONS = ("calibration", "keep", "sensitivity")
+
 _OF_DECODERS = (
     *("variant", "config", "checkpoint", "force_space", "random_weights"),
-    *("buckets", "steps", "arbitrary_timesteps"),
+    *("buckets", "steps", "arbitrary_timesteps", "calibration", "keep", "sensitivity"),
 )
 """Options that neither captioners nor autoencoders have."""
 
@@ -39,6 +45,8 @@ examples:
   pid-export --space flux --variant 2kto4k -o flux-4k
       download the released checkpoint (the weights' licence is non-commercial) and export it
   pid-export --space sd3 --variant 2k --checkpoint model_ema_bf16.pth --precision bf16 -o sd3-2k
+  pid-export --space flux --variant 2k --precision fp8 --calibration latents/ -o flux-2k-fp8
+      half the weights; latents and their captions show how large numbers get
   pid-export --caption-encoder Efficient-Large-Model/gemma-2-2b-it -o captioner
       the language model of captions as a graph, so that pid-caption needs no torch
   pid-export --space flux --vae ae.safetensors -o flux-vae
@@ -101,7 +109,13 @@ def _parser() -> console.ArgumentParser:
         "--random-weights", type=int, metavar="SEED", help="random values: speed and memory only"
     )
     how = parser.add_argument_group("how")
-    how.add_argument("--precision", default="fp32", help="fp32, fp16 or bf16")
+    how.add_argument(
+        "--precision",
+        default="fp32",
+        help="fp32, fp16, bf16, fp8 (large products and attention in 8 bits, the rest in bf16), "
+        "int8 (large matrices stored in 8 bits, everything computed in bf16); fp8-fp32 and "
+        "int8-fp32 have fp32 in place of bf16, to compare with on a CPU",
+    )
     how.add_argument(
         "--buckets",
         metavar="LIST",
@@ -116,6 +130,25 @@ def _parser() -> console.ArgumentParser:
         "--arbitrary-timesteps",
         action="store_true",
         help="keep the timestep network in the graph; undistilled checkpoints always do",
+    )
+    fp8 = parser.add_argument_group("fp8, and --keep of int8")
+    fp8.add_argument(
+        "--calibration",
+        type=Path,
+        metavar="PATH",
+        help="a file of pid-calibrate, or a folder of latents, for nano of photographs (default: "
+        "nano's own file, for others made-up latents)",
+    )
+    fp8.add_argument(
+        "--keep",
+        metavar="LIST",
+        help="graphs that are not rounded, such as image.13,pixel_attention (default: those that "
+        "the calibration names)",
+    )
+    fp8.add_argument(
+        "--sensitivity",
+        action="store_true",
+        help="show what it costs to round each graph alone, which takes a decode for each",
     )
     parser.add_argument(
         "--list", action="store_true", help="show the checkpoints that can be exported, and stop"
@@ -142,17 +175,19 @@ def _export(args: Namespace) -> None:
     if args.caption_encoder is not None:
         _export_captioner(args)
         return
+    _check_fp8(args)
     config, checkpoint = _network(args)
     check_new(args.output)
     # Loading torch takes seconds: not before the arguments are known to make sense.
     from pid_export.bundle import ExportOptions, export_bundle, parse_buckets
 
     options = ExportOptions(
-        args.precision,
+        "fp32" if args.precision in FP8_PRECISIONS else args.precision,
         parse_buckets(_BUCKETS if args.buckets is None else args.buckets, config.patch_size),
         args.steps,
         args.arbitrary_timesteps,
         undistilled=checkpoint is not None and not checkpoint.distilled,
+        keep=() if args.precision in FP8_PRECISIONS else _kept(args) or (),
     )
     if checkpoint is not None and checkpoint.deprecated:
         _log.info(
@@ -161,16 +196,24 @@ def _export(args: Namespace) -> None:
         )
     source, weights = _weights(args, config, checkpoint)
     begin = time.monotonic()
-    with console.progress("Exporting", 1.0, quiet=args.quiet) as advance:
-        manifest = export_bundle(
-            args.output,
-            config,
-            source,
-            options,
-            checkpoint=checkpoint,
-            weights=weights,
-            advance=advance,
+    export = partial(export_bundle, checkpoint=checkpoint, weights=weights)
+    rounded: Rounded | None = None
+    if args.precision in FP8_PRECISIONS:
+        from pid_export.fp8_export import Rounding, export_fp8
+
+        rounding = Rounding(
+            args.precision,
+            _calibration(args, checkpoint),
+            _kept(args),
+            sensitivity=args.sensitivity,
         )
+        rounded = export_fp8(
+            args.output, config, source, options, rounding, export, quiet=args.quiet
+        )
+        manifest = rounded.manifest
+    else:
+        with console.progress("Exporting", 1.0, quiet=args.quiet) as advance:
+            manifest = export(args.output, config, source, options, advance=advance)
     total = sum(file.bytes for file in manifest.files.values())
     arena_bytes = {name: bucket.arena_bytes for name, bucket in manifest.buckets.items()}
     seconds = time.monotonic() - begin
@@ -184,13 +227,43 @@ def _export(args: Namespace) -> None:
         "seconds": round(seconds, 1),
         "peak_rss_bytes": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
     }
+    if rounded is not None:
+        result |= rounded.result
     arenas = ", ".join(f"{name} {size / 1e9:.2f} GB" for name, size in arena_bytes.items())
     text = (
         f"{args.output}: {manifest.model['name']}, {manifest.precision}, {total / 1e9:.2f} GB, "
         f"{len(manifest.graphs)} graphs, {seconds:.0f} s\narena per image: {arenas}; the weights, "
         "and what the backend works in, come on top: docs/memory.md"
     )
+    if rounded is not None:
+        text += f"\n{rounded.text}"
     console.emit(result, text, as_json=args.json)
+
+
+def _check_fp8(args: Namespace) -> None:
+    """Raise `ExportInputError` for fp8's own options without it."""
+    if args.precision in FP8_PRECISIONS:
+        return
+    is_int8 = args.precision in ("int8", "int8-fp32")
+    for name in ("calibration", "sensitivity") if is_int8 else FP8_OPTIONS:
+        if getattr(args, name) not in (None, False):
+            raise ExportInputError(
+                f"expected --{name} with --precision fp8, but got {args.precision}; drop it, or "
+                "change the precision"
+            )
+
+
+def _kept(args: Namespace) -> tuple[str, ...] | None:
+    """Graphs to leave as they are; None if it is not said."""
+    return None if args.keep is None else tuple(filter(None, args.keep.split(",")))
+
+
+def _calibration(args: Namespace, checkpoint: Checkpoint | None) -> Path | None:
+    """Where calibration comes from: as asked, or from the file that lies beside the weights."""
+    if args.calibration is None and not (args.checkpoint or args.random_weights is not None):
+        file = checkpoint and checkpoint.file
+        return file and file.with_suffix(".calibration.json")
+    return args.calibration
 
 
 def _export_vae(args: Namespace) -> None:

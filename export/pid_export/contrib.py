@@ -15,10 +15,12 @@ DOMAIN = "com.microsoft"
 def contrib_graph(name: str, spec: GraphSpec, opset: int) -> bytes | None:
     """The ONNX file of an attention graph (`backends.stages.Attention`); None for others.
 
+    Of one that rounds there is none: the operator would leave its weights as they are.
+
     `com.microsoft.MultiHeadAttention`, as ONNX Runtime's ContribOperators.md describes it: q, k and
     v `[B, sequence, heads * head_dim]`; scale 1, as queries come scaled.
     """
-    if spec.stage != "attention":
+    if spec.stage != "attention" or "fp8_scales" in spec.options:
         return None
     attention = helper.make_node(
         "MultiHeadAttention",

@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 import onnx
 import onnx_ir as ir
 import torch
+from onnxscript import opset22 as op
 from onnxscript.optimizer import optimize_ir
 
 from pid_export.onnx_ports import OPSET
@@ -26,7 +27,28 @@ _IR_TYPES = {
     torch.float32: ir.DataType.FLOAT,
     torch.float16: ir.DataType.FLOAT16,
     torch.bfloat16: ir.DataType.BFLOAT16,
+    torch.float8_e4m3fn: ir.DataType.FLOAT8E4M3FN,
+    torch.int8: ir.DataType.INT8,
 }
+
+_ZERO = onnx.helper.make_tensor("zero", onnx.TensorProto.FLOAT8E4M3FN, [], b"\0", raw=True)
+"""A zero point of none, which says what to round to."""
+
+
+def _quantize(x: Any, scale: Any) -> Any:
+    zero: Any = op.Constant(value=_ZERO)
+    return op.QuantizeLinear(x, scale, zero)
+
+
+def _dequantize(x: Any, scale: Any) -> Any:
+    return op.DequantizeLinear(x, scale)
+
+
+_OPERATIONS = {
+    torch.ops.pid.quantize.default: _quantize,
+    torch.ops.pid.dequantize.default: _dequantize,
+}
+"""How to write what torch does not know: the operations of `pid_runtime.backends.rounding`."""
 
 
 class ExportError(RuntimeError):
@@ -70,7 +92,8 @@ class GraphExporter:
             stage = build_stage(spec.stage, spec.options, network, self._precision).eval()
         text = any("T" in port.shape for port in spec.inputs.values())
         longest_text = network.text_max_length if text else 0
-        used = (network.used, self._precision) if network.used else ()
+        typed = network.used or "fp8_scales" in spec.options
+        used = (network.used, self._precision) if typed else ()
         key = repr((spec.stage, spec.options, spec.inputs, spec.outputs, used))
         if key not in self._traces:
             with interrupts_held():
@@ -151,6 +174,7 @@ def _trace(spec: GraphSpec, stage: torch.nn.Module, longest_text: int) -> bytes:
                 output_names=list(spec.outputs),
                 optimize=False,
                 verbose=False,
+                custom_translation_table=_OPERATIONS,
             )
     finally:
         quiet.setLevel(level)

@@ -12,6 +12,7 @@ TENSOR_TYPES = {
     "float32": TensorProto.FLOAT,
     "float16": TensorProto.FLOAT16,
     "bfloat16": TensorProto.BFLOAT16,
+    "float8_e4m3fn": TensorProto.FLOAT8E4M3FN,
 }
 """ONNX's element types by the manifest's names."""
 

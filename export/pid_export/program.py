@@ -5,11 +5,13 @@ chunked over L, alternate with attentions, and each buffer is written by one sta
 later ones. Names say where a value belongs: `x.3` is the image tokens that enter patch block 3.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from pid_ref.config import PidConfig
 from pid_runtime.bundle.manifest import (
+    FP8,
     PRECISIONS,
     Buffer,
     Copy,
@@ -54,6 +56,20 @@ class GraphSpec:
 
 
 @dataclass(frozen=True)
+class RoundedParts:
+    """What a program rounds to 8 bits."""
+
+    kept: frozenset[str] = frozenset()
+    """Graphs whose products are not."""
+    weights: bool = False
+    """To integers, and nothing else."""
+    attentions: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    """Of the attentions that are, by graph, the scales of `stages.RoundedAttention`."""
+    told: float | None = None
+    """Scale of what tokens tell their pixels, if that is."""
+
+
+@dataclass(frozen=True)
 class ProgramSpec:
     """Graphs, buffers and instructions of a decoder."""
 
@@ -65,15 +81,40 @@ class ProgramSpec:
 class _Builder:
     """Collects graphs and buffers while the program is written down."""
 
-    def __init__(self, config: PidConfig, precision: str) -> None:
+    def __init__(self, config: PidConfig, precision: str, rounded: RoundedParts | None) -> None:
         self.config = config
         self.compute = PRECISIONS[precision]
+        self.rounded = rounded
         self.graphs: dict[str, GraphSpec] = {}
         self.buffers: dict[str, Buffer] = {}
 
     def buffer(self, name: str, dtype: str, *shape: int | str, kind: str = "temporary") -> str:
         self.buffers[name] = Buffer(dtype, shape, kind)
         return name
+
+    def end_buffer(self, attention: str, end: str, name: str, *shape: int | str) -> None:
+        """A buffer of what goes into an attention, or comes out."""
+        scales = self.rounded.attentions.get(attention) if self.rounded else None
+        if scales is None:
+            self.buffer(name, self.compute, *shape)
+        else:
+            self.buffers[name] = Buffer(FP8, shape, "temporary", scale=scales[end])
+
+    def rounding(
+        self, graph: str, *, takes: str = "", gives: str = "", pixels: bool = False
+    ) -> dict[str, list[str]]:
+        """Options of a stage: takes and gives are the attentions before and after it."""
+        if self.rounded is None:
+            return {}
+        found = {
+            "weights": self.rounded.weights and graph not in self.rounded.kept,
+            "products": not self.rounded.weights and graph not in self.rounded.kept,
+            "attended": takes in self.rounded.attentions,
+            "projected": gives in self.rounded.attentions,
+            "told": pixels and self.rounded.told is not None,
+        }
+        chosen = [name for name, is_chosen in found.items() if is_chosen]
+        return {"rounding": chosen} if chosen else {}
 
     def table(self, name: str, table: Table) -> None:
         self.buffers[name] = Buffer(FLOAT, table.shape, "table", table)
@@ -109,12 +150,15 @@ class _Builder:
         return Run(graph, ins, outs, chunk, dims or {})
 
 
-def build_program(config: PidConfig, precision: str, known_times: int | None) -> ProgramSpec:
+def build_program(
+    config: PidConfig, precision: str, known_times: int | None, rounded: RoundedParts | None = None
+) -> ProgramSpec:
     """Write down the program of a network.
 
     known_times: rows of the folded modulation table, or None to compute it from any timestep.
+    rounded: what is rounded to 8 bits; None for nothing.
     """
-    b = _Builder(config, precision)
+    b = _Builder(config, precision, rounded)
     d, p, state = config.hidden_size, config.patch_size, 3 * config.patch_pixels
     _declare_inputs(b, known_times)
     b.buffer("state", FLOAT, "B", "L", state)
@@ -215,10 +259,13 @@ def _attend(
 ) -> Run:
     """Attention of the queries `names[0]` over the keys and values, whole sequences at once."""
     queries, keys, values, out = names
+    options: dict[str, Any] = {"heads": heads}
+    if b.rounded is not None and graph in b.rounded.attentions:
+        options["fp8_scales"] = dict(b.rounded.attentions[graph])
     return b.run(
         graph,
         "attention",
-        {"heads": heads},
+        options,
         {
             "q": (queries, ("B", "Q", size)),
             "k": (keys, ("B", "S", size)),
@@ -243,8 +290,8 @@ def _patch_blocks(b: _Builder) -> list[Instruction]:
         first, last = i == 0, i == depth - 1
         # The text's queries and output are of no use after the last block: drop them there.
         q_rows, skip = ("L", Operand(f"q.{i}")) if last else ("S", Operand(f"q.{i}", (0, "T", 0)))
-        for name, rows in (("q", q_rows), ("k", "S"), ("v", "S"), ("attended", q_rows)):
-            b.buffer(f"{name}.{i}", b.compute, "B", rows, d)
+        for end, rows in (("q", q_rows), ("k", "S"), ("v", "S"), ("attended", q_rows)):
+            b.end_buffer("attention", end, f"{end}.{i}", "B", rows, d)
         text_out: Views = {}
         if not first and not last:
             text_out["next_x"] = (b.buffer(f"y.{i}", b.compute, "B", "T", d), ("B", "T", d))
@@ -277,12 +324,23 @@ def _patch_blocks(b: _Builder) -> list[Instruction]:
             "k": (Operand(f"k.{i}", (0, "T", 0)), ("B", "L", d)),
             "v": (Operand(f"v.{i}", (0, "T", 0)), ("B", "L", d)),
         }
-        image_options = {"first": first, "embed": first, "inject": inject}
+        takes = "" if first else "attention"
+        image_options = {
+            "first": first,
+            "embed": first,
+            "inject": inject,
+            **b.rounding(f"image.{i}", takes=takes, gives="attention"),
+        }
+        text_options = {
+            "first": first,
+            "last": last,
+            **b.rounding(f"text.{i}", takes=takes, gives="attention"),
+        }
         program += [
             b.run(
                 f"text.{i}",
                 "tokens",
-                {"first": first, "last": last},
+                text_options,
                 text_in,
                 text_out,
                 block=i,
@@ -323,12 +381,18 @@ def _pixel_blocks(b: _Builder) -> list[Instruction]:
         for part in ("cos", "sin")
     }
     noisy: View = ("state", ("B", "L", state))
-    condition: View = (b.buffer("s", b.compute, "B", "L", d), ("B", "L", d))
+    told = b.rounded.told if b.rounded is not None else None
+    if told is None:
+        b.buffer("s", b.compute, "B", "L", d)
+    else:
+        b.buffers["s"] = Buffer(FP8, ("B", "L", d), "temporary", scale=told)
+    condition: View = ("s", ("B", "L", d))
+    inner = "pixel_attention"
     previous = c.patch_depth - 1
 
     def projections(i: int) -> Views:
-        for name in ("q", "k", "v", "attended"):
-            b.buffer(f"pixel_{name}.{i}", b.compute, "B", "L", a)
+        for end in ("q", "k", "v", "attended"):
+            b.end_buffer("pixel_attention", end, f"pixel_{end}.{i}", "B", "L", a)
         return {name: (f"pixel_{name}.{i}", ("B", "L", a)) for name in ("q", "k", "v")}
 
     def attend(i: int) -> Run:
@@ -339,7 +403,10 @@ def _pixel_blocks(b: _Builder) -> list[Instruction]:
         b.run(
             "pixel.0",
             "pixel_first",
-            {"inject": c.pixel_gate},
+            {
+                "inject": c.pixel_gate,
+                **b.rounding("pixel.0", takes="attention", gives="pixel_attention", pixels=True),
+            },
             {
                 "x": (f"x.{previous}", ("B", "L", d)),
                 "attended": (f"attended.{previous}", ("B", "L", d)),
@@ -373,7 +440,10 @@ def _pixel_blocks(b: _Builder) -> list[Instruction]:
                 b.run(
                     f"pixel.{i}",
                     "pixels",
-                    {"embed": i == 1},
+                    {
+                        "embed": i == 1,
+                        **b.rounding(f"pixel.{i}", takes=inner, gives=inner, pixels=True),
+                    },
                     {**common, **rope, **pixels},
                     {written: (kept, ("B", "L", flat)), **projections(i)},
                     chunk="L",
@@ -389,7 +459,7 @@ def _pixel_blocks(b: _Builder) -> list[Instruction]:
             b.run(
                 "update",
                 "update",
-                {"embed": i == 1},
+                {"embed": i == 1, **b.rounding("update", takes=inner, pixels=True)},
                 {
                     **common,
                     **pixels,

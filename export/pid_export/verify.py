@@ -28,8 +28,9 @@ from pid_ref.registry import CHECKPOINTS
 from pid_ref.sampler import sample, timesteps
 from pid_ref.weights import RandomWeights
 from pid_runtime.backends.memory import Memory
+from pid_runtime.backends.rounding import LARGEST
 from pid_runtime.bundle.files import file_sha256
-from pid_runtime.bundle.manifest import Manifest, Noise, Run, runs_of
+from pid_runtime.bundle.manifest import FP8, Buffer, Manifest, Noise, Run, runs_of
 from pid_runtime.bundle.sizes import Sizes, sizes_of_request
 from pid_runtime.decoder import Bundle, Decoder
 from pid_runtime.errors import NotFiniteError
@@ -37,7 +38,15 @@ from pid_runtime.interpreter import Program, graph_calls
 from pid_runtime.request import check_fits
 from pid_runtime.schedule import update_factors
 
-TOLERANCES = {"fp32": 1e-4, "fp16": 2e-2, "bf16": 1e-1}
+TOLERANCES = {
+    "fp32": 1e-4,
+    "fp16": 2e-2,
+    "bf16": 1e-1,
+    "fp8": 0.5,
+    "fp8-fp32": 0.5,
+    "int8": 0.2,
+    "int8-fp32": 0.2,
+}
 """Largest error that passes, by precision, relative to the reference's RMS (at least 1)."""
 
 PERCENTILES = (50, 90, 99, 100)
@@ -319,8 +328,10 @@ def verify_stages(bundle: Bundle, values: Values, sizes: Sizes) -> Iterator[Comp
             continue
         graph = manifest.graphs[instruction.graph]
         for operand in instruction.inputs.values():
-            if manifest.buffers[operand.buffer].kind not in ("table", "constant"):
-                memory.write(program.buffer(operand.buffer), values[operand.buffer].numpy())
+            buffer = manifest.buffers[operand.buffer]
+            if buffer.kind not in ("table", "constant"):
+                value = as_stored(values[operand.buffer].numpy(), buffer)
+                memory.write(program.buffer(operand.buffer), value)
         views = {name: program.view(instruction, name, sizes) for name in instruction.outputs}
         for name, view in views.items():  # what a graph leaves unwritten must not pass
             _spoil(memory, view, graph.outputs[name].dtype)
@@ -330,6 +341,7 @@ def verify_stages(bundle: Bundle, values: Values, sizes: Sizes) -> Iterator[Comp
             operand = instruction.outputs[name]
             buffer = manifest.buffers[operand.buffer]
             got = memory.read(view)
+            got = got * buffer.scale if buffer.dtype == FP8 else got
             at = sizes.index(buffer.shape, operand.start)
             want = values[operand.buffer].numpy().reshape(-1)[at : at + got.size]
             yield compare(f"{instruction.graph} {operand.buffer}", got, want, tolerance)
@@ -353,6 +365,13 @@ def _sliced_as(run: Manifest, manifest: Manifest) -> Manifest:
         for section, instructions in manifest.program.items()
     }
     return replace(manifest, program=program)
+
+
+def as_stored(values: NDArray[np.float32], buffer: Buffer) -> NDArray[np.float32]:
+    """Values as a buffer has them: of 8-bit ones what is too large is the largest."""
+    if buffer.dtype != FP8:
+        return values
+    return np.clip(values / np.float32(buffer.scale), -LARGEST, LARGEST, dtype=np.float32)
 
 
 def _spoil(memory: Memory, tensor: Any, dtype: str) -> None:

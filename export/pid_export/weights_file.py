@@ -17,7 +17,13 @@ from torch import Tensor
 ALIGNMENT = 4096
 """The first tensor starts at a multiple of this, so that the file can be mapped."""
 
-TYPE_NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+TYPE_NAMES = {
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.int8: "I8",
+}
 
 
 @dataclass(frozen=True)

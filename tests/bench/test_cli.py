@@ -341,6 +341,11 @@ def test_refuses_to_run(tmp_path: Path, refusal: Any, monkeypatch: pytest.Monkey
     assert not (tmp_path / "report").exists()
 
 
+def test_scales_are_not_made_up(refusal: Any) -> None:
+    says = refusal(main, "--dry-run", "--precision", "fp8", "--device", "cpu")
+    assert "expected --bundle with --precision fp8" in says
+
+
 def test_refuses_a_folder_with_another_report(tmp_path: Path, refusal: Any) -> None:
     path = tmp_path / "report.json"
     path.write_text('{"format": "pid-bench-report", "format_version": 99}')

@@ -291,3 +291,15 @@ def test_sizes_that_cannot_be() -> None:
             reference_step(V1, height, width, T)
         with pytest.raises(PidInputError, match=f"multiples of 32, but got {width}x{height}$"):
             program_work(V1, height, width, T)
+
+
+def test_rounded_weights_are_half_as_many_bytes() -> None:
+    """Those of the blocks' large matrices, which are most of what there is at full size."""
+    config = find_checkpoint("flux", "2k").config
+    at = {
+        precision: program_work(config, 512, 512, T, precision=precision)
+        for precision in ("bf16", "fp8", "int8")
+    }
+    for precision in ("fp8", "int8"):
+        assert 0.5 < at[precision].weight_bytes / at["bf16"].weight_bytes < 0.57
+        assert at[precision].flop == pytest.approx(at["bf16"].flop, rel=2e-2)

@@ -130,6 +130,14 @@ def test_a_lean_program_decodes_the_same(
     assert flop[0] < flop[1]
 
 
+def test_8_bit_numbers_are_those_of_python(process: Process, fp8_twin: Path) -> None:
+    latent = np.random.default_rng(6).standard_normal((2, 16, 3, 3), np.float32)
+    process.ask({"open": str(fp8_twin), "threads": 1})
+    with Decoder.open(fp8_twin, threads=1, verify=False) as python:
+        want = python.decode(latent, seed=[4, 5])
+    assert np.array_equal(process.decode({"latent": latent}, seeds=[4, 5]), want)
+
+
 SIDE = 32
 TILES: dict[str, Any] = {"tile": (4 * SIDE, 3 * SIDE), "overlap": SIDE}
 """2 x 2 tiles of 5 x 6 pixels of the latent."""

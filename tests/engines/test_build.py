@@ -19,6 +19,7 @@ from filelock import FileLock
 
 from lean_bundles import in_slices, largest_sizes
 from pid_engines import build, flavors
+from pid_engines import profiles as profiling
 from pid_engines import tasks as planning
 from pid_engines.attention_graph import attention_graph
 from pid_engines.build import build_engines
@@ -31,7 +32,7 @@ from pid_engines.flavors import find_flavor
 from pid_engines.lean import lean_program
 from pid_engines.options import BuildOptions, with_plan
 from pid_engines.processes import build_all, request_of
-from pid_engines.profiles import EnginePlan
+from pid_engines.profiles import FEWEST_FP8_KEYS, EnginePlan
 from pid_engines.tasks import Task, current_engines, plan_tasks
 from pid_engines.worker import BuildResult
 from pid_export.arena import Lifetime, lifetimes
@@ -224,7 +225,7 @@ def test_several_targets_and_a_graph_without_sizes(free_bundle: Path, tmp_path: 
     manifest = read_manifest(free_bundle)
     graph = manifest.graphs["timestep"]
     plan = EnginePlan("timestep", "timestep", ({},), (frozenset({"tiny"}),))
-    task = Task(plan, "", (), False, None)
+    task = Task(plan, "", (), (), False, None)
     flavor, version = find_flavor("tensorrt-rtx")
     several = BuildOptions(flavor, version, ("sm86", "sm89", "sm120"))
     report, result = build_alone(free_bundle, manifest, several, task, tmp_path)
@@ -306,6 +307,44 @@ def test_an_island_needs_bfloat16(bf16_bundle: Path, options: BuildOptions) -> N
     with pytest.raises(BuildInputError, match=r"at most 65504 keys .* sm75 has none"):
         plan_tasks(bf16_bundle, manifest, old)
     assert plan_tasks(bf16_bundle, half_manifest(bf16_bundle, 60_000), old)
+
+
+def test_fp8_multiplies_8_bit_numbers(
+    fp8_bundle: Path, options: BuildOptions, tmp_path: Path
+) -> None:
+    manifest = read_manifest(fp8_bundle)
+    tasks = {task.plan.graph: task for task in plan_tasks(fp8_bundle, manifest, options)}
+    for name, fused, products in (("attention", 1, 2), ("image.1", 0, 6)):
+        task = tasks[name]
+        assert len(task.rounded_products) == products
+        report, _ = build_alone(fp8_bundle, manifest, options, task, tmp_path)
+        assert report.attentions_fused == fused and report.products_not_fp8 == ()
+    (profile,) = tasks["attention"].plan.profiles
+    assert profile["S"][0] == FEWEST_FP8_KEYS and profile["Q"][0] == 1
+
+
+def test_fp8_products_in_other_numbers_are_refused(
+    fp8_bundle: Path, options: BuildOptions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manifest = read_manifest(fp8_bundle)
+    tasks = {task.plan.graph: task for task in plan_tasks(fp8_bundle, manifest, options)}
+    monkeypatch.setattr(profiling, "FEWEST_FP8_KEYS", 1)  # not fused then
+    low = {task.plan.graph: task for task in plan_tasks(fp8_bundle, manifest, options)}
+    with pytest.raises(BuildError, match="fuse every attention"):
+        build_alone(fp8_bundle, manifest, options, low["attention"], tmp_path)
+    image = replace(tasks["image.1"], rounded_products=("node_matmul", "node_of_none"))
+    with pytest.raises(BuildError, match=r"8-bit numbers in all 2 .* not in node_of_none; see"):
+        build_alone(fp8_bundle, manifest, options, image, tmp_path)
+
+
+def test_fp8_needs_a_gpu_that_has_it(
+    fp8_bundle: Path, fp8_twin: Path, options: BuildOptions
+) -> None:
+    old = replace(options, targets=("sm86", "sm89"))
+    with pytest.raises(BuildInputError, match=r"from sm89 on for an fp8 bundle, but got sm86"):
+        plan_tasks(fp8_bundle, read_manifest(fp8_bundle), old)
+    with pytest.raises(BuildInputError, match=r"fp16, fp8 or int8, but got fp8-fp32"):
+        plan_tasks(fp8_twin, read_manifest(fp8_twin), options)
 
 
 def test_attention_in_float32_is_not_fused(

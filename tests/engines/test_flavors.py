@@ -20,6 +20,7 @@ def test_targets_of_the_gpu_that_is_there(monkeypatch: pytest.MonkeyPatch) -> No
     assert parse_targets(None, trt) == parse_targets("sm90", trt) == ("sm90",)
     assert parse_targets("current", trt) == ("sm90",)
     assert parse_targets(None, rtx) == ("sm86", "sm89", "sm120")
+    assert parse_targets(None, rtx, oldest=89) == ("sm89", "sm120")
     assert parse_targets(" sm120, sm86", rtx) == ("sm86", "sm120")
     with pytest.raises(
         BuildInputError, match=r"for the GPU that is there \(sm90\), but got 'sm89'"

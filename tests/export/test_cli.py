@@ -536,7 +536,7 @@ def test_other_buckets_are_refused(export: Export, text: str) -> None:
         (["--space", "flux"], "a variant of flux (2k, 2kto4k, "),
         (["--variant", "2k"], "but got only --variant"),
         ([], "but got neither"),
-        (["--space", "flux", "--variant", "2k", "--precision", "fp8"], "fp32, fp16 or bf16"),
+        (["--space", "flux", "--variant", "2k", "--precision", "fp9"], "int8 or int8-fp32"),
         (["--space", "flux", "--variant", "2k", "--steps", "3"], "1, 2 or 4 steps, but got 3"),
         (["--space", "flux", "--variant", "2k", "--steps", "0"], "1, 2 or 4 steps, but got 0"),
     ],

@@ -51,7 +51,7 @@ def test_exported_manifests_keep_to_the_schema(golden_bundle: Path, free_bundle:
         ("format", "zip"),
         ("format_version", [3, 0]),
         ("format_version", [1]),
-        ("precision", "fp8"),
+        ("precision", "fp9"),
         ("network", {}),
         ("tokens_per_latent", 0),
         ("sampler/times/0", 1.5),

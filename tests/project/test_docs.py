@@ -19,6 +19,7 @@ SOURCES = ("runtime", "export", "engines", "pid_ref")
 COMMANDS = {
     "pid-bench": "pid_bench.cli",
     "pid-build": "pid_engines.cli",
+    "pid-calibrate": "pid_export.calibrate_cli",
     "pid-caption": "pid_pipelines.caption_cli",
     "pid-decode": "pid_runtime.command.decode_cli",
     "pid-doctor": "pid_runtime.command.doctor_cli",

@@ -56,6 +56,7 @@ ELSEWHERE = {
     "export/test_vae.py": "runtime/pid_pipelines: vae_graphs",
     "export/test_cli.py": "export/pid_export: bundle graphs",
     "export/test_fold.py": "export/pid_export: program",
+    "export/test_fp8_export.py": "export/pid_export: calibrate_cli",
     "export/test_verify_cli.py": "export/pid_export: reference verify",
     "engines/test_build.py": ("engines/pid_engines: cli engine_set options processes tasks worker"),
     "engines/test_flavors.py": "runtime/pid_runtime: bundle/flavors",
@@ -78,12 +79,14 @@ ELSEWHERE = {
 """Test files, and the modules without one of their own that they test."""
 
 UNTESTED = {
+    "tools/calibrate_nano.py": "wrote pid_ref/nano/nano.calibration.json, by pid-calibrate",
     "tools/cpp_decode.py": "a race between the runtimes, run by hand",
     "tools/demo.py": "its decodes are those of end_to_end/test_nano_quality.py",
     "tools/evaluate_nano.py": "wrote bench/results/nano.json, which test_nano_quality.py reads",
     "tools/nano_photos.py": "what the training was given",
     "tools/page_screenshot.py": "took docs/serving-page.jpg",
     "tools/plot_nano_log.py": "drew docs/nano-training.svg",
+    "tools/precision.py": "wrote bench/results/precision.json",
 }
 """Programs that nothing but people run."""
 

@@ -21,6 +21,7 @@ EditBundle = Callable[..., Path]
 COMMANDS = {
     "pid-bench": (("--dry-run",), "bench"),
     "pid-build": (("{bundle}",), "engines"),
+    "pid-calibrate": (("{bundle}", "-o", "calibration.json"), "export"),
     "pid-caption": (("--text", "a", "-o", "caption.safetensors"), "pipelines"),
     "pid-decode": (("{bundle}", "--latent", "{latent}", "-o", "image.png"), "cpu"),
     "pid-export": (("--space", "nano", "-o", "nano"), "export"),

@@ -9,7 +9,13 @@ CPU = 1
 CUDA = 2
 """DLPack's device types."""
 
-_TYPES = {"float32": (2, 32), "float16": (2, 16), "bfloat16": (4, 16), "uint8": (1, 8)}
+_TYPES = {
+    "float32": (2, 32),
+    "float16": (2, 16),
+    "bfloat16": (4, 16),
+    "uint8": (1, 8),
+    "float8_e4m3fn": (10, 8),
+}
 _NAME = b"dltensor"
 
 

@@ -21,8 +21,12 @@ NUMPY_TYPES: dict[str, np.dtype[Any]] = {
     "float16": np.dtype(np.float16),
     "bfloat16": np.dtype(ml_dtypes.bfloat16),
     "uint8": np.dtype(np.uint8),
+    "float8_e4m3fn": np.dtype(ml_dtypes.float8_e4m3fn),
 }
 """By the manifest's names."""
+
+EXTENSIONS = ("bfloat16", "float8_e4m3fn")
+"""Those that NumPy has not by itself."""
 
 ALIGNMENT = 4096
 """Of the host's memory, in bytes."""
@@ -47,7 +51,7 @@ class Memory(Protocol):
         ...
 
     def read(self, tensor: Tensor) -> NDArray[Any]:
-        """Copy a tensor to a new numpy array (bfloat16 comes as float32)."""
+        """Copy a tensor to a new numpy array (`EXTENSIONS` come as float32)."""
         ...
 
     def clone(self, tensor: Tensor) -> Any:
@@ -85,10 +89,15 @@ class HostMemory:
         return block.part(offset_bytes, dtype, shape)
 
     def write(self, tensor: RawTensor, source: Any) -> None:
+        if tensor.dtype in EXTENSIONS:
+            source, tensor = as_bytes(as_array(source), tensor.dtype), _as_bytes(tensor)
         target = np.from_dlpack(tensor)
         np.copyto(_writable(target), as_array(source).reshape(target.shape))
 
     def read(self, tensor: RawTensor) -> NDArray[Any]:
+        if tensor.dtype in EXTENSIONS:
+            content: Any = np.from_dlpack(_as_bytes(tensor))
+            return from_bytes(content, tensor.dtype).reshape(tensor.shape)
         return np.from_dlpack(tensor).copy()
 
     def clone(self, tensor: RawTensor) -> NDArray[Any]:
@@ -132,9 +141,13 @@ def as_bytes(array: NDArray[Any], dtype: str) -> NDArray[np.uint8]:
 
 
 def from_bytes(content: NDArray[np.uint8], dtype: str) -> NDArray[Any]:
-    """The reverse of `as_bytes`, flat; bfloat16 as float32."""
+    """The reverse of `as_bytes`, flat; `EXTENSIONS` as float32."""
     values = content.view(NUMPY_TYPES[dtype])
-    return values.astype(np.float32) if dtype == "bfloat16" else values
+    return values.astype(np.float32) if dtype in EXTENSIONS else values
+
+
+def _as_bytes(tensor: RawTensor) -> RawTensor:
+    return tensor.part(0, "uint8", (tensor.size_bytes,))
 
 
 def _writable(array: NDArray[Any]) -> NDArray[Any]:

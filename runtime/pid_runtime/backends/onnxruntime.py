@@ -38,11 +38,14 @@ PROVIDERS = {
 }
 """Short names of providers; any provider's full name does as well."""
 
-ONNX_TYPES = {"float32": 1, "uint8": 2, "float16": 10, "bfloat16": 16}
+ONNX_TYPES = {"float32": 1, "uint8": 2, "float16": 10, "bfloat16": 16, "float8_e4m3fn": 17}
 """Tensor element types as ONNX numbers them."""
 
 PLUGINS = {"NvTensorRTRTXExecutionProvider": "onnxruntime_ep_nv_tensorrt_rtx"}
 """Modules of providers that come as packages of their own, by the provider's full name."""
+
+_FOR_CPU = {"bf16": "fp32", "fp8": "fp8-fp32", "int8": "int8-fp32"}
+"""Precisions in bf16, and what to take on the CPU instead."""
 
 CONTRIB_PROVIDERS = ("CPUExecutionProvider", "CUDAExecutionProvider")
 """Providers with ONNX Runtime's own operators, which `contrib_file` of a graph uses."""
@@ -185,10 +188,10 @@ class OrtMemory:
 
 def check_precision(provider: str, precision: str, otherwise: str) -> None:
     """Raise `PidRuntimeError` for a precision that a provider has no kernels for."""
-    if provider == PROVIDERS["cpu"] and precision == "bf16":
+    if provider == PROVIDERS["cpu"] and precision in _FOR_CPU:
         raise PidRuntimeError(
-            "ONNX Runtime's CPU provider has no bf16 kernels; export with --precision fp32, or "
-            f"{otherwise}"
+            "ONNX Runtime's CPU provider has no bf16 kernels; export with --precision "
+            f"{_FOR_CPU[precision]}, or {otherwise}"
         )
 
 
@@ -205,6 +208,8 @@ def open_session(
     options.log_severity_level = 4 if on_host else 3
     options.intra_op_num_threads = threads or core_count()
     options.add_session_config_entry("session.force_spinning_stop", "1")
+    # Products of rounded matrices are computed as written: it would make integers of 8-bit floats.
+    options.add_session_config_entry("session.disable_quant_qdq", "1")
     scratch.use_shared_arena(options)
     providers: list[Any] | None = [provider]
     if provider in PLUGINS:

@@ -9,9 +9,13 @@ rotary tables and the sampler are float32.
 Shapes: B batch, L patch tokens of this call, T text tokens, D hidden size, H heads, r latent
 hidden size, P patch size, d pixel hidden size, A pixel attention size. Rotary pairs are the two
 halves of a head (the exporter reorders the channels), so that a rotation needs no strided access.
+
+A stage may round to 8 bits, as its option `rounding` names (`Rounding`); see
+`pid_runtime.backends.rounding`. Where it may round stand modules that otherwise do nothing.
 """
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -19,6 +23,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pid_runtime.backends.rounding import (
+    FP8,
+    INT8,
+    Quantized,
+    Rounded,
+    RoundedLinear,
+    is_rounded,
+    quantize,
+    rounded,
+)
 from pid_runtime.bundle.manifest import PRECISIONS
 from pid_runtime.errors import PidRuntimeError
 
@@ -62,6 +76,56 @@ class Linear(nn.Module):
             return x @ self.weight
         rows = torch.addmm(self.bias, x.flatten(0, -2), self.weight)  # one Gemm in ONNX
         return rows.unflatten(0, x.shape[:-1])
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """What a stage rounds to 8 bits."""
+
+    weights: bool = False
+    """Large matrices, to integers: nothing else then."""
+    products: bool = False
+    """Both operands of large matrix products."""
+    attended: bool = False
+    """What comes from attention, which then comes as 8-bit numbers."""
+    projected: bool = False
+    """Queries, keys and values, which then leave as 8-bit numbers."""
+    told: bool = False
+    """What tokens tell their pixels, which then is in 8-bit numbers between stages."""
+
+    @classmethod
+    def of(cls, names: Sequence[str]) -> "Rounding":
+        """From a stage's option."""
+        return cls(**dict.fromkeys(names, True))
+
+    def linear(self, inputs: int, outputs: int, dtype: torch.dtype, bias: bool = True) -> nn.Module:
+        """A product, rounded or not."""
+        if (self.weights or self.products) and is_rounded(inputs, outputs):
+            stored = INT8 if self.weights else FP8
+            return RoundedLinear(inputs, outputs, dtype, stored, bias)
+        return Linear(inputs, outputs, dtype, bias)
+
+    def operand(self, inputs: int, outputs: int, dtype: torch.dtype) -> nn.Module:
+        """What goes into products of so many inputs, and outputs at most."""
+        rounded = self.products and is_rounded(inputs, outputs)
+        return Rounded(dtype) if rounded else nn.Identity()
+
+    def from_attention(self, inputs: int, outputs: int, dtype: torch.dtype) -> nn.Module:
+        """What was attended, on its way into a product."""
+        return Rounded(dtype) if self.attended else self.operand(inputs, outputs, dtype)
+
+    def condition(self, n: Dimensions, dtype: torch.dtype) -> nn.Module:
+        """What tokens tell their pixels, on its way into products."""
+        flat = n.patch_size**2 * n.pixel_hidden_size
+        return Rounded(dtype) if self.told else self.operand(n.hidden_size, flat, dtype)
+
+    def for_pixels(self, dtype: torch.dtype) -> nn.Module:
+        """The same, on its way to other stages."""
+        return Quantized(dtype) if self.told else nn.Identity()
+
+    def for_attention(self, dtype: torch.dtype) -> nn.Module:
+        """Queries, keys or values."""
+        return Quantized(dtype) if self.projected else nn.Identity()
 
 
 def normalize(x: Tensor) -> Tensor:
@@ -253,6 +317,10 @@ class Timestep(nn.Module):
 # The step: attention
 
 
+ATTENTION_ENDS = ("q", "k", "v", "attended")
+"""What goes into an attention, and comes out."""
+
+
 class Attention(nn.Module):
     """softmax(q k^T) v per head; queries come scaled.
 
@@ -262,11 +330,53 @@ class Attention(nn.Module):
     def __init__(self, heads: int) -> None:
         super().__init__()
         self.heads = heads
+        self.ends = nn.ModuleDict({name: nn.Identity() for name in ATTENTION_ENDS})
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q, k, v = self.ends["q"](q), self.ends["k"](k), self.ends["v"](v)
         q, k, v = (z.unflatten(-1, (self.heads, -1)).transpose(1, 2) for z in (q, k, v))
         out = F.scaled_dot_product_attention(q, k, v, scale=1.0)
-        return out.transpose(1, 2).flatten(2)
+        return self.ends["attended"](out.transpose(1, 2).flatten(2))
+
+
+class RoundedAttention(nn.Module):
+    """Attention of 8-bit numbers, to such: as `Attention`, but for what is rounded.
+
+    Tensors come and leave as `rounding.FP8`, or as floats, which are then rounded here. The weights
+    are rounded as well, before they are divided by their sum, when the largest of each query is 1:
+    that is how fused kernels can, which do not know the sum yet.
+    """
+
+    QUERIES: int = 1024
+    """That are attended at a time, where nothing is traced: all weights are in memory."""
+
+    def __init__(self, heads: int, dtype: torch.dtype, scales: Mapping[str, float]) -> None:
+        """scales: of `ATTENTION_ENDS`, and of "weights"."""
+        super().__init__()
+        self.heads = heads
+        self.scales = {
+            name: torch.tensor(scale, dtype=dtype, device="cpu") for name, scale in scales.items()
+        }
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        scales = {name: scale.to(q.device) for name, scale in self.scales.items()}
+        given = {"q": q, "k": k, "v": v}
+        q8, k8, v8 = (
+            rounded(x, scales[name]).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+            for name, x in given.items()
+        )
+        queries = [q8] if torch.compiler.is_exporting() else q8.split(self.QUERIES, dim=2)
+        parts: list[Tensor] = []
+        for part in queries:
+            scores = (part @ k8.transpose(2, 3)).float()
+            weights = torch.exp(scores - scores.amax(dim=-1, keepdim=True))
+            mean = (rounded(weights.to(part.dtype), scales["weights"]) @ v8).float()
+            mean = mean / weights.sum(dim=-1, keepdim=True)
+            parts.append(mean.to(part.dtype).transpose(1, 2).flatten(2))
+        attended = torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
+        if q.dtype == FP8:
+            return quantize(attended, scales["attended"])
+        return rounded(attended, scales["attended"])
 
 
 # The step: tokens between attentions
@@ -276,34 +386,47 @@ class EnterAttention(nn.Module):
     """Project tokens `[B, L, size]` to q, k, v `[B, L, heads]`, or to k, v alone."""
 
     def __init__(
-        self, inputs: int, size: int, heads: int, dtype: torch.dtype, queries: bool = True
+        self,
+        inputs: int,
+        size: int,
+        heads: int,
+        dtype: torch.dtype,
+        rounding: Rounding,
+        queries: bool = True,
     ) -> None:
         super().__init__()
-        parts = 2 if queries else 1
-        self.qk = Linear(inputs, parts * size, dtype, bias=False)
-        self.v = Linear(inputs, size, dtype, bias=False)
-        self.rope = HeadNormRope(parts, heads, size // heads)
+        names = ("q", "k") if queries else ("k",)
+        self.tokens = rounding.operand(inputs, len(names) * size, dtype)
+        self.qk = rounding.linear(inputs, len(names) * size, dtype, bias=False)
+        self.v = rounding.linear(inputs, size, dtype, bias=False)
+        self.rope = HeadNormRope(len(names), heads, size // heads)
+        self.leave = nn.ModuleDict({name: rounding.for_attention(dtype) for name in (*names, "v")})
 
     def forward(self, z: Tensor, cos: Tensor, sin: Tensor) -> list[Tensor]:
-        return [*self.rope(self.qk(z), cos, sin), self.v(z)]
+        z = self.tokens(z)
+        projected = [*self.rope(self.qk(z), cos, sin), self.v(z)]
+        return [leave(x) for leave, x in zip(self.leave.values(), projected, strict=True)]
 
 
 class LeaveBlock(nn.Module):
     """The second half of an MMDiT block for one stream: take in the attention, then the MLP."""
 
-    def __init__(self, n: Dimensions, dtype: torch.dtype) -> None:
+    def __init__(self, n: Dimensions, dtype: torch.dtype, rounding: Rounding) -> None:
         super().__init__()
-        size = n.hidden_size
-        self.proj = Linear(size, size, dtype)
-        self.w1 = Linear(size, n.mlp_hidden, dtype, bias=False)
-        self.w3 = Linear(size, n.mlp_hidden, dtype, bias=False)
-        self.w2 = Linear(n.mlp_hidden, size, dtype, bias=False)
+        size, hidden = n.hidden_size, n.mlp_hidden
+        self.attended = rounding.from_attention(size, size, dtype)
+        self.proj = rounding.linear(size, size, dtype)
+        self.tokens = rounding.operand(size, hidden, dtype)
+        self.w1 = rounding.linear(size, hidden, dtype, bias=False)
+        self.w3 = rounding.linear(size, hidden, dtype, bias=False)
+        self.hidden = rounding.operand(hidden, size, dtype)
+        self.w2 = rounding.linear(hidden, size, dtype, bias=False)
 
     def forward(self, x: Tensor, attended: Tensor, modulation: Tensor) -> Tensor:
         """`x`, `attended` `[B, L, D]`; `modulation` `[4, D]` gate, shift, scale, gate."""
-        wide = x.float() + modulation[0] * self.proj(attended).float()
-        z = (normalize(wide) * modulation[2] + modulation[1]).to(x.dtype)
-        out = self.w2(F.silu(self.w1(z)) * self.w3(z))
+        wide = x.float() + modulation[0] * self.proj(self.attended(attended)).float()
+        z = self.tokens((normalize(wide) * modulation[2] + modulation[1]).to(x.dtype))
+        out = self.w2(self.hidden(F.silu(self.w1(z)) * self.w3(z)))
         return (wide + modulation[3] * out.float()).to(x.dtype)
 
 
@@ -326,16 +449,17 @@ class Tokens(nn.Module):
         embed: bool = False,
         inject: bool = False,
         last: bool = False,
+        rounding: Sequence[str] = (),
     ) -> None:
         super().__init__()
-        size = n.hidden_size
+        size, places = n.hidden_size, Rounding.of(rounding)
         self.dtype = dtype
         self.returns_x = embed or not (first or last)
         self.embed = Linear(3 * n.patch_size**2, size, dtype) if embed else None
-        self.leave = None if first else LeaveBlock(n, dtype)
+        self.leave = None if first else LeaveBlock(n, dtype, places)
         gate_outputs = size if n.latent_gate == "channel" else 1
         self.gate = LatentGate(n, gate_outputs, dtype) if inject else None
-        self.enter = EnterAttention(size, size, n.num_heads, dtype, queries=not last)
+        self.enter = EnterAttention(size, size, n.num_heads, dtype, places, queries=not last)
 
     def forward(
         self,
@@ -385,38 +509,40 @@ class EnterPixelBlock(nn.Module):
     which is a quarter of the work.
     """
 
-    def __init__(self, n: Dimensions, dtype: torch.dtype) -> None:
+    def __init__(self, n: Dimensions, dtype: torch.dtype, rounding: Rounding) -> None:
         super().__init__()
         flat, size = n.patch_size**2 * n.pixel_hidden_size, n.pixel_attn_size
-        self.scale = Linear(n.hidden_size, flat, dtype)
-        self.compress = Linear(flat, size, dtype, bias=False)
-        self.shift = Linear(n.hidden_size, size, dtype)
-        self.enter = EnterAttention(size, size, n.pixel_num_heads, dtype)
+        self.scale = rounding.linear(n.hidden_size, flat, dtype)
+        self.pixels = rounding.operand(flat, size, dtype)
+        self.compress = rounding.linear(flat, size, dtype, bias=False)
+        self.shift = rounding.linear(n.hidden_size, size, dtype)
+        self.enter = EnterAttention(size, size, n.pixel_num_heads, dtype, rounding)
 
     def forward(self, pixels: Tensor, s: Tensor, cos: Tensor, sin: Tensor) -> list[Tensor]:
         """`pixels` `[B, L, P * P, d]`, `s` `[B, L, D]`; q, k, v `[B, L, A]`."""
-        z = (normalize(pixels).flatten(2) * self.scale(s).float()).to(s.dtype)
+        z = self.pixels((normalize(pixels).flatten(2) * self.scale(s).float()).to(s.dtype))
         return self.enter(self.compress(z) + self.shift(s), cos, sin)
 
 
 class LeavePixelBlock(nn.Module):
     """The second half of a PiT block: take in the attention, then the MLP on every pixel."""
 
-    def __init__(self, n: Dimensions, dtype: torch.dtype) -> None:
+    def __init__(self, n: Dimensions, dtype: torch.dtype, rounding: Rounding) -> None:
         super().__init__()
         d = n.pixel_hidden_size
         flat = n.patch_size**2 * d
-        self.expand = Linear(n.pixel_attn_size, flat, dtype)
-        self.gate_attention = Linear(n.hidden_size, flat, dtype)
-        self.shift = Linear(n.hidden_size, flat, dtype)
-        self.scale = Linear(n.hidden_size, flat, dtype)
-        self.gate_mlp = Linear(n.hidden_size, flat, dtype)
+        self.attended = rounding.from_attention(n.pixel_attn_size, flat, dtype)
+        self.expand = rounding.linear(n.pixel_attn_size, flat, dtype)
+        self.gate_attention = rounding.linear(n.hidden_size, flat, dtype)
+        self.shift = rounding.linear(n.hidden_size, flat, dtype)
+        self.scale = rounding.linear(n.hidden_size, flat, dtype)
+        self.gate_mlp = rounding.linear(n.hidden_size, flat, dtype)
         self.fc1, self.fc2 = Linear(d, 4 * d, dtype), Linear(4 * d, d, dtype)
 
     def forward(self, pixels: Tensor, s: Tensor, attended: Tensor) -> Tensor:
         """`pixels` `[B, L, P * P, d]`, `s` `[B, L, D]`, `attended` `[B, L, A]`."""
         shape = pixels.shape[2:]
-        attention = self.gate_attention(s).float() * self.expand(attended).float()
+        attention = self.gate_attention(s).float() * self.expand(self.attended(attended)).float()
         wide = pixels.float() + attention.unflatten(-1, shape)
         scale, shift = (m(s).float().unflatten(-1, shape) for m in (self.scale, self.shift))
         z = (normalize(wide) * scale + shift).to(s.dtype)
@@ -430,12 +556,22 @@ class PixelFirst(nn.Module):
     `modulation` `[4, D]`: the last patch block's gate, shift, scale, gate; `time_embedding` `[D]`.
     """
 
-    def __init__(self, n: Dimensions, dtype: torch.dtype, *, inject: bool) -> None:
+    def __init__(
+        self,
+        n: Dimensions,
+        dtype: torch.dtype,
+        *,
+        inject: bool,
+        rounding: Sequence[str] = (),
+    ) -> None:
         super().__init__()
-        self.leave = LeaveBlock(n, dtype)
+        places = Rounding.of(rounding)
+        self.leave = LeaveBlock(n, dtype, places)
         self.gate = LatentGate(n, 1, dtype) if inject else None
         self.embed = PixelEmbed(n, dtype)
-        self.enter = EnterPixelBlock(n, dtype)
+        self.s = places.condition(n, dtype)
+        self.results = nn.ModuleDict({"s": places.for_pixels(dtype)})
+        self.enter = EnterPixelBlock(n, dtype, places)
 
     def forward(
         self,
@@ -457,7 +593,8 @@ class PixelFirst(nn.Module):
         if self.gate is not None:
             s = self.gate(s, *latent)
         pixels = self.embed(state, pixel_columns, pixel_rows)
-        return (s, *self.enter(pixels, s, rope_cos, rope_sin))
+        s = self.results["s"](s)
+        return (s, *self.enter(pixels, self.s(s), rope_cos, rope_sin))
 
 
 class Pixels(nn.Module):
@@ -467,12 +604,21 @@ class Pixels(nn.Module):
     attention (`embed`) takes `state` and the position tables in place of `pixels`.
     """
 
-    def __init__(self, n: Dimensions, dtype: torch.dtype, *, embed: bool) -> None:
+    def __init__(
+        self,
+        n: Dimensions,
+        dtype: torch.dtype,
+        *,
+        embed: bool,
+        rounding: Sequence[str] = (),
+    ) -> None:
         super().__init__()
+        places = Rounding.of(rounding)
         self.embed = PixelEmbed(n, dtype) if embed else None
-        self.leave = LeavePixelBlock(n, dtype)
+        self.s = places.condition(n, dtype)
+        self.leave = LeavePixelBlock(n, dtype, places)
         self.d = n.pixel_hidden_size
-        self.enter = EnterPixelBlock(n, dtype)
+        self.enter = EnterPixelBlock(n, dtype, places)
 
     def forward(
         self,
@@ -487,6 +633,7 @@ class Pixels(nn.Module):
     ) -> tuple[Tensor, ...]:
         tables = {"pixel_columns": pixel_columns, "pixel_rows": pixel_rows}
         entering = _pixels(self.embed, self.d, pixels, state=state, **tables)
+        s = self.s(s)
         leaving = self.leave(entering, s, attended)
         return (leaving.flatten(2), *self.enter(leaving, s, rope_cos, rope_sin))
 
@@ -497,10 +644,19 @@ class Update(nn.Module):
     state' = update[0] state + update[1] velocity + update[2] noise, all float32.
     """
 
-    def __init__(self, n: Dimensions, dtype: torch.dtype, *, embed: bool) -> None:
+    def __init__(
+        self,
+        n: Dimensions,
+        dtype: torch.dtype,
+        *,
+        embed: bool,
+        rounding: Sequence[str] = (),
+    ) -> None:
         super().__init__()
+        places = Rounding.of(rounding)
         self.embed = PixelEmbed(n, dtype) if embed else None
-        self.leave = LeavePixelBlock(n, dtype)
+        self.s = places.condition(n, dtype)
+        self.leave = LeavePixelBlock(n, dtype, places)
         self.d = n.pixel_hidden_size
         self.velocity = Linear(n.pixel_hidden_size, 3, dtype)
 
@@ -518,6 +674,7 @@ class Update(nn.Module):
         tables = {"pixel_columns": pixel_columns, "pixel_rows": pixel_rows}
         embedded = state if self.embed is not None else None
         entering = _pixels(self.embed, self.d, pixels, state=embedded, **tables)
+        s = self.s(s)
         leaving = self.leave(entering, s, attended)
         velocity = self.velocity(normalize(leaving).to(s.dtype)).float().flatten(2)
         return update[0] * state + update[1] * velocity + update[2] * noise
@@ -573,14 +730,17 @@ DTYPES = {
     "float16": torch.float16,
     "bfloat16": torch.bfloat16,
     "uint8": torch.uint8,
+    "float8_e4m3fn": FP8,
 }
 
 
 def build_stage(
     kind: str, options: dict[str, Any], network: Dimensions, precision: str
 ) -> nn.Module:
-    """The module of one graph, with uninitialised weights; `precision` is fp32, fp16 or bf16."""
-    stage = STAGES[kind]
+    """The module of one graph, with uninitialised weights; `precision` is one of `PRECISIONS`."""
+    stage, dtype = STAGES[kind], DTYPES[PRECISIONS[precision]]
+    if "fp8_scales" in options:
+        return RoundedAttention(options["heads"], dtype, options["fp8_scales"])
     if stage in (Patchify, Unpatchify, UnpatchifyBytes, Attention):
         return stage(**options)
-    return stage(network, DTYPES[PRECISIONS[precision]], **options)
+    return stage(network, dtype, **options)

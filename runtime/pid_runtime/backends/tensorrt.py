@@ -38,7 +38,7 @@ from pid_runtime.bundle.engines import (
 )
 from pid_runtime.bundle.files import write_whole
 from pid_runtime.bundle.flavors import FLAVORS
-from pid_runtime.bundle.manifest import Bucket, Manifest
+from pid_runtime.bundle.manifest import PRECISIONS, Bucket, Manifest
 from pid_runtime.errors import OutOfMemoryError, PidRuntimeError
 
 _log = logging.getLogger(__name__)
@@ -81,7 +81,7 @@ class LoadedEngines:
         if not self._sets:
             precision = (
                 "export it again with --precision bf16, and "
-                if manifest.precision == "fp32"
+                if PRECISIONS[manifest.precision] == "float32"
                 else ""
             )
             wanted = "engines" if flavor is None else f"engines of {FLAVORS[flavor].title}"

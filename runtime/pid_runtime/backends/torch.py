@@ -140,7 +140,7 @@ class TorchMemory:
         tensor.copy_(array.reshape(tensor.shape))
 
     def read(self, tensor: torch.Tensor) -> NDArray[Any]:
-        if tensor.dtype == torch.bfloat16:
+        if tensor.dtype in (torch.bfloat16, torch.float8_e4m3fn):
             tensor = tensor.float()
         return tensor.cpu().numpy().copy()
 

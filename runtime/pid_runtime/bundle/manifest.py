@@ -21,8 +21,22 @@ DTYPES_OF_VERSION_1 = frozenset(("float32", "float16", "bfloat16", "uint8"))
 MANIFEST_FILE = "manifest.json"
 WEIGHTS_FILE = "weights.safetensors"
 
-PRECISIONS = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+PRECISIONS = {
+    "fp32": "float32",
+    "fp16": "float16",
+    "bf16": "bfloat16",
+    "fp8": "bfloat16",
+    "fp8-fp32": "float32",
+    "int8": "bfloat16",
+    "int8-fp32": "float32",
+}
 """The dtype of activations and matrix weights, by the name of a bundle's precision."""
+
+ROUNDED_PRECISIONS = ("fp8", "fp8-fp32", "int8", "int8-fp32")
+"""Those that round to 8 bits, and the dtype is that of the rest: int8 large matrices, fp8 more."""
+
+FP8 = "float8_e4m3fn"
+"""Numbers of 8 bits, as NumPy's extension types and torch call them."""
 
 
 @dataclass(frozen=True)
@@ -55,12 +69,14 @@ class Buffer:
     kind: "input" and "schedule" are written for every decode, "table" for every new shape,
     "constant" once, "temporary" and "output" by the program.
     source: of a table or a constant.
+    scale: what its numbers are multiplied by; a power of two, and 1 but for `FP8`.
     """
 
     dtype: str
     shape: Shape
     kind: str
     source: Source | None = None
+    scale: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -262,6 +278,7 @@ class Manifest:
         symbols = {size for buffer in self.buffers.values() for size in buffer.shape}
         is_of_version_1 = (
             dtypes <= DTYPES_OF_VERSION_1
+            and self.precision not in ROUNDED_PRECISIONS
             and CHUNK not in symbols
             and not any(isinstance(each, Each) for each in self.instructions())
             and not any(isinstance(s, dict) and "program" in s for s in self.engines.values())
@@ -337,10 +354,14 @@ def encode_program(program: Mapping[str, Sequence[Instruction]]) -> dict[str, An
 
 def encode_buffers(buffers: Mapping[str, Buffer]) -> dict[str, Any]:
     """Buffers as JSON."""
-    return {
-        name: {**asdict(buffer), "source": encode_source(buffer.source)}
-        for name, buffer in buffers.items()
-    }
+    return {name: _encode_buffer(buffer) for name, buffer in buffers.items()}
+
+
+def _encode_buffer(buffer: Buffer) -> dict[str, Any]:
+    fields = {**asdict(buffer), "source": encode_source(buffer.source)}
+    if buffer.scale == 1:
+        del fields["scale"]
+    return fields
 
 
 def _encode(instruction: Instruction) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from typing import TypeVar
 
 from pid_runtime.bundle.json_reader import NAME, require
 from pid_runtime.bundle.manifest import (
+    FP8,
     LARGEST_GUIDANCE,
     MANIFEST_FILE,
     PACKED_DCT,
@@ -168,6 +169,8 @@ def _check_buffer(name: str, buffer: Buffer) -> None:
         sliced = first == CHUNK and all(isinstance(size, int) for size in others)
         _require(sliced, f"{what} to have {CHUNK} first and no other size", buffer.shape)
         _require(buffer.kind == "temporary", f"{what} of a slice to be temporary", buffer.kind)
+    scaled = buffer.scale == 1 if buffer.dtype != FP8 else math.frexp(buffer.scale)[0] == 0.5
+    _require(scaled, f"{what} with a scale of 1, or a power of two if it is {FP8}", buffer.scale)
     if isinstance(buffer.source, Table):
         expected = ("float32", buffer.source.shape)
         _require((buffer.dtype, buffer.shape) == expected, f"{what} as its table", buffer.shape)

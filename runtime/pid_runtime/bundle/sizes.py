@@ -8,7 +8,7 @@ from typing import Any
 LARGEST_SIZE = 1 << 24
 """Most of anything a shape counts along one axis: tokens, channels, rows."""
 
-ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "uint8": 1}
+ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "uint8": 1, "float8_e4m3fn": 1}
 
 CHUNK = "C"
 """The first size of a buffer that holds no more than a slice: the tokens of a bucket's chunk."""

@@ -41,7 +41,15 @@ LATENT_SEED = 1
 
 PROJECTIONS = 16
 
-ALLOWED_RMS = {"fp32": 5e-3, "fp16": 0.02, "bf16": 0.1}
+ALLOWED_RMS = {
+    "fp32": 5e-3,
+    "fp16": 0.02,
+    "bf16": 0.1,
+    "int8": 0.1,
+    "int8-fp32": 0.05,
+    "fp8": 0.1,
+    "fp8-fp32": 0.05,
+}
 """How far images may be apart, by the bundle's precision, as in `pid-bench` on CUDA.
 
 In fp32 that is what libraries cost that use TF32.

@@ -17,6 +17,11 @@ def pid_build() -> int:
     return _run("pid-build", "pid_engines.cli")
 
 
+def pid_calibrate() -> int:
+    """`pid-calibrate`."""
+    return _run("pid-calibrate", "pid_export.calibrate_cli")
+
+
 def pid_caption() -> int:
     """`pid-caption`."""
     return _run("pid-caption", "pid_pipelines.caption_cli")

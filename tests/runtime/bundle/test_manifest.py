@@ -299,7 +299,7 @@ REFUSED = [
     # structure
     ("producer", DELETED, "producer"),
     ("producer", 3, "a string"),
-    ("precision", "fp8", "precision"),
+    ("precision", "fp9", "precision"),
     ("tokens_per_latent", 0, "tokens_per_latent"),
     ("tokens_per_latent", True, "an integer"),
     ("tokens_per_latent", 2.0, "an integer"),

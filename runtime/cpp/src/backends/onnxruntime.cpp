@@ -155,6 +155,8 @@ ONNXTensorElementDataType onnx_type(DType dtype) {
         return ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16;
     case DType::bfloat16:
         return ONNX_TENSOR_ELEMENT_DATA_TYPE_BFLOAT16;
+    case DType::float8_e4m3fn:
+        return ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT8E4M3FN;
     default:
         return ONNX_TENSOR_ELEMENT_DATA_TYPE_UINT8;
     }
@@ -195,6 +197,9 @@ public:
                                                                   : ORT_LOGGING_LEVEL_ERROR);
         options.SetIntraOpNumThreads(static_cast<int>(threads));
         options.AddConfigEntry("session.force_spinning_stop", "1");
+        // Products of rounded matrices are computed as written: it would make integers of 8-bit
+        // floats.
+        options.AddConfigEntry("session.disable_quant_qdq", "1");
         OrtEnvironment::use_shared_arena(options);
         guarded(PID_ERROR_INPUT, provider.name + " cannot be used", [&] {
             if (provider.is_plugin)
@@ -315,9 +320,12 @@ std::unique_ptr<LoadedGraphs> load_onnxruntime(const std::filesystem::path& bund
         register_library(environment->env(), options.provider_library);
     const auto [name, ordinal] = parse_device(options.device.empty() ? "cpu" : options.device);
     const Provider provider = find_provider(name, !options.provider_library.empty());
-    if (provider.name == cpu_provider && manifest.precision == "bf16")
-        refuse("ONNX Runtime's CPU provider has no bf16 kernels; export with --precision fp32, or "
-               "decode on a GPU");
+    static const std::map<std::string, std::string> for_cpu{
+        {"bf16", "fp32"}, {"fp8", "fp8-fp32"}, {"int8", "int8-fp32"}};
+    const auto found = for_cpu.find(manifest.precision);
+    if (provider.name == cpu_provider && found != for_cpu.end())
+        refuse("ONNX Runtime's CPU provider has no bf16 kernels; export with --precision ",
+               found->second, ", or decode on a GPU");
     std::shared_ptr<CudaDevice> device;
     if (on_cuda(provider.name))
         device = CudaDevice::open(ordinal, options.cuda_stream);

@@ -13,6 +13,7 @@
 #include <map>
 #include <memory>
 #include <mutex>
+#include <set>
 #include <string>
 #include <string_view>
 #include <utility>
@@ -382,7 +383,9 @@ std::unique_ptr<LoadedGraphs> load_tensorrt(const std::filesystem::path& bundle,
                "this one was built with TensorRT; use the tensorrt backend, or build it again");
     if (manifest.engines.empty())
         refuse("expected engines in ", bundle.string(), ", but it has none; ",
-               manifest.precision == "fp32" ? "export it again with --precision bf16, and " : "",
+               std::set<std::string>{"fp32", "fp8-fp32", "int8-fp32"}.count(manifest.precision) != 0
+                   ? "export it again with --precision bf16, and "
+                   : "",
                "build them: pid-build ", bundle.string(), " --target current");
     std::shared_ptr<CudaDevice> device = CudaDevice::open(ordinal, nullptr);
     EngineSet set = choose_engines(bundle, manifest, options.engine_set, PID_TENSORRT_FLAVOR,

@@ -13,8 +13,8 @@ struct Kind {
 };
 
 // In the order of DType.
-constexpr std::array<Kind, 4> dtypes{
-    {{"float32", 4}, {"float16", 2}, {"bfloat16", 2}, {"uint8", 1}}};
+constexpr std::array<Kind, 5> dtypes{
+    {{"float32", 4}, {"float16", 2}, {"bfloat16", 2}, {"uint8", 1}, {"float8_e4m3fn", 1}}};
 
 } // namespace
 

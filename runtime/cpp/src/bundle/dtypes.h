@@ -8,7 +8,7 @@
 namespace pid::core {
 
 // Of buffers and graphs.
-enum class DType { float32, float16, bfloat16, uint8 };
+enum class DType { float32, float16, bfloat16, uint8, float8_e4m3fn };
 
 std::size_t item_bytes(DType dtype);
 const char* name_of(DType dtype);

@@ -22,7 +22,7 @@ using Names = std::set<std::string>;
 const Names size_symbols{"B", "T", "h", "w", "Hs", "Ws", "H", "W", "L", "S", "N"};
 const Names buffer_symbols{"B", "T", "h", "w", "Hs", "Ws", "H", "W", "L", "S", "N", chunk_symbol};
 const Names reserved_symbols{"B", "row", "step"};
-const Names precisions{"fp32", "fp16", "bf16"};
+const Names precisions{"fp32", "fp16", "bf16", "fp8", "fp8-fp32", "int8", "int8-fp32"};
 const Names kinds{"input", "schedule", "table", "constant", "temporary", "output"};
 
 // May start an operand.
