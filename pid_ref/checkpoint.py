@@ -228,7 +228,7 @@ def _network_keys(file: Path, tensors: Tensors, prefix: str) -> dict[str, str]:
             names[name] = key
     if skipped:
         parts = ", ".join(f"{count} of {prefix}*" for prefix, count in sorted(skipped.items()))
-        _log.info("skipped tensors that only training needs in %s: %s", file, parts)
+        _log.info("skipped tensors that are none of the network's in %s: %s", file, parts)
     return names
 
 

@@ -74,7 +74,7 @@ def dequantised(file: Path, tensors: Tensors, prefix: str) -> Tensors:
     present = set(keys)
     metadata = _metadata_marks(tensors, prefix)
     layers: dict[str, _Layer] = {}
-    spent = {prefix + _OLD_MARK}
+    spent = {_OLD_MARK, prefix + _OLD_MARK}
     unread: set[str] = set()
     for key in keys:
         stem, _, leaf = key.rpartition(".")

@@ -165,9 +165,12 @@ def test_weights_are_what_their_format_says_to_the_last_bit(
         if len(parts) > 1:
             stored[f"{layer}.input_scale"] = torch.ones(())
     stored["scaled_fp8"] = torch.zeros(2, dtype=torch.float8_e4m3fn)
-    file = write({CORE + name: value for name, value in stored.items()}, tmp_path / "q.safetensors")
-    with caplog.at_level(logging.WARNING, logger="pid_ref"):
+    named = {CORE + name: value for name, value in stored.items()}
+    named["scaled_fp8"] = torch.zeros(2, dtype=torch.float8_e4m3fn)  # with the prefix and without
+    file = write(named, tmp_path / "q.safetensors")
+    with caplog.at_level(logging.INFO, logger="pid_ref"):
         found = read_checkpoint(file, FLUX)
+    assert "skipped" not in caplog.text
     assert f"are quantised ({len(layers)} of {words})" in caplog.text
     assert list(found) == list(original)
     again = halves(dict(found), pixels)
