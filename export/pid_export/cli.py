@@ -243,6 +243,11 @@ def _export(args: Namespace) -> None:
 def _check_fp8(args: Namespace) -> None:
     """Raise `ExportInputError` for fp8's own options without it."""
     if args.precision in FP8_PRECISIONS:
+        if args.calibration is not None and not args.calibration.exists():
+            raise ExportInputError(
+                f"expected latents, or a file of pid-calibrate, but {args.calibration} is not "
+                "there; check --calibration"
+            )
         return
     is_int8 = args.precision in ("int8", "int8-fp32")
     for name in ("calibration", "sensitivity") if is_int8 else FP8_OPTIONS:

@@ -1,9 +1,7 @@
 """An export in fp8: an exact one is decoded for its scales, and what comes of it is looked at."""
 
 import logging
-import tempfile
-from collections.abc import Callable, Generator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,10 +16,11 @@ from pid_export.calibrate import (
     clipped_shares,
     sensitivity,
 )
-from pid_export.calibration import Calibration, read_calibration
+from pid_export.calibration import Calibration, read_calibration, rounded_of
 from pid_export.calibration_inputs import MADE_UP, read_inputs, synthetic_inputs
+from pid_export.program import build_program
 from pid_ref.config import PidConfig
-from pid_runtime.bundle.files import check_new
+from pid_runtime.bundle.files import check_new, folder_beside
 from pid_runtime.bundle.manifest import Manifest
 from pid_runtime.command import console
 from pid_runtime.command.decode_jobs import Inputs
@@ -97,7 +96,9 @@ def export_fp8(
     """
     path = rounding.calibration
     known = read_calibration(path) if path is not None and path.suffix == ".json" else None
-    with _folder_beside(output) as folder:
+    # Found out now, and not when minutes have gone into calibrating.
+    rounded_of(None, build_program(config, options.precision, None), rounding.keep or ())
+    with folder_beside(output) as folder:
         exact, inputs, found = folder / "exact", list[Inputs](), known
         if known is None or rounding.sensitivity:
             with console.progress("Exporting what to calibrate on", 1.0, quiet=quiet) as advance:
@@ -130,11 +131,3 @@ def export_fp8(
         check_new(output)
         (folder / "fp8").rename(output)
     return Rounded(manifest, found, clipped, costs)
-
-
-@contextmanager
-def _folder_beside(output: Path) -> Generator[Path, None, None]:
-    """A folder on the same disk, removed when the block ends."""
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(".partial", f".{output.name}.", output.parent) as folder:
-        yield Path(folder)

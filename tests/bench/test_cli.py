@@ -303,7 +303,7 @@ def test_a_dry_run_is_written_where_it_was_asked(
         (("--size", "1000x1000"), "992x992 is near"),
         (("--size", "2048"), "expected a size such as 512x512, but got '2048'"),
         (("--size", "0x64"), "but got 0x64; 32x64 is near"),
-        (("--precision", "int8"), "--precision of fp32, fp16, bf16"),
+        (("--precision", "int4"), "--precision of fp32, fp16, bf16"),
         (
             ("--precision", "fp32", "--backends", "public", "--cascades", "none"),
             "no backend exists in this precision",

@@ -92,7 +92,7 @@ def test_round_trip(tmp_path: Path) -> None:
         (lambda raw: raw["rows"][0]["measured"].update(rounds_ms=[]), "times of a measured row"),
         (lambda raw: raw["rows"][0]["case"].pop("pipeline"), "pipeline"),
         (lambda raw: raw["rows"][0]["case"].update(backend="later"), "a backend of this version"),
-        (lambda raw: raw["rows"][0]["case"].update(precision="fp8"), "precision of fp32"),
+        (lambda raw: raw["rows"][0]["case"].update(precision="fp9"), "precision of fp32"),
     ],
 )
 def test_refuses_other_reports(tmp_path: Path, edit: Any, says: str) -> None:

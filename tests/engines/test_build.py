@@ -309,6 +309,7 @@ def test_an_island_needs_bfloat16(bf16_bundle: Path, options: BuildOptions) -> N
     assert plan_tasks(bf16_bundle, half_manifest(bf16_bundle, 60_000), old)
 
 
+@pytest.mark.slow
 def test_fp8_multiplies_8_bit_numbers(
     fp8_bundle: Path, options: BuildOptions, tmp_path: Path
 ) -> None:
@@ -323,6 +324,7 @@ def test_fp8_multiplies_8_bit_numbers(
     assert profile["S"][0] == FEWEST_FP8_KEYS and profile["Q"][0] == 1
 
 
+@pytest.mark.slow
 def test_fp8_products_in_other_numbers_are_refused(
     fp8_bundle: Path, options: BuildOptions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -337,12 +339,11 @@ def test_fp8_products_in_other_numbers_are_refused(
         build_alone(fp8_bundle, manifest, options, image, tmp_path)
 
 
-def test_fp8_needs_a_gpu_that_has_it(
-    fp8_bundle: Path, fp8_twin: Path, options: BuildOptions
-) -> None:
-    old = replace(options, targets=("sm86", "sm89"))
+def test_fp8_needs_a_gpu_that_has_it(fp8_twin: Path, options: BuildOptions) -> None:
+    old, manifest = replace(options, targets=("sm86", "sm89")), read_manifest(fp8_twin)
     with pytest.raises(BuildInputError, match=r"from sm89 on for an fp8 bundle, but got sm86"):
-        plan_tasks(fp8_bundle, read_manifest(fp8_bundle), old)
+        plan_tasks(fp8_twin, replace(manifest, precision="fp8"), old)
+    plan_tasks(fp8_twin, replace(manifest, precision="fp8"), options)
     with pytest.raises(BuildInputError, match=r"fp16, fp8 or int8, but got fp8-fp32"):
         plan_tasks(fp8_twin, read_manifest(fp8_twin), options)
 

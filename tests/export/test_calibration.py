@@ -130,9 +130,9 @@ def test_fp8_needs_a_calibration_and_nothing_else_takes_one(calibration: Calibra
         ExportOptions(keep=("update",))
 
 
-def test_a_bundle_says_what_it_was_calibrated_on(fp8_bundle: Path) -> None:
-    manifest = read_manifest(fp8_bundle)
+def test_a_bundle_says_what_it_was_calibrated_on(fp8_twin: Path) -> None:
+    manifest = read_manifest(fp8_twin)
     assert manifest.format_version == (2, 0)
     assert manifest.model["rounding"]["inputs"] == "synthetic latents"
-    calibration = read_calibration(fp8_bundle / manifest.model["rounding"]["calibration"])
+    calibration = read_calibration(fp8_twin / manifest.model["rounding"]["calibration"])
     assert manifest.buffers["v.1"].scale == calibration.scale("attention.ends.v")

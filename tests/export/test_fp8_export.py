@@ -82,6 +82,7 @@ def test_an_export_in_fp8(
     assert rounding > 0 and backends < 0.05 * rounding
 
 
+@pytest.mark.slow
 def test_a_calibration_of_its_own_command(
     arguments: tuple[str, ...], latents: Path, tmp_path: Path, run_command: RunCommand
 ) -> None:
@@ -104,6 +105,7 @@ def test_a_calibration_of_its_own_command(
     assert manifest.buffers["pixel_q.0"].dtype == "float8_e4m3fn"
 
 
+@pytest.mark.slow
 def test_an_export_in_int8(
     arguments: tuple[str, ...], tmp_path: Path, run_command: RunCommand
 ) -> None:
@@ -138,6 +140,11 @@ def test_what_is_asked_for_must_go_together(
     wrong.write_text("{}")
     said = refusal(main, *arguments, "--precision", "fp8", "--calibration", wrong, "-o", output)
     assert "expected a calibration that pid-calibrate wrote" in said
+    fp8 = ("--precision", "fp8", "-o", output)
+    said = refusal(main, *arguments, *fp8, "--calibration", tmp_path / "none")
+    assert "none is not there; check --calibration" in said
+    said = refusal(main, *arguments, *fp8, "--keep", "latent")
+    assert "expected graphs to keep of" in said and "but got 'latent'" in said
     said = refusal(calibrate_cli.main, golden_bundle, "--percentile", "50", "-o", output)
     assert "expected a percentile from 90 to 100, but got 50" in said
     said = refusal(calibrate_cli.main, golden_bundle, "--captions", latents, "-o", output)

@@ -52,13 +52,12 @@ def whole_file(path: Path) -> Generator[Path, None, None]:
 
 
 @contextlib.contextmanager
-def whole_folder(path: Path) -> Generator[Path, None, None]:
-    """A folder to fill, beside `path`, whose name it takes when the block ends well.
+def folder_beside(path: Path) -> Generator[Path, None, None]:
+    """A folder on the disk of `path`, to be removed when the block ends.
 
-    The folders above it are made. What a process that was killed left of the same folder is removed
-    first. Raises `PidRuntimeError` when there is something at `path` already, or no writing.
+    The folders above it are made. What a process that was killed left of the same is removed first.
+    Raises `PidRuntimeError` when there is no writing.
     """
-    check_new(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         aside = _aside(path)
@@ -67,14 +66,25 @@ def whole_folder(path: Path) -> Generator[Path, None, None]:
         raise _unwritable(path, error) from None
     try:
         yield aside
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def whole_folder(path: Path) -> Generator[Path, None, None]:
+    """A folder to fill, beside `path`, whose name it takes when the block ends well.
+
+    As `folder_beside`. Raises `PidRuntimeError` when there is something at `path` already, too.
+    """
+    check_new(path)
+    with folder_beside(path) as aside:
+        yield aside
         aside.chmod(0o755)
         try:
             aside.rename(path)
         except OSError:
             check_new(path)  # somebody else may have finished first
             raise
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
 
 
 def check_new(folder: Path) -> None:
