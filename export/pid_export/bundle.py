@@ -179,7 +179,7 @@ def export_bundle(
     model = _model(config, checkpoint, weights)
     calibration = options.calibration
     if calibration is not None:
-        check_calibration(calibration, model["name"], model["weights"], program)
+        check_calibration(calibration, model["name"], model["weights"])
     if options.rounds:
         rounded = rounded_of(calibration, program, options.keep)
         program = build_program(config, options.precision, len(times) or None, rounded)

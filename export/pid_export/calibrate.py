@@ -117,8 +117,8 @@ def clipped_shares(
 
 def check_clipped(shares: Mapping[str, float]) -> None:
     """Raise `ExportInputError` when too many numbers of one place were too large."""
-    name = max(shares, key=lambda each: shares[each])
-    if shares[name] > MOST_CLIPPED:
+    name = max(shares, key=lambda each: shares[each], default="")
+    if name and shares[name] > MOST_CLIPPED:
         raise ExportInputError(
             f"expected at most {MOST_CLIPPED:.1%} of the numbers beyond FP8's range, but got "
             f"{shares[name]:.1%} at {name}; calibrate with more or other latents, with "

@@ -58,7 +58,15 @@ class Calibration:
         return json.dumps({**head, **asdict(self)}, indent=1) + "\n"
 
     def scale(self, name: str) -> float:
-        """What numbers at a place are divided by, a power of two."""
+        """What numbers at a place are divided by, a power of two.
+
+        Raises `ExportInputError` for a place that was not measured.
+        """
+        if name not in self.sizes:
+            raise ExportInputError(
+                f"expected a calibration of every graph, but got none of {name}; "
+                "make one with pid-calibrate"
+            )
         return scale_of(self.sizes[name])
 
 
@@ -92,22 +100,12 @@ def read_calibration(path: Path) -> Calibration:
         ) from None
 
 
-def check_calibration(
-    calibration: Calibration, model: str, weights: Mapping[str, Any], program: ProgramSpec
-) -> None:
+def check_calibration(calibration: Calibration, model: str, weights: Mapping[str, Any]) -> None:
     """Raise `ExportInputError` for a calibration of another network, or of other weights."""
     if (calibration.model, calibration.weights) != (model, dict(weights)):
         raise ExportInputError(
             f"expected a calibration of {model} with weights {_words(weights)}, but got one of "
             f"{calibration.model} with {_words(calibration.weights)}; make one with pid-calibrate"
-        )
-    attentions = {name for name, spec in program.graphs.items() if spec.stage == "attention"}
-    missing = {f"{name}.ends.{end}" for name in attentions for end in ATTENTION_ENDS}
-    missing -= calibration.sizes.keys()
-    if missing:
-        raise ExportInputError(
-            f"expected a calibration of every graph, but got none of {min(missing)}; "
-            "make one with pid-calibrate"
         )
 
 

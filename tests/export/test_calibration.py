@@ -76,12 +76,11 @@ def program(network_of_golden: Callable[[str], PidConfig]) -> ProgramSpec:
 
 
 def test_a_calibration_is_of_one_network(calibration: Calibration, program: ProgramSpec) -> None:
-    own = (calibration.model, calibration.weights)
-    check_calibration(calibration, *own, program)
+    check_calibration(calibration, calibration.model, calibration.weights)
     with pytest.raises(ExportInputError, match="weights random_seed 7, but got one of custom"):
-        check_calibration(calibration, own[0], {"random_seed": 7}, program)
+        check_calibration(calibration, calibration.model, {"random_seed": 7})
     with pytest.raises(ExportInputError, match=r"of every graph, but got none of attention\.ends"):
-        check_calibration(replace(calibration, sizes={}), *own, program)
+        rounded_of(replace(calibration, sizes={}), program, ())
 
 
 def test_what_is_kept_is_not_rounded(calibration: Calibration, program: ProgramSpec) -> None:

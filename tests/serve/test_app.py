@@ -187,7 +187,9 @@ def test_a_full_queue_and_a_time_limit(golden_bundle: Path) -> None:
         assert ask(port, "POST", "/v1/decode", body)[0] == 200
         answers: list[Answer] = []
         with stopped(model.pids):
-            threads = [asking(port, answers), asking(port, answers)]
+            threads = [asking(port, answers)]
+            time.sleep(0.2)  # a worker takes it, or the queue would be full for the next one
+            threads.append(asking(port, answers))
             wait_until(lambda: model.waiting == 1)
             status, headers, _ = ask(port, "POST", "/v1/decode", body)
             assert (status, headers["retry-after"]) == (429, "1")
