@@ -22,7 +22,7 @@ from pid_ref.checkpoint import read_checkpoint, state_shapes
 from pid_ref.weights import RandomWeights
 from pid_runtime.bundle.engines import read_engine_sets
 from pid_runtime.bundle.folder import read_manifest
-from pid_runtime.bundle.manifest import Manifest
+from pid_runtime.bundle.manifest import FP8_PRECISIONS, Manifest
 
 _log = logging.getLogger(__name__)
 
@@ -31,7 +31,7 @@ def check_bundle(cases: Sequence[Case], selection: Selection) -> None:
     """Raise `BenchInputError` or `PidRuntimeError` when a given bundle cannot serve the cases."""
     path, manifest = selection.bundle, selection.manifest
     for case in cases:
-        if case.pipeline == PID and manifest is None and case.precision in ("fp8", "fp8-fp32"):
+        if case.pipeline == PID and manifest is None and case.precision in FP8_PRECISIONS:
             raise BenchInputError(
                 f"expected --bundle with --precision {case.precision}, whose scales are measured "
                 "by pid-export, but got none; export one, and name it"

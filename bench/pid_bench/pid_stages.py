@@ -13,7 +13,7 @@ from pid_ref.config import PidConfig
 from pid_ref.errors import PidInputError
 from pid_ref.network import PidNet
 from pid_runtime.backends.stages import ATTENTION_ENDS, DTYPES, build_stage
-from pid_runtime.bundle.manifest import Run
+from pid_runtime.bundle.manifest import FP8_PRECISIONS, INT8_PRECISIONS, Run
 from pid_runtime.bundle.sizes import ITEM_BYTES, sizes_of_request
 
 CAPTION_TOKENS = 300
@@ -102,9 +102,9 @@ def program_works(
 
 def _rounded(precision: str) -> RoundedParts | None:
     """What a bundle rounds that keeps no graph as it is."""
-    if precision in ("int8", "int8-fp32"):
+    if precision in INT8_PRECISIONS:
         return RoundedParts(weights=True)
-    if precision not in ("fp8", "fp8-fp32"):
+    if precision not in FP8_PRECISIONS:
         return None
     scales: dict[str, float] = dict.fromkeys((*ATTENTION_ENDS, "weights"), 1.0)
     return RoundedParts(attentions={"attention": scales, "pixel_attention": scales}, told=1.0)

@@ -35,6 +35,7 @@ from pid_runtime.backends.stages import Dimensions, build_stage
 from pid_runtime.bundle.files import check_space, whole_folder
 from pid_runtime.bundle.json_reader import NAME
 from pid_runtime.bundle.manifest import (
+    FP8_PRECISIONS,
     MANIFEST_FILE,
     PACKED_DCT,
     PRECISIONS,
@@ -102,7 +103,7 @@ class ExportOptions:
             raise ExportInputError(
                 f"expected precision {_listed(PRECISIONS)}, but got {self.precision!r}"
             )
-        needs_calibration = self.precision in ("fp8", "fp8-fp32")
+        needs_calibration = self.precision in FP8_PRECISIONS
         if needs_calibration != (self.calibration is not None) or (self.keep and not self.rounds):
             raise ExportInputError(
                 "expected a calibration for fp8 alone, and graphs to keep for fp8 or int8, but got "

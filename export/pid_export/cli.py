@@ -16,6 +16,7 @@ from pid_ref.errors import PidInputError
 from pid_ref.registry import CHECKPOINTS, Checkpoint, find_checkpoint, find_space
 from pid_ref.trained_sizes import trained_sizes
 from pid_runtime.bundle.files import check_new, file_sha256
+from pid_runtime.bundle.manifest import FP8_PRECISIONS, INT8_PRECISIONS
 from pid_runtime.command import console
 
 if TYPE_CHECKING:
@@ -27,7 +28,6 @@ _log = logging.getLogger(__name__)
 
 _BUCKETS = "2k,3k,4k"
 
-FP8_PRECISIONS = ("fp8", "fp8-fp32")
 FP8_OPTIONS = ("calibration", "keep", "sensitivity")
 
 _OF_DECODERS = (
@@ -249,7 +249,7 @@ def _check_fp8(args: Namespace) -> None:
                 "there; check --calibration"
             )
         return
-    is_int8 = args.precision in ("int8", "int8-fp32")
+    is_int8 = args.precision in INT8_PRECISIONS
     for name in ("calibration", "sensitivity") if is_int8 else FP8_OPTIONS:
         if getattr(args, name) not in (None, False):
             raise ExportInputError(

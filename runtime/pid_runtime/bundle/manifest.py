@@ -32,7 +32,9 @@ PRECISIONS = {
 }
 """The dtype of activations and matrix weights, by the name of a bundle's precision."""
 
-ROUNDED_PRECISIONS = ("fp8", "fp8-fp32", "int8", "int8-fp32")
+FP8_PRECISIONS = ("fp8", "fp8-fp32")
+INT8_PRECISIONS = ("int8", "int8-fp32")
+ROUNDED_PRECISIONS = FP8_PRECISIONS + INT8_PRECISIONS
 """Those that round to 8 bits, and the dtype is that of the rest: int8 large matrices, fp8 more."""
 
 FP8 = "float8_e4m3fn"
