@@ -17,8 +17,14 @@ from onnxscript.optimizer import optimize_ir
 
 from pid_export.onnx_ports import OPSET
 from pid_export.program import GraphSpec
-from pid_runtime.backends.stages import DTYPES, Dimensions, build_stage
-from pid_runtime.bundle.manifest import WEIGHTS_FILE, Port
+from pid_runtime.backends.stages import (
+    DTYPES,
+    GROUP_EPSILON,
+    GROUPS,
+    Dimensions,
+    build_stage,
+)
+from pid_runtime.bundle.manifest import PRECISIONS, WEIGHTS_FILE, Port
 
 _SAMPLES = {"B": 2, "T": 7, "h": 3, "w": 5, "Hs": 6, "Ws": 10, "L": 60, "S": 67, "Q": 11}
 """Sizes to trace at; all different, so that no two symbols are taken for one."""
@@ -44,11 +50,32 @@ def _dequantize(x: Any, scale: Any) -> Any:
     return op.DequantizeLinear(x, scale)
 
 
+def _group_norm(x: Any, weight: Any, bias: Any) -> Any:
+    """Written out: of a GroupNormalization, TensorRT keeps input and result in float32.
+
+    So it would, were the float32 that is measured the one that is scaled.
+    """
+
+    def exact(values: Any) -> Any:
+        return op.Cast(values, to=onnx.TensorProto.FLOAT)
+
+    grouped = exact(op.Reshape(x, [0, GROUPS, -1]))
+    weight, bias = (op.Reshape(values, [1, GROUPS, -1]) for values in (weight, bias))
+    mean = op.ReduceMean(grouped, [2])
+    centred = op.Sub(grouped, mean)
+    variance = op.ReduceMean(op.Mul(centred, centred), [2])
+    scale = op.Div(weight, op.Sqrt(op.Add(variance, GROUP_EPSILON)))
+    offset = op.Sub(bias, op.Mul(mean, scale))
+    scale, offset = (op.Reshape(values, [0, -1, 1, 1]) for values in (scale, offset))
+    return op.CastLike(op.Add(op.Mul(exact(x), scale), offset), x)
+
+
 _OPERATIONS = {
     torch.ops.pid.quantize.default: _quantize,
     torch.ops.pid.dequantize.default: _dequantize,
+    torch.ops.pid.group_norm.default: _group_norm,
 }
-"""How to write what torch does not know: the operations of `pid_runtime.backends.rounding`."""
+"""How to write the operations that are ours, in `pid_runtime.backends`."""
 
 
 class ExportError(RuntimeError):
@@ -93,7 +120,7 @@ class GraphExporter:
         text = any("T" in port.shape for port in spec.inputs.values())
         longest_text = network.text_max_length if text else 0
         typed = network.used or "fp8_scales" in spec.options
-        used = (network.used, self._precision) if typed else ()
+        used = (network.used, PRECISIONS[self._precision]) if typed else ()
         key = repr((spec.stage, spec.options, spec.inputs, spec.outputs, used))
         if key not in self._traces:
             with interrupts_held():

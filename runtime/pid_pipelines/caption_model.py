@@ -34,7 +34,7 @@ def load_model(folder: Path, name: str, dtype: str) -> Any:
     Attention is computed as it stands ("eager"): Gemma-2 caps its scores, which fused kernels of
     torch do not. Raises `PipelineInputError` for what transformers cannot load.
     """
-    from transformers import AutoModel
+    from transformers.models.auto.modeling_auto import AutoModel
     from transformers.utils import logging
 
     logging.disable_progress_bar()  # commands have one of their own

@@ -276,7 +276,7 @@ print(before, loaded, resident())
 def test_a_closed_encoder_gives_its_memory_back(
     way: str, captioner_once: Path, tmp_path: Path
 ) -> None:
-    from transformers import Gemma2Config, Gemma2ForCausalLM
+    from transformers.models.gemma2 import Gemma2Config, Gemma2ForCausalLM
 
     config = Gemma2Config(
         vocab_size=343,

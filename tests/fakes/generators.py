@@ -1,15 +1,18 @@
 """Small generators of the classes of diffusers, with random weights and tokenizers of bytes."""
 
+import importlib
 from collections.abc import Callable
 from typing import Any
 
-import diffusers
 import torch
-import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
 from fakes.autoencoders import small_model
 from pid_pipelines.backbones import BACKBONES
+
+# Not imports: pyright would read all of their models, for the half of its time.
+diffusers: Any = importlib.import_module("diffusers")
+transformers: Any = importlib.import_module("transformers")
 
 _SPECIAL = ("<pad>", "<s>", "</s>")
 _TEMPLATE = (

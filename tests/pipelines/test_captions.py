@@ -201,7 +201,7 @@ def test_processes_share_a_cache(tmp_path: Path) -> None:
 WATCHER = """
 import sys
 import torch
-from transformers import Gemma2Config, Gemma2Model
+from transformers.models.gemma2 import Gemma2Config, Gemma2Model
 from pid_pipelines.captions import CaptionEncoder
 
 def resident():
@@ -219,7 +219,7 @@ print(loaded, resident())
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="no /proc")
 def test_a_closed_encoder_leaves_no_memory(copied: Path) -> None:
-    from transformers import Gemma2Config, Gemma2Model
+    from transformers.models.gemma2 import Gemma2Config, Gemma2Model
 
     config = Gemma2Config(
         vocab_size=343,
