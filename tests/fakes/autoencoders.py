@@ -9,7 +9,7 @@ import torch
 
 from pid_pipelines.vaes import VAES, Vae
 
-SMALL_KL = {"block_out_channels": (8, 8, 8, 8), "norm_num_groups": 4, "layers_per_block": 2}
+SMALL_KL = {"block_out_channels": (8, 8, 8, 8), "norm_num_groups": 4, "layers_per_block": 1}
 SMALL = {
     "flux": SMALL_KL,
     "sd3": SMALL_KL,
