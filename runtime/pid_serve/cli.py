@@ -128,14 +128,18 @@ def _serve(arguments: Namespace) -> None:
         for name, path in zip(names, arguments.bundles, strict=True):
             openers = [_opener(path, device, arguments) for device in devices]
             pool = Pool[DecodeTask, Made](
-                openers * arguments.workers, arguments.queue, arguments.batch, DecodeTask.kind
+                openers * arguments.workers,
+                arguments.queue,
+                arguments.batch,
+                DecodeTask.kind,
+                limits.seconds,
             )
             opened.callback(pool.close)
             models[name] = pool
         captions = None
         if arguments.encoder is not None:
             opener = OpenEncoder(arguments.encoder, arguments.backend, devices[0])
-            captions = Pool[CaptionTask, Floats]([opener], arguments.queue)
+            captions = Pool[CaptionTask, Floats]([opener], arguments.queue, patience=limits.seconds)
             opened.callback(captions.close)
         app = make_app(models, limits, token, captions)
         config = uvicorn.Config(

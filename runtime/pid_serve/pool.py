@@ -97,14 +97,16 @@ class Pool(Generic[Task, Result]):
         queue_size: int = 16,
         batch: int = 1,
         kind: Callable[[Task], Hashable] = lambda task: None,
+        patience: float = 300.0,
     ) -> None:
         """Start a process for every opener, and wait until all are ready.
 
         openers: make the session in the process, so they can be pickled. queue_size: tasks that
         wait at most. batch: tasks at most that one call of a session gets; kind: what these have
-        in common. Raises `PidRuntimeError` when a session cannot be opened.
+        in common. patience: seconds that a worker may go on when nobody waits for what it does;
+        then it is killed. Raises `PidRuntimeError` when a session cannot be opened.
         """
-        self.batch = batch
+        self.batch, self.patience = batch, patience
         self.observe: Callable[[str, float], None] = lambda stage, seconds: None
         """Called with the seconds of a task's stages, "wait" and "work"."""
         self._kind, self._most = kind, queue_size
@@ -371,6 +373,7 @@ class _Worker:
         try:
             connection.send((number, [job.task for job in jobs]))
             while True:
+                self._wait(connection, jobs)
                 news, results, error = connection.recv()
                 if results is not None or error is not None:
                     break
@@ -387,6 +390,17 @@ class _Worker:
             return
         for job, result in zip(jobs, results or (), strict=True):
             job.settle(result)
+
+    def _wait(self, connection: Connection, jobs: Sequence[_Job[Any, Any]]) -> None:
+        """Until the process says something, or ends: one that is stuck is made to."""
+        deserted: float | None = None
+        while not connection.poll(_LOOK_SECONDS):
+            if deserted is None and all(job.result.cancelled() for job in jobs):
+                deserted = time.monotonic()
+            if deserted is not None and time.monotonic() - deserted > self._pool.patience:
+                _log.warning("a worker goes on though nobody waits for it, and is killed")
+                self._process.kill()
+                return
 
     def _fail(self, jobs: Sequence[_Job[Any, Any]], error: Exception) -> None:
         if len(jobs) > 1:

@@ -41,6 +41,8 @@ class FakeSession:
             report([f"{task} {step}" for task in tasks])
             if "sleep" in tasks:
                 time.sleep(0.3)
+            if "stick" in tasks:
+                time.sleep(60)
             if "die" in tasks:
                 os._exit(7)
             if "refuse" in tasks:

@@ -93,6 +93,20 @@ def test_a_worker_that_is_killed_loses_its_own_task() -> None:
         wait_until(lambda: words.ready == 2)
 
 
+def test_a_worker_that_is_stuck_is_killed_when_nobody_waits_for_it(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    async def run(words: Words) -> None:
+        with pytest.raises(asyncio.TimeoutError):
+            await asyncio.wait_for(words.run("stick"), 0.3)
+        assert await asyncio.wait_for(words.run("a"), 30) == ("a", 1)
+        assert words.restarts == 1
+
+    with pool(patience=0.2) as words:
+        asyncio.run(run(words))
+    assert "goes on though nobody waits for it, and is killed" in caplog.text
+
+
 def test_cancelled_tasks_are_left_out_or_ended() -> None:
     async def run(words: Words) -> None:
         news: list[str] = []
