@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from pid_export.traced_model import save_graph, trace
+from pid_pipelines.errors import PipelineInputError
 from pid_pipelines.graph_files import files_of
 from pid_pipelines.vae_files import find_vae, read_vae
 from pid_pipelines.vae_graphs import (
@@ -40,6 +41,11 @@ def export_vae(
     """
     spec = spec_of(space)
     check_new(output)
+    if spec.side is not None:
+        raise PipelineInputError(
+            f"expected a space whose autoencoder takes pictures of any size, but got {space}, of "
+            f"whose kind no graphs are made; give pid-upscale --vae {spec.repository}"
+        )
     found = find_vae(space, spec.file, source)
     model = read_vae(space, spec, found).eval().requires_grad_(False)
     advance(0.1)

@@ -4,7 +4,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from pid_pipelines.errors import PipelineInputError
-from pid_pipelines.vaes import OTHER_ENCODERS
 from pid_ref.registry import LatentSpace, find_space
 from pid_runtime.bundle.manifest import Manifest
 
@@ -112,7 +111,7 @@ def find_backbone(name: str) -> Backbone:
     if name in BACKBONES:
         raise PipelineInputError(
             f"expected a generator of diffusers ({runnable}), but got {name}, whose latents "
-            f"{OTHER_ENCODERS[name]}, and a generator of its own make; give them to pid-decode"
+            "generators of another kind make; give them to pid-decode"
         )
     raise PipelineInputError(
         f"expected a generator ({runnable}), but got {name!r}; of another model that shares a "

@@ -16,7 +16,7 @@ from PIL import Image
 
 from pid_pipelines.before_decoding import encode_captions, graph_device, torch_device
 from pid_pipelines.errors import PipelineInputError
-from pid_pipelines.upscale_codecs import open_codec, pixels_per_latent
+from pid_pipelines.upscale_codecs import open_codec, pixels_per_latent, side_of
 from pid_pipelines.upscale_jobs import (
     Job,
     Naming,
@@ -234,11 +234,22 @@ class _Run:
 
     def plan(self, photos: Sequence[Photo], multiple: int, naming: Naming) -> None:
         """Fill `jobs`."""
-        crop, fit = self._arguments.crop, self._arguments.fit
+        side = side_of(self._manifest)
+        if side is not None:
+            _log.warning(
+                "the encoder takes squares of %d pixels: of every photo the middle is kept", side
+            )
         for photo in photos:
             with self._reporting(photo):
                 job = plan_job(
-                    self._manifest, photo, multiple, naming, self._sampling, crop=crop, fit=fit
+                    self._manifest,
+                    photo,
+                    multiple,
+                    naming,
+                    self._sampling,
+                    crop=self._arguments.crop,
+                    fit=self._arguments.fit,
+                    side=side,
                 )
                 rest = without_existing(job) if self._arguments.skip_existing else job
                 self._skipped += len(job.pictures) - (len(rest.pictures) if rest else 0)

@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from pid_pipelines.errors import PipelineInputError
 from pid_pipelines.vae_graphs import OnnxVae, is_exported
-from pid_pipelines.vaes import VAES
+from pid_pipelines.vaes import AUTOENCODERS
 from pid_runtime.bundle.manifest import Manifest
 from pid_runtime.nano import codec
 from pid_runtime.nano.block_dct import LATENT_PIXEL
@@ -52,13 +52,19 @@ def pixels_per_latent(manifest: Manifest) -> int:
     if manifest.codec is not None:
         return LATENT_PIXEL
     space = manifest.model.get("space")
-    if space in VAES:
-        return VAES[str(space)].down
+    if space in AUTOENCODERS:
+        return AUTOENCODERS[str(space)].down
     got = "one that names no latent space" if space is None else f"one of {space}"
     raise PipelineInputError(
-        f"expected a bundle of {', '.join(VAES)} or nano, whose encoders are known here, but got "
-        f"{got}; encode with its own, and give the latents to pid-decode"
+        f"expected a bundle of {', '.join(AUTOENCODERS)} or nano, whose encoders are known here, "
+        f"but got {got}; encode with its own, and give the latents to pid-decode"
     )
+
+
+def side_of(manifest: Manifest) -> int | None:
+    """Of the squares that are all a bundle's encoder takes, in pixels; None for any picture."""
+    spec = AUTOENCODERS.get(str(manifest.model.get("space")))
+    return None if manifest.codec is not None or spec is None else spec.side
 
 
 def open_codec(manifest: Manifest, vae: str | Path | None, device: str) -> Codec:

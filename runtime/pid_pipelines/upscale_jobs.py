@@ -16,7 +16,13 @@ from pid_runtime.command.decode_jobs import check_target, files_of, skipped_file
 from pid_runtime.command.images import usual_format
 from pid_runtime.command.sampling_options import Sampling
 from pid_runtime.errors import PidRuntimeError
-from pid_runtime.nano.photos import PHOTO_SUFFIXES, padded, photo_size, resized
+from pid_runtime.nano.photos import (
+    PHOTO_SUFFIXES,
+    middle_square,
+    padded,
+    photo_size,
+    resized,
+)
 from pid_runtime.request import largest_latent
 from pid_runtime.tiles import pixels_per_latent_pixel
 
@@ -43,6 +49,8 @@ class Frame:
     """Height and width of the part of it that is kept."""
     multiple: int
     """Of which the sides of the encoded picture are multiples."""
+    is_square: bool = False
+    """Whether the part that is kept is the square in the middle, at whatever size it has to be."""
 
     @property
     def latent(self) -> tuple[int, int]:
@@ -51,6 +59,8 @@ class Frame:
 
     def kept(self, photo: NDArray[np.float32]) -> NDArray[np.float32]:
         """Of a photo `[3, H, W]` the part that is kept, `[3, *size]`."""
+        if self.is_square:
+            return middle_square(photo, self.size[0])
         photo = resized(photo, *self.reduced)
         top, left = ((a - b) // 2 for a, b in zip(self.reduced, self.size, strict=True))
         return photo[:, top : top + self.size[0], left : left + self.size[1]]
@@ -198,11 +208,18 @@ def plan_job(
     *,
     crop: bool,
     fit: bool,
+    side: int | None,
 ) -> Job:
-    """What becomes of a photo, by its header. Raises `PidRuntimeError` if that cannot be."""
+    """What becomes of a photo, by its header. Raises `PidRuntimeError` if that cannot be.
+
+    side: as `upscale_codecs.side_of` says.
+    """
     width, height = photo_size(photo.path)
-    reduces = fit and sampling.tile is None
-    frame = _frame(manifest, height, width, multiple, crop=crop, fit=reduces)
+    if side is not None:
+        frame = Frame((height, width), (side, side), multiple, is_square=True)
+    else:
+        reduces = fit and sampling.tile is None
+        frame = _frame(manifest, height, width, multiple, crop=crop, fit=reduces)
     if not all(frame.size):
         raise PidRuntimeError(
             f"{photo.path}: expected sides of at least {CROP} pixels with --crop, but got "

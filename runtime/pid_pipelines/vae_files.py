@@ -84,6 +84,11 @@ def read_vae(space: str, spec: Vae, path: Path) -> Any:
     """
     if path.is_dir():
         return _read_folder(space, spec, path)
+    if spec.kind == "AutoencoderRAE":
+        raise PipelineInputError(
+            f"expected the autoencoder of {space} as diffusers saves it, but got the file {path}; "
+            f"give a folder, or a repository such as {spec.repository}"
+        )
     tensors = _renamed(space, spec, path, _open(path))
     _check_channels(space, spec, path, tensors)
     with torch.device("meta"):
@@ -136,6 +141,8 @@ def _read_folder(space: str, spec: Vae, path: Path) -> Any:
 
 def channels_of(spec: Vae, config: Mapping[str, Any]) -> int:
     """Channels of the space that an autoencoder of this kind and configuration makes."""
+    if spec.kind == "AutoencoderRAE":
+        return config["encoder_hidden_size"]
     return _packed(spec) * config["z_dim" if "z_dim" in config else "latent_channels"]
 
 
@@ -160,6 +167,11 @@ def _check_config(space: str, spec: Vae, folder: Path, config: Mapping[str, Any]
     channels = channels_of(spec, config)
     if channels != spec.channels:
         raise _other_channels(space, spec, folder, channels)
+    if spec.kind == "AutoencoderRAE" and (said := _encoder(config)) != _encoder(spec.config):
+        raise PipelineInputError(
+            f"expected the autoencoder of {space}, {_encoder(spec.config)}, but {folder} holds "
+            f"{said}; take {spec.repository}"
+        )
     if spec.factor is not None and spec.shift is not None and not is_rule_of(spec, config):
         factor, shift = rule_of(spec, config)
         said = f"factor {factor[0]:g}, shift {shift[0]:g}"
@@ -168,6 +180,12 @@ def _check_config(space: str, spec: Vae, folder: Path, config: Mapping[str, Any]
             f"expected latents of {space} ({wanted}), but those of {folder} have {said}: it is "
             f"another space's; take the autoencoder of {space}"
         )
+
+
+def _encoder(config: Mapping[str, Any]) -> str:
+    """Of a representation autoencoder."""
+    side = config["encoder_input_size"] // config["encoder_patch_size"]
+    return f"{config['encoder_type']} of {side}x{side} tokens"
 
 
 def _open(path: Path) -> Tensors:

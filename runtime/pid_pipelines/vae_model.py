@@ -24,13 +24,14 @@ def load_vae(space: str, source: str | Path | None = None, device: str = "cpu") 
 
     source: a folder of diffusers, of the autoencoder or of a whole pipeline; a file (.safetensors,
     or .pth, of which only tensors are read) in the layout of diffusers or of the model's authors;
-    or a repository of the hub. None takes the file that NVIDIA keeps beside the decoders.
+    or a repository of the hub. None takes the file that NVIDIA keeps beside the decoders, or of a
+    representation autoencoder its authors' repository, of which neither files are read.
     device: torch's name of it. It computes in float32.
     Raises `PipelineInputError` for a space without one, for what is no autoencoder, and for that
     of another space.
     """
     spec = spec_of(space)
-    found = find_vae(space, spec.file, source)
+    found = find_vae(space, spec.file, source or spec.repository)
     model = read_vae(space, spec, found)
     try:
         return LoadedVae(spec, model.eval().to(device), device)
@@ -56,8 +57,11 @@ def normalization(spec: Vae, model: Any) -> tuple[Any, Any]:
 def encode_mean(kind: str, model: Any, image: Any) -> Any:
     """What a model of diffusers makes of images `[B, 3, H, W]`: the means, before normalising.
 
-    Of FLUX.2 2x2 of its latent pixels are one of the space.
+    Of FLUX.2 2x2 of its latent pixels are one of the space. A representation autoencoder has no
+    spread, and normalises by itself.
     """
+    if kind == "AutoencoderRAE":
+        return model.encode(image / 2 + 0.5, return_dict=False)[0]
     if kind == "AutoencoderKLQwenImage":  # a video's, with a time axis
         return model.encode(image[:, :, None], return_dict=False)[0].mode()[:, :, 0]
     mean = model.encode(image, return_dict=False)[0].mode()
@@ -66,6 +70,8 @@ def encode_mean(kind: str, model: Any, image: Any) -> Any:
 
 def decode_raw(kind: str, model: Any, z: Any) -> Any:
     """Images `[B, 3, H, W]`, about [-1, 1], of what `encode_mean` gives."""
+    if kind == "AutoencoderRAE":
+        return 2 * model.decode(z, return_dict=False)[0] - 1
     if kind == "AutoencoderKLQwenImage":
         return model.decode(z[:, :, None], return_dict=False)[0][:, :, 0]
     if kind == "AutoencoderKLFlux2":
@@ -91,9 +97,10 @@ class LoadedVae:
         """Normalised latents `[B, C, H / down, W / down]` of images `[B, 3, H, W]` in [-1, 1].
 
         The mean of what the encoder says, without its spread, so the same each time.
-        Raises `PipelineInputError` unless H and W are multiples of `down`.
+        Raises `PipelineInputError` unless H and W are multiples of `down`, or what the
+        autoencoder's only size is.
         """
-        check_image(image, self.down)
+        check_image(image, self.down, self._spec.side)
         return self._run(
             lambda model, x: (encode_mean(self._spec.kind, model, x) - self._shift) * self._factor,
             image,

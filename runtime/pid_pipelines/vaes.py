@@ -1,5 +1,6 @@
 """The autoencoders of latent spaces, as data: classes of diffusers and their released sizes."""
 
+from collections import ChainMap
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -30,6 +31,10 @@ class Vae:
     """See `factor`."""
     file: str = ""
     """Where NVIDIA keeps its weights, beside the decoders': a file, or the folder of one."""
+    repository: str | None = None
+    """Where its authors keep it as diffusers saves it; of one that is not read from `file`."""
+    side: int | None = None
+    """Of the squares that are all it takes, in pixels; None where any picture will do."""
 
 
 def _vae(kind: str, space: str, file: str, **config: Any) -> Vae:
@@ -63,21 +68,35 @@ VAES = {
     ),
     "qwenimage": _vae("AutoencoderKLQwenImage", "qwenimage", "checkpoints/QwenImage_VAE_2d.pth"),
 }
-"""By latent space; the autoencoders of other spaces are not in diffusers."""
+"""By latent space of the generators of diffusers."""
 
-OTHER_ENCODERS = {
-    "dinov2": "the RAE's encoder, DINOv2 with registers",
-    "siglip": "Scale-RAE's encoder, SigLIP 2",
+RAES = {
+    "dinov2": Vae(
+        "AutoencoderRAE",
+        16,
+        768,
+        {"encoder_type": "dinov2", "encoder_input_size": 448, "encoder_patch_size": 14},
+        repository="nyu-visionx/RAE-dinov2-wReg-base-ViTXL-n08-i512",
+        side=512,
+    )
 }
+"""Representation autoencoders, by latent space. Their statistics are in the model."""
+
+AUTOENCODERS: Mapping[str, Vae] = ChainMap(VAES, RAES)
+"""All of them."""
+
+OTHER_ENCODERS = {"siglip": "Scale-RAE's encoder, SigLIP 2"}
 """Of spaces whose latents are not made by a class of diffusers."""
 
 
 def spec_of(space: str) -> Vae:
     """The autoencoder of a space. Raises `PipelineInputError` for a space without one."""
-    spec = VAES.get(space)
+    spec = AUTOENCODERS.get(space)
     if spec is not None:
         return spec
-    known = f"expected a latent space with an autoencoder here ({', '.join(VAES)}), but got "
+    known = (
+        f"expected a latent space with an autoencoder here ({', '.join(AUTOENCODERS)}), but got "
+    )
     if space in OTHER_ENCODERS:
         raise PipelineInputError(
             f"{known}{space}, whose latents another model ({OTHER_ENCODERS[space]}) makes; "
@@ -86,8 +105,15 @@ def spec_of(space: str) -> Vae:
     raise PipelineInputError(f"{known}{space!r}; take a bundle of one of these")
 
 
-def check_image(image: NDArray[np.float32], down: int) -> None:
-    """Raise `PipelineInputError` unless images are `[B, 3, H, W]` with multiples of `down`."""
+def check_image(image: NDArray[np.float32], down: int, side: int | None = None) -> None:
+    """Raise `PipelineInputError` unless images are `[B, 3, H, W]` with multiples of `down`.
+
+    side: what H and W have to be; None for any multiple.
+    """
+    if side is not None and image.shape[1:] != (3, side, side):
+        raise PipelineInputError(
+            f"expected images [B, 3, {side}, {side}], but got {list(image.shape)}; resize them"
+        )
     if image.ndim != 4 or image.shape[1] != 3 or any(side % down for side in image.shape[2:]):
         raise PipelineInputError(
             f"expected images [B, 3, H, W] with H and W multiples of {down}, but got "

@@ -18,7 +18,7 @@ from safetensors.numpy import load, save
 
 from pid_runtime.bundle.manifest import LARGEST_GUIDANCE
 from pid_runtime.errors import PidRuntimeError
-from pid_runtime.nano.photos import padded, read_photo
+from pid_runtime.nano.photos import middle_square, padded, read_photo
 from pid_runtime.tiles import LARGEST_SIDE, TileOption
 
 _NAMES = ("latent", "caption", "negative", "sigma")
@@ -187,13 +187,18 @@ def _batched(tensors: dict[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
 
 
 def read_picture(
-    body: bytes, most_pixels: int, check: Callable[[int, int], object], multiple: int
+    body: bytes,
+    most_pixels: int,
+    check: Callable[[int, int], object],
+    multiple: int,
+    side: int | None = None,
 ) -> tuple[NDArray[np.float32], tuple[int, int]]:
     """A picture as `[1, 3, H, W]` in [-1, 1], padded to sides of `multiple`; and its own H and W.
 
-    check: called with height and width of its latent; raises for one that is too large. Only its
-    head has been looked at when it is refused: `TooManyPixelsError` above `most_pixels`,
-    `PidRuntimeError` for no picture, and what check raises.
+    check: called with height and width of its latent; raises for one that is too large. side: of
+    the square that its middle becomes; None where it stays as it is. Only its head has been looked
+    at when it is refused: `TooManyPixelsError` above `most_pixels`, `PidRuntimeError` for no
+    picture, and what check raises.
     """
     try:
         with warnings.catch_warnings():
@@ -203,8 +208,11 @@ def read_picture(
             if image.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8):
                 width, height = height, width
             if width * height <= most_pixels:
+                height, width = (height, width) if side is None else (side, side)
                 check(-(-height // multiple), -(-width // multiple))
                 photo = read_photo(image)
+                if side is not None:
+                    photo = middle_square(photo, side)
                 return padded(photo, multiple)[None], (photo.shape[1], photo.shape[2])
     except PidRuntimeError:
         raise

@@ -138,7 +138,7 @@ class Service:
 
         def read() -> tuple[Floats, tuple[int, int]]:
             with self._metrics.stage("read"):
-                return read_picture(body, self._most_pixels, check, about.multiple or 1)
+                return read_picture(body, self._most_pixels, check, about.multiple or 1, about.side)
 
         photo, (height, width) = await asyncio.to_thread(read)
         caption = await self._caption(model, None, settings.prompt)

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pid_pipelines.before_decoding import captions_device, graph_device, torch_device
-from pid_pipelines.upscale_codecs import Codec, open_codec, pixels_per_latent
+from pid_pipelines.upscale_codecs import Codec, open_codec, pixels_per_latent, side_of
 from pid_pipelines.vae_graphs import is_exported
 from pid_runtime.backends.choice import device_name
 from pid_runtime.bundle.folder import read_manifest
@@ -105,6 +105,8 @@ class About:
     device: str
     multiple: int | None
     """Pixels of a picture per latent pixel, along each axis; None where pictures are not taken."""
+    side: int | None = None
+    """Of the squares that pictures are made, in pixels; None where they stay as they are."""
 
 
 @dataclass(frozen=True)
@@ -140,7 +142,8 @@ def about_of(opener: OpenDecoder) -> About:
     manifest = read_manifest(opener.bundle, verify=False)
     takes_pictures = manifest.codec is not None or opener.vae is not None
     multiple = pixels_per_latent(manifest) if takes_pictures else None
-    return About(manifest, opener.backend, device_name(opener.backend, opener.device), multiple)
+    device = device_name(opener.backend, opener.device)
+    return About(manifest, opener.backend, device, multiple, side_of(manifest))
 
 
 class DecodeSession:

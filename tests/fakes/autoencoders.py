@@ -7,7 +7,7 @@ from typing import Any
 import diffusers
 import torch
 
-from pid_pipelines.vaes import VAES, Vae
+from pid_pipelines.vaes import RAES, VAES, Vae
 
 SMALL_KL = {"block_out_channels": (8, 8, 8, 8), "norm_num_groups": 4, "layers_per_block": 1}
 SMALL = {
@@ -37,6 +37,24 @@ def small_model(space: str) -> Any:
         torch.nn.init.uniform_(model.bn.running_mean, -0.5, 0.5)
         torch.nn.init.uniform_(model.bn.running_var, 0.5, 2)
     return model
+
+
+def small_rae() -> tuple[Vae, Any]:
+    """A representation autoencoder of dinov2, of 64 channels and 4x4 tokens, and its spec."""
+    config = {**RAES["dinov2"].config, "encoder_input_size": 56}
+    spec = replace(RAES["dinov2"], config=config, channels=64, side=64)
+    decoder = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    torch.manual_seed(0)
+    model = diffusers.AutoencoderRAE(
+        **config,
+        encoder_hidden_size=64,
+        encoder_num_hidden_layers=1,
+        decoder_intermediate_size=16,
+        **{f"decoder_{name}": value for name, value in decoder.items()},
+        latents_mean=torch.randn(64, 4, 4).tolist(),
+        latents_std=(1 + torch.rand(64, 4, 4)).tolist(),
+    )
+    return spec, model.eval()
 
 
 def ldm_names(model: Any) -> dict[str, torch.Tensor]:

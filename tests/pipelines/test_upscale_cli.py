@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from pid_runtime.command import decode_cli
 from pid_runtime.command.images import to_uint8
 from pid_runtime.decoder import Decoder
 from pid_runtime.latents import LATENT_DRAW, noisy
-from pid_runtime.nano.photos import read_photo
+from pid_runtime.nano.photos import read_photo, resized
 from pid_runtime.noise import standard_normal
 from places import GOLDEN
 from ray_nodes import run_on_cluster
@@ -240,6 +241,23 @@ def test_crop_takes_the_middle(
     frame = Frame((27, 42), (16, 32), 8)
     np.testing.assert_array_equal(frame.kept(read_photo(photo)), read_photo(photo)[:, 5:21, 5:37])
     assert frame.latent == (2, 4) and Frame((27, 42), (27, 42), 16).latent == (2, 3)
+
+
+def test_an_encoder_that_takes_squares_alone(
+    bundle: Path, run_command: RunCommand, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As dinov2's; here those of flux's, which takes any."""
+    spec = vaes.VAES["flux"]
+    monkeypatch.setitem(vaes.VAES, "flux", replace(spec, side=32))
+    photo, out = save(tmp_path / "boat.png", 40, 60), tmp_path / "larger.png"
+    options = ("--vae", tmp_path / "vae", "--steps", 1, "--threads", 1)
+    code, _, err = run_command(main, bundle, photo, *options, "-o", out)
+    assert code == 0 and "takes squares of 32 pixels: of every photo the middle is kept" in err
+    with load_vae("flux", tmp_path / "vae") as loaded, Decoder.open(bundle, threads=1) as pid:
+        square = resized(read_photo(photo)[:, :, 10:50], 32, 32)
+        wanted = pid.decode(loaded.encode(square[None]), steps=1, output="uint8")[0]
+    np.testing.assert_array_equal(pixels(out), wanted)
+    assert wanted.shape == (128, 128, 3)
 
 
 def test_huge_pictures_of_a_folder_are_tiffs(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Autoencoders in every layout that others write, read into the real classes of diffusers."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors.torch import save_file
 
-from fakes.autoencoders import SMALL, ldm_names, small_model, small_spec, wan_names
+from fakes.autoencoders import SMALL, ldm_names, small_model, small_rae, small_spec, wan_names
 from pid_pipelines.errors import PipelineInputError
 from pid_pipelines.vae_files import find_vae, read_vae
 from pid_pipelines.vaes import VAES
@@ -137,6 +138,31 @@ def test_a_file_of_another_space(tmp_path: Path) -> None:
     torch.save(wan_names(small_model("qwenimage"), flat=True), path)
     with pytest.raises(PipelineInputError, match="holds one of Wan's or Qwen-Image's"):
         read_vae("flux", small_spec("flux"), path)
+
+
+def test_a_representation_autoencoder(tmp_path: Path) -> None:
+    spec, model = small_rae()
+    model.save_pretrained(tmp_path / "rae")
+    same(model, read_vae("dinov2", spec, tmp_path / "rae"))
+    for other, message in (
+        (replace(spec, channels=768), "of 768 channels, but that of .*rae has 64"),
+        (
+            replace(spec, config={**spec.config, "encoder_input_size": 448}),
+            "dinov2 of 32x32 tokens, but .*rae holds dinov2 of 4x4 tokens; take nyu-visionx/RAE-d",
+        ),
+        (
+            replace(spec, config={**spec.config, "encoder_type": "mae"}),
+            "expected the autoencoder of dinov2, mae of 4x4",
+        ),
+    ):
+        with pytest.raises(PipelineInputError, match=message):
+            read_vae("dinov2", other, tmp_path / "rae")
+    (tmp_path / "model.pt").touch()
+    with pytest.raises(PipelineInputError, match="as diffusers saves it, but got the file"):
+        read_vae("dinov2", spec, tmp_path / "model.pt")
+    small_model("flux").save_pretrained(tmp_path / "flux")
+    with pytest.raises(PipelineInputError, match=r"AutoencoderRAE, but .* holds AutoencoderKL"):
+        read_vae("dinov2", spec, tmp_path / "flux")
 
 
 def test_folders_that_are_none(tmp_path: Path) -> None:

@@ -65,6 +65,13 @@ def resized(image: NDArray[np.float32], height: int, width: int) -> NDArray[np.f
     return np.clip(np.stack(channels), -1, 1)
 
 
+def middle_square(image: NDArray[np.float32], side: int) -> NDArray[np.float32]:
+    """Of `[3, H, W]` in [-1, 1] the square in the middle, at another size: `[3, side, side]`."""
+    least = min(image.shape[1:])
+    top, left = ((length - least) // 2 for length in image.shape[1:])
+    return resized(image[:, top : top + least, left : left + least], side, side)
+
+
 def padded(image: NDArray[np.float32], multiple: int) -> NDArray[np.float32]:
     """`[3, H, W]` with its last row and column repeated until both sides divide by `multiple`."""
     _, height, width = image.shape
