@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import onnx
 import onnx_ir as ir
 import torch
-from onnxscript import opset22 as op
+from onnxscript import opset22
 from onnxscript.optimizer import optimize_ir
 
 from pid_export.onnx_ports import OPSET
@@ -25,6 +25,8 @@ from pid_runtime.backends.stages import (
     build_stage,
 )
 from pid_runtime.bundle.manifest import PRECISIONS, WEIGHTS_FILE, Port
+
+op: Any = opset22  # whose types know no lists, which it takes as constants
 
 _SAMPLES = {"B": 2, "T": 7, "h": 3, "w": 5, "Hs": 6, "Ws": 10, "L": 60, "S": 67, "Q": 11}
 """Sizes to trace at; all different, so that no two symbols are taken for one."""

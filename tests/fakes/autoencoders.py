@@ -41,9 +41,13 @@ def small_model(space: str) -> Any:
 
 def small_rae() -> tuple[Vae, Any]:
     """A representation autoencoder of dinov2, of 64 channels and 4x4 tokens, and its spec."""
-    config = {**RAES["dinov2"].config, "encoder_input_size": 56}
+    config: dict[str, Any] = {**RAES["dinov2"].config, "encoder_input_size": 56}
     spec = replace(RAES["dinov2"], config=config, channels=64, side=64)
-    decoder = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    decoder: dict[str, Any] = {
+        "hidden_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+    }
     torch.manual_seed(0)
     model = diffusers.AutoencoderRAE(
         **config,
