@@ -283,7 +283,7 @@ def test_every_space_decodes_to_finite_pixels(space: str) -> None:
     [
         ("vae+lanczos", ""),
         ("vae+rrdbnet", "1 of 23 blocks"),
-        ("vae+onestep-sd3", "1 of 24 blocks"),
+        pytest.param("vae+onestep-sd3", "1 of 24 blocks", marks=pytest.mark.slow),
         pytest.param("vae+sdx4", "1 of 2 blocks", marks=pytest.mark.slow),
     ],
 )

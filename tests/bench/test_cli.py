@@ -171,6 +171,7 @@ def test_a_bundle_is_exported_for_the_run(tmp_path: Path, run_command: Any) -> N
     assert eager.case.key.endswith("depth1/steps4/threads1/random")
 
 
+@pytest.mark.slow
 def test_ceilings_are_measured() -> None:
     found = runner.measure_ceilings("fp32", "cpu", 1)
     assert found["matmul_tflop_per_s"] > 1e-3 and found["copy_gb_per_s"] > 0.1

@@ -226,12 +226,12 @@ def test_what_cannot_be_exported(refusal: Refusal, tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["encoder"]
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_tensorrt_builds_it(
-    captioner_once: Path, bf16_captioner: Path, tmp_path: Path, precision: str
-) -> None:
+@pytest.mark.parametrize(
+    "fixture", ["captioner_once", pytest.param("bf16_captioner", marks=pytest.mark.slow)]
+)
+def test_tensorrt_builds_it(request: pytest.FixtureRequest, tmp_path: Path, fixture: str) -> None:
     pytest.importorskip("tensorrt_rtx", reason="pip install 'pid-trt[tensorrt-rtx]'")
-    captioner = {"fp32": captioner_once, "bf16": bf16_captioner}[precision]
+    captioner = request.getfixturevalue(fixture)
     shapes = {"min": "[1,300]", "opt": "[1,600]", "max": "[4,1000]"}
     command = [str(Path(sys.executable).with_name("polygraphy")), "convert"]
     command += [str(captioner / "captioner.onnx"), "--convert-to", "trt"]
