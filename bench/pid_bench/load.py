@@ -1,7 +1,8 @@
 """What a server adds to a decode: requests of several clients beside a bare `Decoder` in a loop.
 
 python -m pid_bench.load BUNDLE --url http://127.0.0.1:8000: a running `pid-serve` of that bundle,
-with or without --ray, on this machine.
+with or without --ray, on this machine. One client and the loop take turns, so that both meet the
+same moods of a machine whose speed drifts.
 """
 
 import contextlib
@@ -21,6 +22,12 @@ from safetensors.numpy import save
 from pid_bench.errors import BenchInputError
 from pid_runtime.command import console
 from pid_runtime.decoder import Decoder
+
+TURN = 10
+"""Requests that one client or the loop makes before it is the other's turn."""
+
+LOOK_SECONDS = 0.5
+"""How often the queue is looked at; the server is kept from its work meanwhile."""
 
 _EXAMPLES = """examples:
   pid-serve nano --threads 1
@@ -53,17 +60,26 @@ def _measure(arguments: Namespace) -> None:
             f"{max(clients)}; change --requests"
         )
     width, height = arguments.latent
+    url = urlsplit(arguments.url)
+    address = url.hostname or "127.0.0.1", url.port or 80
+    rows: list[dict[str, Any]] = []
     with Decoder.open(arguments.bundle, threads=arguments.threads) as decoder:
         channels = decoder.manifest.network["latent_channels"]
         latent = np.random.default_rng(0).standard_normal((1, channels, height, width), np.float32)
-        bare = _bare(decoder, latent, arguments.requests)
-    rows: list[dict[str, Any]] = [{"of": "bare decoder", "clients": 1, **bare}]
-    url = urlsplit(arguments.url)
-    address = url.hostname or "127.0.0.1", url.port or 80
-    body = save({"latent": latent})
-    _asked(address, body, 1, 10)  # memory for the shape, and connections
+        body = save({"latent": latent})
+        _asked(address, body, 1, 10)  # memory for the shape, and connections
+        bare = _Bare(decoder, latent)
+        if 1 in clients:
+            rows.append(
+                {"of": "server", "clients": 1, **_loaded(address, body, 1, arguments, bare)}
+            )
+        else:
+            bare.decode(arguments.requests)
+    rows.insert(0, {"of": "bare decoder", "clients": 1, **_summary(bare.seconds, bare.whole)})
     for count in clients:
-        rows.append({"of": "server", "clients": count, **_loaded(address, body, count, arguments)})
+        if count > 1:
+            loaded = _loaded(address, body, count, arguments)
+            rows.append({"of": "server", "clients": count, **loaded})
     table = [
         ["of", "clients", "requests/s", "p50 ms", "p99 ms", "most waiting", "MB"],
         *(
@@ -82,39 +98,58 @@ def _measure(arguments: Namespace) -> None:
     console.emit({"rows": rows}, console.aligned(table), as_json=arguments.json)
 
 
-def _bare(decoder: Decoder, latent: Any, count: int) -> dict[str, float]:
-    caption = decoder.empty_caption()
+class _Bare:
+    """A decoder in a loop, and how long it took."""
 
-    def decode(seed: int) -> float:
+    def __init__(self, decoder: Decoder, latent: Any) -> None:
+        self._decoder, self._latent, self._caption = decoder, latent, decoder.empty_caption()
+        self.seconds: list[float] = []
+        self.whole = 0.0
+        self.decode(5)
+        self.seconds, self.whole = [], 0.0
+
+    def decode(self, count: int) -> None:
+        """As the server answers: an image, as safetensors."""
         begin = time.perf_counter()
-        image = decoder.decode(latent, caption, seed=seed, output="uint8")[0]
-        save({"image": np.ascontiguousarray(image)})
-        return time.perf_counter() - begin
-
-    for seed in range(5):
-        decode(seed)
-    begin = time.perf_counter()
-    seconds = [decode(seed) for seed in range(count)]
-    return _summary(seconds, time.perf_counter() - begin)
+        for _ in range(count):
+            start = time.perf_counter()
+            seed = len(self.seconds)
+            image = self._decoder.decode(self._latent, self._caption, seed=seed, output="uint8")[0]
+            save({"image": np.ascontiguousarray(image)})
+            self.seconds.append(time.perf_counter() - start)
+        self.whole += time.perf_counter() - begin
 
 
 def _loaded(
-    address: tuple[str, int], body: bytes, clients: int, arguments: Namespace
+    address: tuple[str, int],
+    body: bytes,
+    clients: int,
+    arguments: Namespace,
+    other: _Bare | None = None,
 ) -> dict[str, Any]:
-    """Seconds of requests, while the queue is looked at; and the memory after."""
+    """Seconds of requests, while the queue is looked at; and the memory after.
+
+    other: what takes turns with the clients.
+    """
     waiting: list[float] = []
     ended = threading.Event()
 
     def look() -> None:
-        while not ended.wait(0.1):
+        while not ended.wait(LOOK_SECONDS):
             waiting.append(_metric(address, "pid_queue"))
 
     looking = threading.Thread(target=look)
     looking.start()
     try:
-        begin = time.perf_counter()
-        seconds = _asked(address, body, clients, arguments.requests)
-        whole = time.perf_counter() - begin
+        seconds: list[float] = []
+        whole = 0.0
+        while (left := arguments.requests - len(seconds)) > 0:
+            turn = left if other is None else min(TURN, left)
+            if other is not None:
+                other.decode(turn)
+            begin = time.perf_counter()
+            seconds += _asked(address, body, clients, turn)
+            whole += time.perf_counter() - begin
     finally:
         ended.set()
         looking.join()

@@ -217,7 +217,7 @@ def start(
 
     replicas = [
         serve.deployment(Replica)
-        .options(name=name, **_options(opener, cluster.replicas, batch))
+        .options(name=name, **_options(opener, cluster.replicas, queue, batch))
         .bind(_for_replica(opener), batch)
         for name, opener in openers.items()
     ]
@@ -243,11 +243,11 @@ def stop(cluster: Cluster) -> None:
     ray.shutdown()
 
 
-def _options(opener: OpenDecoder, replicas: int | None, batch: int) -> dict[str, Any]:
+def _options(opener: OpenDecoder, replicas: int | None, queue: int, batch: int) -> dict[str, Any]:
     needed = {"num_gpus": 1} if _is_on_gpu(opener) else {"num_cpus": opener.threads or 1}
     options: dict[str, Any] = {
-        # One batch that runs, and the next.
-        "max_ongoing_requests": 2 * batch,
+        # All that may wait: what no replica takes, Ray offers again after up to half a second.
+        "max_ongoing_requests": max(queue, 2 * batch),
         "ray_actor_options": needed,
     }
     if replicas is not None:
