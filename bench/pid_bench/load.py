@@ -1,12 +1,13 @@
 """What a server adds to a decode: requests of several clients beside a bare `Decoder` in a loop.
 
 python -m pid_bench.load BUNDLE --url http://127.0.0.1:8000: a running `pid-serve` of that bundle,
-with or without --ray, on this machine. One client and the loop take turns, so that both meet the
-same moods of a machine whose speed drifts.
+with or without --ray, or a Triton server, on this machine. One client and the loop take turns, so
+that both meet the same moods of a machine whose speed drifts.
 """
 
 import contextlib
 import http.client
+import json
 import re
 import threading
 import time
@@ -17,6 +18,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import numpy as np
+from numpy.typing import NDArray
 from safetensors.numpy import save
 
 from pid_bench.errors import BenchInputError
@@ -29,9 +31,12 @@ TURN = 10
 LOOK_SECONDS = 0.5
 """How often the queue is looked at; the server is kept from its work meanwhile."""
 
+Floats = NDArray[np.float32]
+
 _EXAMPLES = """examples:
   pid-serve nano --threads 1
   python -m pid_bench.load nano --url http://127.0.0.1:8000 --threads 1 --latent 8x8
+  python -m pid_bench.load nano --url http://127.0.0.1:8000 --triton nano   # of pid-triton
 """
 
 
@@ -45,6 +50,7 @@ def _parser() -> console.ArgumentParser:
     add = parser.add_argument
     add("bundle", type=Path, help="the bundle that the server serves")
     add("--url", required=True, help="of the server")
+    add("--triton", metavar="MODEL", help="the server is Triton, and this is what to ask there")
     add("--clients", default="1,4,16", metavar="N,N,..", help="that ask at a time")
     add("--requests", type=int, default=200, metavar="N", help="of all clients together")
     add("--latent", type=console.read_size, default=(8, 8), metavar="WxH", help="latent pixels")
@@ -60,26 +66,23 @@ def _measure(arguments: Namespace) -> None:
             f"{max(clients)}; change --requests"
         )
     width, height = arguments.latent
-    url = urlsplit(arguments.url)
-    address = url.hostname or "127.0.0.1", url.port or 80
+    kind = "server" if arguments.triton is None else "Triton"
     rows: list[dict[str, Any]] = []
     with Decoder.open(arguments.bundle, threads=arguments.threads) as decoder:
         channels = decoder.manifest.network["latent_channels"]
         latent = np.random.default_rng(0).standard_normal((1, channels, height, width), np.float32)
-        body = save({"latent": latent})
-        _asked(address, body, 1, 10)  # memory for the shape, and connections
+        server = _Server(arguments.url, latent, arguments.triton)
+        _asked(server, 1, 10)  # memory for the shape, and connections
         bare = _Bare(decoder, latent)
         if 1 in clients:
-            rows.append(
-                {"of": "server", "clients": 1, **_loaded(address, body, 1, arguments, bare)}
-            )
+            rows.append({"of": kind, "clients": 1, **_loaded(server, 1, arguments, bare)})
         else:
             bare.decode(arguments.requests)
     rows.insert(0, {"of": "bare decoder", "clients": 1, **_summary(bare.seconds, bare.whole)})
     for count in clients:
         if count > 1:
-            loaded = _loaded(address, body, count, arguments)
-            rows.append({"of": "server", "clients": count, **loaded})
+            loaded = _loaded(server, count, arguments)
+            rows.append({"of": kind, "clients": count, **loaded})
     table = [
         ["of", "clients", "requests/s", "p50 ms", "p99 ms", "most waiting", "MB"],
         *(
@@ -120,9 +123,49 @@ class _Bare:
         self.whole += time.perf_counter() - begin
 
 
+class _Server:
+    """What to ask a server, and how."""
+
+    def __init__(self, url: str, latent: Floats, triton: str | None) -> None:
+        """triton: the model's name there; None for `pid-serve`."""
+        parts = urlsplit(url)
+        self.address = parts.hostname or "127.0.0.1", parts.port or 80
+        self.is_triton = triton is not None
+        self._latent, self._body, self._triton = latent, save({"latent": latent}), triton
+
+    def request(self, seed: int) -> tuple[str, bytes, dict[str, str]]:
+        """Path, body and headers of a decode.
+
+        Triton's are KServe's inference protocol, version 2, with its binary tensor data extension.
+        """
+        if not self.is_triton:
+            return f"/v1/decode?output=safetensors&seed={seed}", self._body, {}
+        arrays = {"latent": ("FP32", self._latent), "seed": ("UINT64", np.array([[seed]], "<u8"))}
+        inputs = [
+            {
+                "name": name,
+                "datatype": kind,
+                "shape": array.shape,
+                "parameters": {"binary_data_size": array.nbytes},
+            }
+            for name, (kind, array) in arrays.items()
+        ]
+        outputs = [{"name": "image", "parameters": {"binary_data": True}}]
+        head = json.dumps({"inputs": inputs, "outputs": outputs}).encode()
+        body = b"".join((head, *(array.tobytes() for _, array in arrays.values())))
+        headers = {"Inference-Header-Content-Length": str(len(head))}
+        return f"/v2/models/{self._triton}/infer", body, headers
+
+    def metric(self, name: str) -> float:
+        """Of `pid-serve`, of all its models."""
+        with contextlib.closing(http.client.HTTPConnection(*self.address, timeout=60)) as client:
+            client.request("GET", "/metrics")
+            text = client.getresponse().read().decode()
+        return sum(map(float, re.findall(rf"^{name}{{[^}}]*}} (\S+)$", text, re.M)))
+
+
 def _loaded(
-    address: tuple[str, int],
-    body: bytes,
+    server: _Server,
     clients: int,
     arguments: Namespace,
     other: _Bare | None = None,
@@ -136,10 +179,11 @@ def _loaded(
 
     def look() -> None:
         while not ended.wait(LOOK_SECONDS):
-            waiting.append(_metric(address, "pid_queue"))
+            waiting.append(server.metric("pid_queue"))
 
     looking = threading.Thread(target=look)
-    looking.start()
+    if not server.is_triton:
+        looking.start()
     try:
         seconds: list[float] = []
         whole = 0.0
@@ -148,19 +192,20 @@ def _loaded(
             if other is not None:
                 other.decode(turn)
             begin = time.perf_counter()
-            seconds += _asked(address, body, clients, turn)
+            seconds += _asked(server, clients, turn)
             whole += time.perf_counter() - begin
     finally:
         ended.set()
-        looking.join()
-    return {
-        **_summary(seconds, whole),
-        "most_waiting": int(max(waiting, default=0)),
-        "memory_bytes": _metric(address, "pid_memory_bytes"),
-    }
+        if not server.is_triton:
+            looking.join()
+    found: dict[str, Any] = {**_summary(seconds, whole)}
+    if not server.is_triton:
+        found["most_waiting"] = int(max(waiting, default=0))
+        found["memory_bytes"] = server.metric("pid_memory_bytes")
+    return found
 
 
-def _asked(address: tuple[str, int], body: bytes, clients: int, count: int) -> list[float]:
+def _asked(server: _Server, clients: int, count: int) -> list[float]:
     """Seconds of every request. Raises `BenchInputError` for an answer that is no image."""
     seconds: list[float] = []
     wrong: list[int] = []
@@ -168,14 +213,15 @@ def _asked(address: tuple[str, int], body: bytes, clients: int, count: int) -> l
     lock = threading.Lock()
 
     def ask_on() -> None:
-        with contextlib.closing(http.client.HTTPConnection(*address, timeout=300)) as client:
+        with contextlib.closing(http.client.HTTPConnection(*server.address, timeout=300)) as client:
             while True:
                 with lock:
                     seed = next(seeds, None)
                 if seed is None or wrong:
                     return
+                path, body, headers = server.request(seed)
                 begin = time.perf_counter()
-                client.request("POST", f"/v1/decode?output=safetensors&seed={seed}", body)
+                client.request("POST", path, body, headers)
                 answer = client.getresponse()
                 answer.read()
                 seconds.append(time.perf_counter() - begin)
@@ -194,13 +240,6 @@ def _asked(address: tuple[str, int], body: bytes, clients: int, count: int) -> l
             f"for {clients} clients?"
         )
     return seconds
-
-
-def _metric(address: tuple[str, int], name: str) -> float:
-    with contextlib.closing(http.client.HTTPConnection(*address, timeout=60)) as client:
-        client.request("GET", "/metrics")
-        text = client.getresponse().read().decode()
-    return sum(map(float, re.findall(rf"^{name}{{[^}}]*}} (\S+)$", text, re.M)))
 
 
 def _summary(seconds: Sequence[float], whole: float) -> dict[str, float]:

@@ -4,11 +4,26 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
+
 from pid_bench import load
 from serving import running
 
 RunCommand = Callable[..., tuple[int, str, str]]
 Refusal = Callable[..., str]
+
+
+def test_triton_gets_the_protocol_of_kserve() -> None:
+    latent = np.arange(12, dtype=np.float32).reshape(1, 3, 2, 2)
+    server = load._Server("http://127.0.0.1:8001", latent, "nano")
+    path, body, headers = server.request(7)
+    length = int(headers["Inference-Header-Content-Length"])
+    first, second = json.loads(body[:length])["inputs"]
+    assert path == "/v2/models/nano/infer" and server.address == ("127.0.0.1", 8001)
+    assert (first["name"], first["shape"], second["shape"]) == ("latent", [1, 3, 2, 2], [1, 1])
+    sizes = [each["parameters"]["binary_data_size"] for each in (first, second)]
+    assert sizes == [48, 8] and len(body) == length + 56
+    assert body[length:] == latent.tobytes() + (7).to_bytes(8, "little")
 
 
 def test_a_server_beside_a_bare_decoder(

@@ -46,6 +46,7 @@ ALLOWED: dict[str, set[str]] = {
 }
 
 TORCH_MODULES = {
+    "pid_runtime.backends.operations",
     "pid_runtime.backends.rounding",
     "pid_runtime.backends.torch",
     "pid_runtime.backends.stages",

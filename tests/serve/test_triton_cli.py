@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from pid_bench import load
 from pid_runtime.decoder import Decoder
 from pid_serve import triton_cli
 from places import ROOT
@@ -186,6 +187,9 @@ def test_a_real_server(triton: Triton, golden_bundle: Path, tmp_path: Path) -> N
             env={**os.environ, "PYTHONPATH": triton.client},
             check=True,
         )
+        asked = ("--url", f"http://127.0.0.1:{ports[0]}", "--triton", "golden", "--clients", "1,2")
+        few = ("--requests", "6", "--latent", "3x2")
+        assert load.main([str(golden_bundle), *asked, *few]) == 0
     with Decoder.open(golden_bundle) as pid:
         wanted = pid.decode(LATENT, sigma=0.2, seed=7, steps=2, output="uint8")
         many = [pid.decode(LATENT, seed=seed, output="uint8")[0] for seed in range(8)]

@@ -7,12 +7,14 @@ one power of two at the lower end of the range. Activations have one scale for a
 beforehand; weights have one for every output. Weights alone may also be integers of 8 bits, whose
 scales are any numbers.
 
-The two operations are torch's custom ones, since the exporter has to find them again and write
-ONNX's QuantizeLinear and DequantizeLinear, which compilers look for.
+The exporter writes the two operations as ONNX's QuantizeLinear and DequantizeLinear, which
+compilers look for.
 """
 
 import torch
 from torch import Tensor, nn
+
+from pid_runtime.backends.operations import operation
 
 FP8 = torch.float8_e4m3fn
 INT8 = torch.int8
@@ -24,26 +26,22 @@ SMALLEST_PRODUCT = 64
 """Least inputs and outputs of a matrix that is worth rounding."""
 
 
-@torch.library.custom_op("pid::quantize", mutates_args=())
+@operation(
+    "quantize(Tensor x, Tensor scale) -> Tensor",
+    lambda x, scale: torch.empty_like(x, dtype=FP8),
+)
 def quantize(x: Tensor, scale: Tensor) -> Tensor:
     """X / scale as FP8, of any shape; what is too large becomes the largest. scale: `[]`."""
     return (x / scale).clamp(-LARGEST, LARGEST).to(FP8)
 
 
-@torch.library.custom_op("pid::dequantize", mutates_args=())
+@operation(
+    "dequantize(Tensor x, Tensor scale) -> Tensor",
+    lambda x, scale: torch.empty_like(x, dtype=scale.dtype),
+)
 def dequantize(x: Tensor, scale: Tensor) -> Tensor:
     """8-bit numbers as those of the scale's dtype; scale `[]`, or one for each of the last axis."""
     return x.to(scale.dtype) * scale
-
-
-@quantize.register_fake
-def _(x: Tensor, scale: Tensor) -> Tensor:
-    return torch.empty_like(x, dtype=FP8)
-
-
-@dequantize.register_fake
-def _(x: Tensor, scale: Tensor) -> Tensor:
-    return torch.empty_like(x, dtype=scale.dtype)
 
 
 def rounded(x: Tensor, scale: Tensor) -> Tensor:

@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pid_runtime.backends.operations import operation
 from pid_runtime.backends.rounding import (
     FP8,
     INT8,
@@ -230,18 +231,16 @@ GROUPS, GROUP_EPSILON = 4, 1e-5
 """Of group normalisation."""
 
 
-@torch.library.custom_op("pid::group_norm", mutates_args=())
+@operation(
+    "group_norm(Tensor x, Tensor weight, Tensor bias) -> Tensor",
+    lambda x, weight, bias: torch.empty_like(x),
+)
 def group_norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """Group normalisation `[B, C, h, w]` in float32; weight, bias: `[C]` float32.
 
-    An operation of its own, since the exporter writes it in a way that spares memory.
+    An operation, since the exporter writes it in a way that spares memory.
     """
     return F.group_norm(x.float(), GROUPS, weight, bias, GROUP_EPSILON).to(x.dtype)
-
-
-@group_norm.register_fake
-def _(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    return torch.empty_like(x)
 
 
 class GroupNorm(nn.Module):
