@@ -22,6 +22,7 @@ from pid_export import bundle as exporter
 from pid_export.bundle import ExportOptions, export_bundle
 from pid_export.calibrate import calibrate
 from pid_export.golden import Golden, read_golden
+from pid_export.graphs import GraphExporter
 from pid_runtime.command.decode_jobs import Inputs
 from pid_runtime.decoder import Decoder
 
@@ -57,7 +58,7 @@ def errors(golden: Golden) -> dict[str, float]:
     with (
         tempfile.TemporaryDirectory() as folder,
         # torch decodes by the manifest: graphs, which take minutes to trace, are left empty.
-        patch.object(exporter.GraphExporter, "export", return_value=b""),
+        patch.object(GraphExporter, "export", return_value=b""),
         patch.object(exporter, "check_graph"),
     ):
         exact = Path(folder) / "fp32"
