@@ -107,7 +107,13 @@ def read_vae(space: str, spec: Vae, path: Path) -> Any:
 def _class(spec: Vae) -> Any:
     import diffusers
 
-    return getattr(diffusers, spec.kind)
+    kind = getattr(diffusers, spec.kind, None)
+    if kind is None:
+        raise PipelineInputError(
+            f"expected a diffusers with {spec.kind}, but got {diffusers.__version__}; "
+            "pip install -U diffusers"
+        )
+    return kind
 
 
 def _read_folder(space: str, spec: Vae, path: Path) -> Any:
@@ -125,8 +131,9 @@ def _read_folder(space: str, spec: Vae, path: Path) -> Any:
             f"expected the autoencoder of {space}, {spec.kind}, but {folder} holds {kind}; take "
             f"that of {space}"
         )
+    known = _class(spec)
     try:
-        model = _class(spec).from_pretrained(
+        model = known.from_pretrained(
             folder, torch_dtype=torch.float32, local_files_only=True, low_cpu_mem_usage=False
         )
     except Exception as error:  # classes of diffusers, safetensors and others

@@ -157,6 +157,13 @@ def test_a_representation_autoencoder(tmp_path: Path) -> None:
     ):
         with pytest.raises(PipelineInputError, match=message):
             read_vae("dinov2", other, tmp_path / "rae")
+    newer = replace(spec, kind="AutoencoderOfLater")
+    (tmp_path / "later").mkdir()
+    (tmp_path / "later" / "config.json").write_text('{"_class_name": "AutoencoderOfLater"}')
+    with pytest.raises(
+        PipelineInputError, match=r"^expected a diffusers with AutoencoderOfLater, but got 0"
+    ):
+        read_vae("dinov2", newer, tmp_path / "later")
     (tmp_path / "model.pt").touch()
     with pytest.raises(PipelineInputError, match="as diffusers saves it, but got the file"):
         read_vae("dinov2", spec, tmp_path / "model.pt")
