@@ -19,9 +19,8 @@ from numpy.typing import NDArray
 
 from pid_bench.hardware import cpu_name
 from pid_export import bundle as exporter
-from pid_export.bundle import ExportOptions, export_bundle
 from pid_export.calibrate import calibrate
-from pid_export.golden import Golden, read_golden
+from pid_export.golden import Golden, decode_golden, export_golden, read_golden
 from pid_export.graphs import GraphExporter
 from pid_runtime.command.decode_jobs import Inputs
 from pid_runtime.decoder import Decoder
@@ -62,36 +61,22 @@ def errors(golden: Golden) -> dict[str, float]:
         patch.object(exporter, "check_graph"),
     ):
         exact = Path(folder) / "fp32"
-        export(golden, exact, ExportOptions())
+        export_golden(golden, exact)
         calibration = calibrate(exact, one, described="the file's input")
         wanted = decode(golden, exact)
         found = {"rms": rms(wanted)}
         for precision in ROUNDED:
             bundle = Path(folder) / precision
             chosen = calibration if precision != "bf16" else None
-            export(golden, bundle, ExportOptions(precision, calibration=chosen))
+            export_golden(golden, bundle, precision=precision, calibration=chosen)
             found[precision] = rms(decode(golden, bundle) - wanted)
     return {name: float(f"{value:.3g}") for name, value in found.items()}
 
 
-def export(golden: Golden, bundle: Path, options: ExportOptions) -> None:
-    """Write a golden network's bundle."""
-    origin = {"random_seed": golden.seed}
-    export_bundle(bundle, golden.config, golden.weights, options, weights=origin)
-
-
 def decode(golden: Golden, bundle: Path) -> NDArray[np.float32]:
     """Decode a golden file's input, by torch."""
-    given = golden.inputs
     with Decoder.open(bundle, "torch") as decoder:
-        return decoder.decode(
-            given.latent,
-            given.caption,
-            sigma=given.sigma,
-            noise=given.noise[0],
-            step_noise=given.noise[1:],
-            steps=len(golden.states),
-        )
+        return decode_golden(golden, decoder)
 
 
 def rms(values: NDArray[np.float32]) -> float:

@@ -178,12 +178,11 @@ def _loaded(
     ended = threading.Event()
 
     def look() -> None:
-        while not ended.wait(LOOK_SECONDS):
+        while not server.is_triton and not ended.wait(LOOK_SECONDS):
             waiting.append(server.metric("pid_queue"))
 
     looking = threading.Thread(target=look)
-    if not server.is_triton:
-        looking.start()
+    looking.start()
     try:
         seconds: list[float] = []
         whole = 0.0
@@ -196,8 +195,7 @@ def _loaded(
             whole += time.perf_counter() - begin
     finally:
         ended.set()
-        if not server.is_triton:
-            looking.join()
+        looking.join()
     found: dict[str, Any] = {**_summary(seconds, whole)}
     if not server.is_triton:
         found["most_waiting"] = int(max(waiting, default=0))

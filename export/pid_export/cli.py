@@ -32,7 +32,7 @@ FP8_OPTIONS = ("calibration", "keep", "sensitivity")
 
 _OF_DECODERS = (
     *("variant", "config", "checkpoint", "force_space", "random_weights"),
-    *("buckets", "steps", "arbitrary_timesteps", "calibration", "keep", "sensitivity"),
+    *("buckets", "steps", "arbitrary_timesteps", *FP8_OPTIONS),
 )
 """Options that neither captioners nor autoencoders have."""
 
@@ -176,18 +176,19 @@ def _export(args: Namespace) -> None:
         _export_captioner(args)
         return
     _check_fp8(args)
+    is_fp8 = args.precision in FP8_PRECISIONS
     config, checkpoint = _network(args)
     check_new(args.output)
     # Loading torch takes seconds: not before the arguments are known to make sense.
     from pid_export.bundle import ExportOptions, export_bundle, parse_buckets
 
     options = ExportOptions(
-        "fp32" if args.precision in FP8_PRECISIONS else args.precision,
+        "fp32" if is_fp8 else args.precision,
         parse_buckets(_BUCKETS if args.buckets is None else args.buckets, config.patch_size),
         args.steps,
         args.arbitrary_timesteps,
         undistilled=checkpoint is not None and not checkpoint.distilled,
-        keep=() if args.precision in FP8_PRECISIONS else _kept(args) or (),
+        keep=() if is_fp8 else _kept(args) or (),
     )
     if checkpoint is not None and checkpoint.deprecated:
         _log.info(
@@ -198,7 +199,7 @@ def _export(args: Namespace) -> None:
     begin = time.monotonic()
     export = partial(export_bundle, checkpoint=checkpoint, weights=weights)
     rounded: Rounded | None = None
-    if args.precision in FP8_PRECISIONS:
+    if is_fp8:
         from pid_export.fp8_export import Rounding, export_fp8
 
         rounding = Rounding(

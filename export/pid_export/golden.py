@@ -6,10 +6,11 @@ tests/golden/README.md describes the format.
 import json
 import math
 import tempfile
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,6 +25,7 @@ from pid_ref.config import PidConfig
 from pid_ref.network import unpatchify
 from pid_ref.sampler import sample, timesteps
 from pid_ref.weights import RandomWeights
+from pid_runtime.bundle.manifest import Manifest
 from pid_runtime.decoder import Decoder
 from pid_runtime.errors import NotFiniteError
 
@@ -155,13 +157,32 @@ def open_program(
             yield decoder
 
 
-def export_golden(golden: Golden, bundle: Path) -> None:
-    """Export a golden file's network in float32, for decodes up to the file's own size."""
+def export_golden(golden: Golden, bundle: Path, **options: Any) -> Manifest:
+    """Export a golden file's network for decodes up to the file's own size.
+
+    options: of `ExportOptions`; float32 unless they say else.
+    """
     height, width = golden.velocity.shape[-2:]
     tokens = (height // golden.config.patch_size) * (width // golden.config.patch_size)
-    options = ExportOptions(buckets=(("golden", tokens),))
+    chosen = ExportOptions(buckets=(("golden", tokens),), **options)
     origin = {"random_seed": golden.seed}
-    export_bundle(bundle, golden.config, golden.weights, options, weights=origin)
+    return export_bundle(bundle, golden.config, golden.weights, chosen, weights=origin)
+
+
+def decode_golden(
+    golden: Golden, decoder: Decoder, progress: Callable[[int, int], None] | None = None
+) -> NDArray[np.float32]:
+    """Decode a golden file's input with the file's noise: an image `[B, 3, H, W]`, in [-1, 1]."""
+    inputs = golden.inputs
+    return decoder.decode(
+        inputs.latent,
+        inputs.caption,
+        sigma=inputs.sigma,
+        noise=inputs.noise[0],
+        step_noise=inputs.noise[1:],
+        steps=len(golden.states),
+        progress=progress,
+    )
 
 
 def program_error(golden: Golden, decoder: Decoder) -> float:
@@ -175,15 +196,7 @@ def program_error(golden: Golden, decoder: Decoder) -> float:
         errors.append(largest_difference(state.numpy(), golden.states[step - 1]))
 
     with suppress(NotFiniteError):  # `check` has seen it
-        decoder.decode(
-            golden.inputs.latent,
-            golden.inputs.caption,
-            sigma=golden.inputs.sigma,
-            noise=golden.inputs.noise[0],
-            step_noise=golden.inputs.noise[1:],
-            steps=len(golden.states),
-            progress=check,
-        )
+        decode_golden(golden, decoder, check)
     return max(errors)
 
 

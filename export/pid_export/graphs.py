@@ -44,8 +44,7 @@ _ZERO = onnx.helper.make_tensor("zero", onnx.TensorProto.FLOAT8E4M3FN, [], b"\0"
 
 
 def _quantize(x: Any, scale: Any) -> Any:
-    zero: Any = op.Constant(value=_ZERO)
-    return op.QuantizeLinear(x, scale, zero)
+    return op.QuantizeLinear(x, scale, op.Constant(value=_ZERO))
 
 
 def _dequantize(x: Any, scale: Any) -> Any:

@@ -95,10 +95,14 @@ class _Builder:
     def end_buffer(self, attention: str, end: str, name: str, *shape: int | str) -> None:
         """A buffer of what goes into an attention, or comes out."""
         scales = self.rounded.attentions.get(attention) if self.rounded else None
-        if scales is None:
+        self.scaled_buffer(None if scales is None else scales[end], name, *shape)
+
+    def scaled_buffer(self, scale: float | None, name: str, *shape: int | str) -> None:
+        """A buffer of 8-bit numbers with this scale; None for one that is not rounded."""
+        if scale is None:
             self.buffer(name, self.compute, *shape)
         else:
-            self.buffers[name] = Buffer(FP8, shape, "temporary", scale=scales[end])
+            self.buffers[name] = Buffer(FP8, shape, "temporary", scale=scale)
 
     def rounding(
         self, graph: str, *, takes: str = "", gives: str = "", pixels: bool = False
@@ -381,11 +385,7 @@ def _pixel_blocks(b: _Builder) -> list[Instruction]:
         for part in ("cos", "sin")
     }
     noisy: View = ("state", ("B", "L", state))
-    told = b.rounded.told if b.rounded is not None else None
-    if told is None:
-        b.buffer("s", b.compute, "B", "L", d)
-    else:
-        b.buffers["s"] = Buffer(FP8, ("B", "L", d), "temporary", scale=told)
+    b.scaled_buffer(b.rounded.told if b.rounded else None, "s", "B", "L", d)
     condition: View = ("s", ("B", "L", d))
     inner = "pixel_attention"
     previous = c.patch_depth - 1

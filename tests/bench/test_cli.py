@@ -31,21 +31,11 @@ from pid_engines.child import ChildError
 from pid_ref.config import PidConfig
 from pid_runtime.bundle.folder import read_manifest
 from places import ROOT
+from small_network import DIMENSIONS
 
 QUICK = ("--device", "cpu", "--threads", "1", "--cascades", "none", "--repeats", "2")
 
-SMALL = {
-    "hidden_size": 64,
-    "num_heads": 2,
-    "patch_depth": 2,
-    "pixel_hidden_size": 4,
-    "pixel_depth": 2,
-    "pixel_attn_size": 48,
-    "pixel_num_heads": 2,
-    "latent_hidden": 16,
-    "text_dim": 32,
-    "text_max_length": 12,
-}
+SMALL = {**DIMENSIONS, "pixel_depth": 2}
 """A network that is exported in seconds; most of its stages are those of the golden files."""
 
 CEILINGS = {"matmul_tflop_per_s": 0.1, "copy_gb_per_s": 10.0}

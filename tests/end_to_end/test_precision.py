@@ -13,13 +13,11 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from pid_export.bundle import ExportOptions, export_bundle
-from pid_export.golden import Golden, read_golden
+from pid_export.golden import Golden, decode_golden, export_golden, read_golden
 from pid_export.verify import load_network
 from pid_ref.network import unpatchify
 from pid_ref.sampler import sample
 from pid_runtime.bundle.folder import read_manifest
-from pid_runtime.bundle.manifest import Manifest
 from pid_runtime.decoder import Decoder
 from places import GOLDEN
 
@@ -135,29 +133,15 @@ def sensitive_halves(path: Path) -> set[str]:
 
 
 def export(golden: Golden, precision: str, folder: Path) -> Path:
-    height, width = golden.velocity.shape[-2:]
-    tokens = (height // golden.config.patch_size) * (width // golden.config.patch_size)
-    options = ExportOptions(precision=precision, buckets=(("golden", tokens),))
-    origin = {"random_seed": golden.seed}
     bundle = folder / precision
-    manifest: Manifest = export_bundle(
-        bundle, golden.config, golden.weights, options, weights=origin
-    )
+    manifest = export_golden(golden, bundle, precision=precision)
     assert manifest.precision == precision
     return bundle
 
 
 def decode(decoder: Decoder, golden: Golden) -> NDArray[np.float32]:
     """The state after the last step, `[B, 3, H, W]`, not clamped."""
-    inputs = golden.inputs
-    decoder.decode(
-        inputs.latent,
-        inputs.caption,
-        sigma=inputs.sigma,
-        noise=inputs.noise[0],
-        step_noise=inputs.noise[1:],
-        steps=len(golden.states),
-    )
+    decode_golden(golden, decoder)
     tokens = torch.from_numpy(decoder.state())
     height, width = golden.velocity.shape[-2:]
     return unpatchify(tokens, height, width, golden.config.patch_size).numpy()

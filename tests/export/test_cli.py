@@ -36,6 +36,7 @@ from pid_runtime.bundle.folder import read_manifest
 from pid_runtime.bundle.manifest import FlowShift, Manifest
 from pid_runtime.decoder import Decoder
 from places import GOLDEN
+from small_network import DIMENSIONS
 
 RunCommand = Callable[..., tuple[int, str, str]]
 Refusal = Callable[..., str]
@@ -43,22 +44,6 @@ Edit = Callable[[onnx.ModelProto], object]
 
 SEED = 7
 BUCKETS = "tiny=64,small=1024"
-
-DIMENSIONS = {
-    "hidden_size": 64,
-    "num_heads": 2,
-    "patch_depth": 2,
-    "pixel_hidden_size": 4,
-    "pixel_attn_size": 48,
-    "pixel_num_heads": 2,
-    "pixel_depth": 1,
-    "text_dim": 32,
-    "text_max_length": 12,
-    "latent_hidden": 16,
-}
-"""Of the networks here: the sizes of golden file flux_2k, most of whose stages are traced for other
-tests too, and half of its depth, as rounding grows in such a network. Nano has the released sizes
-of heads."""
 
 
 def reduced(checkpoint: Checkpoint) -> Checkpoint:

@@ -15,6 +15,7 @@ from pid_export.calibration import Calibration, read_calibration
 from pid_export.cli import main
 from pid_runtime.bundle.folder import read_manifest
 from pid_runtime.decoder import Decoder
+from small_network import DIMENSIONS
 
 RunCommand = Callable[..., tuple[int, str, str]]
 Refusal = Callable[..., str]
@@ -23,20 +24,8 @@ Refusal = Callable[..., str]
 @pytest.fixture
 def arguments(tmp_path: Path) -> tuple[str, ...]:
     """Of an export of a small network, but for -o and --precision."""
-    small = {
-        "hidden_size": 64,
-        "num_heads": 2,
-        "patch_depth": 2,
-        "pixel_hidden_size": 4,
-        "pixel_attn_size": 48,
-        "pixel_num_heads": 2,
-        "pixel_depth": 1,
-        "text_dim": 32,
-        "text_max_length": 12,
-        "latent_hidden": 16,
-    }
     config = tmp_path / "small.json"
-    config.write_text(json.dumps(small))
+    config.write_text(json.dumps(DIMENSIONS))
     base = ("--space", "flux", "--variant", "2k", "--config", str(config))
     return (*base, "--random-weights", "7", "--buckets", "tiny=64")
 

@@ -129,6 +129,9 @@ class Rounding:
         return Quantized(dtype) if self.projected else nn.Identity()
 
 
+NO_ROUNDING = Rounding()
+
+
 def normalize(x: Tensor) -> Tensor:
     """RMS-normalise the last axis, in float32; gains are folded into what follows."""
     x = x.float()
@@ -466,17 +469,17 @@ class Tokens(nn.Module):
         embed: bool = False,
         inject: bool = False,
         last: bool = False,
-        rounding: Sequence[str] = (),
+        rounding: Rounding = NO_ROUNDING,
     ) -> None:
         super().__init__()
-        size, places = n.hidden_size, Rounding.of(rounding)
+        size = n.hidden_size
         self.dtype = dtype
         self.returns_x = embed or not (first or last)
         self.embed = Linear(3 * n.patch_size**2, size, dtype) if embed else None
-        self.leave = None if first else LeaveBlock(n, dtype, places)
+        self.leave = None if first else LeaveBlock(n, dtype, rounding)
         gate_outputs = size if n.latent_gate == "channel" else 1
         self.gate = LatentGate(n, gate_outputs, dtype) if inject else None
-        self.enter = EnterAttention(size, size, n.num_heads, dtype, places, queries=not last)
+        self.enter = EnterAttention(size, size, n.num_heads, dtype, rounding, queries=not last)
 
     def forward(
         self,
@@ -579,16 +582,15 @@ class PixelFirst(nn.Module):
         dtype: torch.dtype,
         *,
         inject: bool,
-        rounding: Sequence[str] = (),
+        rounding: Rounding = NO_ROUNDING,
     ) -> None:
         super().__init__()
-        places = Rounding.of(rounding)
-        self.leave = LeaveBlock(n, dtype, places)
+        self.leave = LeaveBlock(n, dtype, rounding)
         self.gate = LatentGate(n, 1, dtype) if inject else None
         self.embed = PixelEmbed(n, dtype)
-        self.s = places.condition(n, dtype)
-        self.results = nn.ModuleDict({"s": places.for_pixels(dtype)})
-        self.enter = EnterPixelBlock(n, dtype, places)
+        self.s = rounding.condition(n, dtype)
+        self.results = nn.ModuleDict({"s": rounding.for_pixels(dtype)})
+        self.enter = EnterPixelBlock(n, dtype, rounding)
 
     def forward(
         self,
@@ -614,7 +616,25 @@ class PixelFirst(nn.Module):
         return (s, *self.enter(pixels, self.s(s), rope_cos, rope_sin))
 
 
-class Pixels(nn.Module):
+class _AfterPixelAttention(nn.Module):
+    """What the stages after a pixel block's attention begin with."""
+
+    def __init__(
+        self,
+        n: Dimensions,
+        dtype: torch.dtype,
+        *,
+        embed: bool,
+        rounding: Rounding = NO_ROUNDING,
+    ) -> None:
+        super().__init__()
+        self.embed = PixelEmbed(n, dtype) if embed else None
+        self.s = rounding.condition(n, dtype)
+        self.leave = LeavePixelBlock(n, dtype, rounding)
+        self.d = n.pixel_hidden_size
+
+
+class Pixels(_AfterPixelAttention):
     """From one pixel block's attention to the next one's: pixels, q, k, v.
 
     The embedded pixels are cheaper to make again than to keep: the stage after the first
@@ -627,15 +647,10 @@ class Pixels(nn.Module):
         dtype: torch.dtype,
         *,
         embed: bool,
-        rounding: Sequence[str] = (),
+        rounding: Rounding = NO_ROUNDING,
     ) -> None:
-        super().__init__()
-        places = Rounding.of(rounding)
-        self.embed = PixelEmbed(n, dtype) if embed else None
-        self.s = places.condition(n, dtype)
-        self.leave = LeavePixelBlock(n, dtype, places)
-        self.d = n.pixel_hidden_size
-        self.enter = EnterPixelBlock(n, dtype, places)
+        super().__init__(n, dtype, embed=embed, rounding=rounding)
+        self.enter = EnterPixelBlock(n, dtype, rounding)
 
     def forward(
         self,
@@ -655,7 +670,7 @@ class Pixels(nn.Module):
         return (leaving.flatten(2), *self.enter(leaving, s, rope_cos, rope_sin))
 
 
-class Update(nn.Module):
+class Update(_AfterPixelAttention):
     """From the last pixel block's attention to the next state of the sampler.
 
     state' = update[0] state + update[1] velocity + update[2] noise, all float32.
@@ -667,14 +682,9 @@ class Update(nn.Module):
         dtype: torch.dtype,
         *,
         embed: bool,
-        rounding: Sequence[str] = (),
+        rounding: Rounding = NO_ROUNDING,
     ) -> None:
-        super().__init__()
-        places = Rounding.of(rounding)
-        self.embed = PixelEmbed(n, dtype) if embed else None
-        self.s = places.condition(n, dtype)
-        self.leave = LeavePixelBlock(n, dtype, places)
-        self.d = n.pixel_hidden_size
+        super().__init__(n, dtype, embed=embed, rounding=rounding)
         self.velocity = Linear(n.pixel_hidden_size, 3, dtype)
 
     def forward(
@@ -760,4 +770,6 @@ def build_stage(
         return RoundedAttention(options["heads"], dtype, options["fp8_scales"])
     if stage in (Patchify, Unpatchify, UnpatchifyBytes, Attention):
         return stage(**options)
+    if "rounding" in options:
+        options = {**options, "rounding": Rounding.of(options["rounding"])}
     return stage(network, dtype, **options)
