@@ -5,6 +5,7 @@ import logging
 import os
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -384,12 +385,13 @@ class Decoder:
             tile=tile,
             overlap=overlap,
         )
-        return plan_of(self._as_run, request, self.graphs.bucket_for)
+        return plan_of(self._as_run, self._together(request), self.graphs.bucket_for)
 
     def _run_in_memory(
         self, request: Request, output: str, dlpack: bool, progress: Progress | None
     ) -> Any:
         """Decode a request, in smaller tiles where it may choose and memory is short."""
+        request = self._together(request)
         self._tell(request)
         while True:
             try:
@@ -399,6 +401,9 @@ class Decoder:
                 if reason is None or isinstance(error, PidRuntimeError):
                     raise
                 self._program = self._block = None
+                if request.branches_at_once:
+                    request = replace(request, branches_at_once=False)
+                    continue
                 smaller = smaller_tiles(self.manifest, request)
                 if smaller is None or not request.is_automatic:
                     message = self._too_large(request, smaller, reason)
@@ -407,6 +412,15 @@ class Decoder:
                 self._canvas = None
             request = smaller
             self._tell(request)
+
+    def _together(self, request: Request) -> Request:
+        """The same decode with its branches as one batch, where that may gain.
+
+        Not in tiles: each is work enough, and every step would look at its latent twice.
+        """
+        if not self.graphs.batches_gain or request.tiling or len(request.branches) == 1:
+            return request
+        return replace(request, branches_at_once=True)
 
     def _tell(self, request: Request) -> None:
         """Log what was chosen, and why."""

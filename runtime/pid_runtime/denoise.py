@@ -8,8 +8,7 @@ weights of tiles, and those of branches, sum to one.
 """
 
 import math
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -41,7 +40,7 @@ def denoise_in_arena(program: Program, request: Request, report: Report) -> None
             bound.fill_noise(instruction, request.seeds, draw)
 
     _write(program, request, updates)
-    _write_batch(program, "caption", request.branches[0].caption)
+    _write_captions(program, request.branches)
     program.memory.write(program.buffer("latent"), request.latent)
     program.run("prologue", noise=lambda bound, instruction, _: fill(bound, instruction, 0))
     _compute_times(program, request)
@@ -79,8 +78,8 @@ class Canvas:
     def denoise(self, report: Report) -> None:
         """Run all steps."""
         program, request = self._program, self._request
-        branches, is_one = request.branches, request.tiling is None
-        last = len(self._columns.starts) - 1, len(branches) - 1
+        groups, is_one = request.groups, request.tiling is None
+        last = len(self._columns.starts) - 1, request.branches[-1]
         _write(program, request, request.schedule.predictions)
         _compute_times(program, request)
         for row, values in enumerate(self._noise(0)):
@@ -91,13 +90,14 @@ class Canvas:
                 for across in range(len(self._columns.starts)):
                     if step == 0 or not is_one:
                         self._take_in_latent(down, across)
-                    for index, branch in enumerate(branches):
-                        if len(branches) > 1 or step == down == across == 0:
-                            self._take_in_caption(branch)
-                        clean = self._run(down, across, row, step)
-                        self._add(strip, clean, branch.weight, down, across)
-                        if (across, index) != last:
-                            report()
+                    for group in groups:
+                        if len(groups) > 1 or step == down == across == 0:
+                            self._take_in_captions(group)
+                        cleans = np.split(self._run(down, across, row, step), len(group))
+                        for branch, clean in zip(group, cleans, strict=True):
+                            self._add(strip, clean, branch.weight, down, across)
+                            if across != last[0] or branch is not last[1]:
+                                report()
                 self._update(step, strip, down, noise)
                 report()
 
@@ -140,26 +140,35 @@ class Canvas:
         """The part of the latent under a tile."""
         top, left = self._rows.starts[down], self._columns.starts[across]
         part = self._latent[:, :, top : top + self._rows.tile, left : left + self._columns.tile]
-        program = self._program
-        program.memory.write(program.buffer("latent"), np.ascontiguousarray(part))
-        program.refresh("latent")
+        self._write_for_group("latent", part)
+        self._program.refresh("latent")
 
-    def _take_in_caption(self, branch: Branch) -> None:
-        _write_batch(self._program, "caption", branch.caption)
+    def _take_in_captions(self, group: Sequence[Branch]) -> None:
+        _write_captions(self._program, group)
         self._program.refresh("caption")
 
+    def _write_for_group(self, name: str, values: Floats) -> None:
+        """Write what is the same for every branch of a group, `[B, ..]`."""
+        batch = len(values)
+        values = np.ascontiguousarray(values)
+        for first in range(0, self._program.sizes.value("B"), batch):
+            self._program.memory.write(self._program.image_part(name, first, batch), values)
+
     def _run(self, down: int, across: int, row: int, step: int) -> Floats:
-        """The clean image that the network sees in a tile, `[B, hs, ws, P, P, 3]`."""
+        """The clean images that the network sees in a tile, `[B, hs, ws, P, P, 3]`.
+
+        Those of the next branch of the group follow.
+        """
         top, left = (
             self._tokens(self._rows.starts[down]),
             self._tokens(self._columns.starts[across]),
         )
         height, width = self._tokens(self._rows.tile), self._tokens(self._columns.tile)
         part = self.state[:, top : top + height, left : left + width]
+        self._write_for_group("state", part)
         program = self._program
-        program.memory.write(program.buffer("state"), np.ascontiguousarray(part))
         program.run("step", row, step, _no_noise)
-        return program.memory.read(program.buffer("state")).reshape(part.shape)
+        return program.memory.read(program.buffer("state")).reshape(-1, *part.shape[1:])
 
     def _add(self, strip: Floats, clean: Floats, weight: float, down: int, across: int) -> None:
         """Add a tile's clean image, weighted, to its row of tiles."""
@@ -223,19 +232,21 @@ def _compute_times(program: Program, request: Request) -> None:
 def _write(program: Program, request: Request, updates: Floats) -> None:
     """Put what is the same for every tile and branch into the arena."""
     memory, rows = program.memory, request.sizes.value("N")
-    memory.write(program.buffer("sigma"), request.sigmas)
+    sigmas = np.tile(request.sigmas, len(request.groups[0]))
+    memory.write(program.buffer("sigma"), sigmas)
     memory.write(program.buffer("update"), _padded(updates, rows))
     if request.schedule.moments is not None:
         memory.write(program.buffer("timestep"), _padded(request.schedule.moments, rows))
 
 
-def _write_batch(program: Program, name: str, values: Any) -> None:
-    """Write an input, which may be one for all images."""
-    if values.shape[0] == program.sizes.value("B"):
-        program.memory.write(program.buffer(name), values)
-        return
-    for image in range(program.sizes.value("B")):
-        program.memory.write(program.image_part(name, image), values)
+def _write_captions(program: Program, group: Sequence[Branch]) -> None:
+    """Write the captions of branches, each of which may be one for all its images."""
+    batch = program.sizes.value("B") // len(group)
+    for index, branch in enumerate(group):
+        count = branch.caption.shape[0]
+        for image in range(index * batch, (index + 1) * batch, count):
+            part = program.image_part("caption", image, count)
+            program.memory.write(part, branch.caption)
 
 
 def _padded(values: Floats, rows: int) -> Floats:

@@ -79,10 +79,10 @@ class Program:
         buffer = self.manifest.buffers[name]
         return self._tensor(name, 0, self._sizes.shape(buffer.shape))
 
-    def image_part(self, name: str, image: int) -> Tensor:
-        """The part `[1, ..]` of a buffer `[B, ..]` that belongs to one image of the batch."""
+    def image_part(self, name: str, image: int, count: int = 1) -> Tensor:
+        """The part `[count, ..]` of a buffer `[B, ..]` that belongs to images of the batch."""
         _, *shape = self.sizes.shape(self.manifest.buffers[name].shape)
-        return self._tensor(name, image * math.prod(shape), (1, *shape))
+        return self._tensor(name, image * math.prod(shape), (count, *shape))
 
     def run(
         self, section: str, row: int = 0, step: int = 0, noise: NoiseSource | None = None

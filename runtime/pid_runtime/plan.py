@@ -59,6 +59,7 @@ def plan_of(
     width, height = request.sizes.value("W"), request.sizes.value("H")
     pieces = "whole" if tiling is None else described(tiling, side)
     guided = " and 2 branches" if branches > 1 else ""
+    guided += " at once" if request.branches_at_once else ""
     text = (
         f"{width}x{height}: bucket {name}, {pieces}; {request.schedule.steps} steps{guided}, "
         f"{request.calls} calls of the network, {flop / 1e12:.4g} TFLOP; device "
@@ -86,15 +87,14 @@ def _flop(manifest: Manifest, request: Request, sizes: Sizes) -> int:
 
     sizes: of a tile. The timestep network is the same for a batch, and counted once.
     """
-    schedule, calls = request.schedule, request.calls
+    schedule, runs = request.schedule, request.calls // len(request.groups[0])
     times = 0 if schedule.moments is None else len(schedule.rows)
     if request.is_plain:
         inputs = section_flop(manifest, "prologue", sizes)
     else:
-        is_guided = len(request.branches) > 1
         latents = 1 if request.tiling is None else schedule.steps * request.tiling.count
-        captions = calls if is_guided else 1
+        captions = runs if len(request.groups) > 1 else 1
         inputs = latents * refresh_flop(manifest, "latent", sizes)
         inputs += captions * refresh_flop(manifest, "caption", sizes)
-    of_image = inputs + calls * section_flop(manifest, "step", sizes)
+    of_image = inputs + runs * section_flop(manifest, "step", sizes)
     return sizes.value("B") * of_image + times * section_flop(manifest, "timestep", sizes)

@@ -66,18 +66,23 @@ class Request:
     """The least of tiles, in pixels of the latent."""
     is_automatic: bool = False
     """Whether the tiling, or that there is none, may be changed where memory is short."""
+    branches_at_once: bool = False
+    """Whether the program runs all branches as one batch, not one after another."""
+
+    @property
+    def groups(self) -> tuple[tuple[Branch, ...], ...]:
+        """The branches, by what the program runs at a time."""
+        return (self.branches,) if self.branches_at_once else tuple((b,) for b in self.branches)
 
     @property
     def program_sizes(self) -> Sizes:
-        """Of what the program runs at a time: the picture, or a tile."""
-        if self.tiling is None:
-            return self.sizes
-        height, width = self.tiling.latent
-        return self.sizes.resized(height, width)
+        """Of what the program runs at a time: the pictures, or a tile of each, of a group."""
+        sizes = self.sizes.of_batch(self.sizes.value("B") * len(self.groups[0]))
+        return sizes if self.tiling is None else sizes.resized(*self.tiling.latent)
 
     @property
     def calls(self) -> int:
-        """How often the network runs."""
+        """How often the network runs for an image, by itself or in a batch."""
         tiles = 1 if self.tiling is None else self.tiling.count
         return self.schedule.steps * tiles * len(self.branches)
 

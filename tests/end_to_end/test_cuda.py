@@ -174,6 +174,19 @@ def test_images_are_as_near_to_float32_as_the_cpu_s(
         np.testing.assert_array_equal(decoder.decode(**given), image)
 
 
+def test_both_branches_of_guidance_run_as_one_batch(
+    tmp_path: Path, export_network: Callable[..., Path]
+) -> None:
+    free = export_network(tmp_path / "free", NETWORK, arbitrary_timesteps=True)
+    given = inputs(1, 4, 6)
+    given |= {"times": (0.97, 0.5, 0.0), "guidance": 3.0, "negative": -given["caption"]}
+    with Decoder.open(free, "torch") as cpu:
+        expected = cpu.decode(**given)
+    with Decoder.open(free, "torch", "cuda") as decoder:
+        assert decoder.graphs.batches_gain
+        assert rms(decoder.decode(**given), expected) <= 1e-3
+
+
 def test_arrays_stay_on_the_device(bundle: Path) -> None:
     given = inputs()
     on_device = dict(given)

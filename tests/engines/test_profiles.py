@@ -124,6 +124,7 @@ class CallRecorder:
     """Graphs and memory that only write down which graphs are called at which shapes."""
 
     whole_batches = True
+    batches_gain = False
 
     def __init__(self) -> None:
         self.calls: list[tuple[str, Shapes]] = []

@@ -19,6 +19,7 @@ from pid_runtime.bundle.sizes import Sizes
 from pid_runtime.decoder import Decoder
 from pid_runtime.denoise import kept_bytes
 from pid_runtime.errors import NotFiniteError, OutOfMemoryError, PidRuntimeError
+from pid_runtime.interpreter import Program
 from pid_runtime.noise import image_noise
 from pid_runtime.request import check_request
 from pid_runtime.work import graph_flop
@@ -318,6 +319,46 @@ def test_guidance_with_tiles(free: Decoder) -> None:
     assert image.shape == alone.shape and differ(image, alone) > 0.01
 
 
+def test_branches_at_once_are_those_one_after_another(
+    free: Decoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted = guided(free, 3)
+    monkeypatch.setattr(free.graphs, "batches_gain", True)
+    ran: list[str] = []
+    seen: list[tuple[int, int]] = []
+    run = Program.run
+
+    def counted(program: Program, section: str, *rest: Any, **options: Any) -> None:
+        ran.append(section)
+        run(program, section, *rest, **options)
+
+    monkeypatch.setattr(Program, "run", counted)
+    got = guided(free, 3, progress=lambda *at: seen.append(at))
+    assert ran.count("step") == 3  # on a batch of four
+    assert seen == [(call + 1, 6) for call in range(6)]
+    assert differ(got, wanted) <= 10 * CLOSE
+    assert "and 2 branches at once, 6 calls" in free.plan(160, 192, times=TIMES, guidance=3).text
+
+
+def test_branches_one_after_another_where_memory_is_short(
+    free_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Decoder.open(free_bundle, threads=1, verify=False) as decoder:
+        wanted = guided(decoder, 2)
+    with Decoder.open(free_bundle, threads=1, verify=False) as decoder:
+        monkeypatch.setattr(decoder.graphs, "batches_gain", True)
+        short_of_memory(decoder, 2 * decoder.manifest.buckets["small"].arena_bytes, monkeypatch)
+        np.testing.assert_array_equal(guided(decoder, 2), wanted)
+
+
+def test_branches_of_tiles_are_not_run_at_once(
+    free: Decoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(free.graphs, "batches_gain", True)
+    plan = free.plan(5 * SIDE, 6 * SIDE, times=TIMES, guidance=2, **TILES)
+    assert "and 2 branches," in plan.text and plan.branches == 2
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -395,11 +436,16 @@ GUIDED: dict[str, Any] = {"guidance": 3.0}
     [{}, TILES, GUIDED, {**GUIDED, **TILES}, {"rule": "dpm++2m"}, {"rule": "ode", **TILES}],
     ids=["plain", "tiles", "guided", "both", "looking back", "ode in tiles"],
 )
-@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize(("batch", "at_once"), [(1, False), (2, False), (2, True)])
 def test_a_plan_counts_the_work_that_is_done(
-    free_bundle: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], batch: int
+    free_bundle: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    options: dict[str, Any],
+    batch: int,
+    at_once: bool,
 ) -> None:
     with Decoder.open(free_bundle, "torch", threads=1, verify=False) as decoder:
+        monkeypatch.setattr(decoder.graphs, "batches_gain", at_once)
         work = count_work(decoder, monkeypatch)
         negative = NEGATIVE if "guidance" in options else None
         caption = CAPTION[:batch]

@@ -62,6 +62,7 @@ void Decoder::decode(Request request, pid_dtype output, const Target& target,
                      const Progress& progress, bool timed) {
     if (log_)
         advise(request);
+    take_together(request);
     while (true) {
         tell_tiles(request);
         try {
@@ -69,9 +70,9 @@ void Decoder::decode(Request request, pid_dtype output, const Target& target,
             canvas_.reset();
             return;
         } catch (const Shortage& shortage) {
-            take_smaller_tiles(request, shortage.what());
+            take_less(request, shortage.what());
         } catch (const std::bad_alloc&) {
-            take_smaller_tiles(request, "too little");
+            take_less(request, "too little");
         } catch (...) {
             canvas_.reset(); // it refers to the request
             throw;
@@ -79,11 +80,21 @@ void Decoder::decode(Request request, pid_dtype output, const Target& target,
     }
 }
 
-void Decoder::take_smaller_tiles(Request& request, const char* reason) {
+void Decoder::take_together(Request& request) const {
+    // Not in tiles: each is work enough, and every step would look at its latent twice.
+    if (graphs_->batches_gain() && !request.tiling && request.branches.size() > 1)
+        request.branches_at_once = true;
+}
+
+void Decoder::take_less(Request& request, const char* reason) {
     canvas_.reset();
     program_.reset();
     arena_.reset();
     arena_bytes_ = 0;
+    if (request.branches_at_once) {
+        request.branches_at_once = false;
+        return;
+    }
     std::optional<Tiling> smaller = smaller_tiles(manifest(), request);
     if (!smaller || !request.is_automatic)
         throw too_large(request, smaller, reason);
@@ -229,7 +240,8 @@ void Decoder::give_images(Program& program, pid_dtype output, const Target& targ
 
 Plan Decoder::plan(std::int64_t height, std::int64_t width, std::int64_t batch,
                    const pid_decode_params& params) const {
-    const Request request = outline_request(manifest(), height, width, batch, params);
+    Request request = outline_request(manifest(), height, width, batch, params);
+    take_together(request);
     const std::uint64_t tokens = request.program_sizes().value("L");
     return plan_of(as_run(), request, &graphs_->bucket_for(tokens));
 }

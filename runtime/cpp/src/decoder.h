@@ -98,9 +98,11 @@ public:
 private:
     void run(const Request& request, pid_dtype output, const Target& target,
              const Progress& progress, bool timed);
-    // Put smaller tiles into a request that memory does not suffice for. Throws what there is to
-    // say if it may not choose them, or there are none.
-    void take_smaller_tiles(Request& request, const char* reason);
+    // Let a request run its branches as one batch, where that may gain.
+    void take_together(Request& request) const;
+    // Let a request that memory does not suffice for run its branches one after another, or in
+    // smaller tiles. Throws what there is to say if it may not choose them, or there are none.
+    void take_less(Request& request, const char* reason);
     Failure too_large(const Request& request, const std::optional<Tiling>& smaller,
                       const char* reason) const;
     void tell_tiles(const Request& request) const;

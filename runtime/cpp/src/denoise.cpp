@@ -21,21 +21,23 @@ void write_padded(const Program& program, const char* name, const void* values, 
 
 // Put what is the same for every tile and branch into the arena.
 void write_inputs(const Program& program, const Request& request, const Updates& updates) {
-    program.memory().write(program.buffer("sigma"), request.sigmas.data(), PID_HOST);
+    const std::size_t batch = request.sigmas.size();
+    for (std::size_t branch = 0; branch < request.group(); ++branch)
+        program.memory().write(program.image_part("sigma", branch * batch, batch),
+                               request.sigmas.data(), PID_HOST);
     write_padded(program, "update", updates.data(), updates.size() * sizeof updates[0]);
     const std::vector<float>& moments = request.schedule.moments;
     if (!moments.empty())
         write_padded(program, "timestep", moments.data(), moments.size() * sizeof moments[0]);
 }
 
-void write_caption(const Program& program, const Input& caption) {
-    const std::uint64_t batch = program.sizes().value("B");
-    if (static_cast<std::uint64_t>(caption.shape[0]) == batch) {
-        program.memory().write(program.buffer("caption"), caption.data, caption.memory);
-        return;
-    }
-    for (std::uint64_t image = 0; image < batch; ++image)
-        program.memory().write(program.image_part("caption", image), caption.data, caption.memory);
+// A caption may be one for all images.
+void write_caption(const Program& program, const Input& caption, std::uint64_t first,
+                   std::uint64_t batch) {
+    const auto count = static_cast<std::uint64_t>(caption.shape[0]);
+    for (std::uint64_t image = first; image < first + batch; image += count)
+        program.memory().write(program.image_part("caption", image, count), caption.data,
+                               caption.memory);
 }
 
 void compute_times(Program& program, const Schedule& schedule) {
@@ -82,7 +84,7 @@ void denoise_in_arena(Program& program, const Request& request, const Listener& 
     const Schedule& schedule = request.schedule;
     const Updates updates = schedule.updates();
     write_inputs(program, request, updates);
-    write_caption(program, request.branches[0].caption);
+    write_caption(program, request.branches[0].caption, 0, request.sizes.value("B"));
     program.memory().write(program.buffer("latent"), request.latent.data, request.latent.memory);
     program.run("prologue", 0, 0,
                 [&](const BoundNoise& noise) { fill_noise(program, request, updates, noise, 0); });
@@ -106,7 +108,7 @@ Canvas::Canvas(Program& program, const Request& request)
       state_(batch_ * height_ * width_ * token_),
       before_(request.schedule.rule == PID_DPMPP_2M ? state_.size() : 0),
       strip_(batch_ * tokens(rows_.tile) * width_ * token_),
-      tile_(batch_ * tokens(rows_.tile) * tokens(columns_.tile) * token_),
+      tiles_(request.group() * batch_ * tokens(rows_.tile) * tokens(columns_.tile) * token_),
       down_weights_(weights_of(rows_, per_latent_ * patch_)),
       across_weights_(weights_of(columns_, per_latent_ * patch_)), mixes_(request.schedule.mixes()),
       latent_(on_host(request.latent, kept_latent_)), noise_(batch_ * width_ * token_) {}
@@ -118,6 +120,7 @@ Shape Canvas::state_shape() const {
 
 void Canvas::denoise(const Listener& listener) {
     const std::vector<Branch>& branches = request_.branches;
+    const std::size_t group = request_.group();
     write_inputs(program_, request_, request_.schedule.predictions());
     compute_times(program_, request_.schedule);
     begin_draw(0);
@@ -139,10 +142,14 @@ void Canvas::denoise(const Listener& listener) {
                 if (step == 0 || request_.tiling)
                     take_in_latent(down, across);
                 for (std::size_t index = 0; index < branches.size(); ++index) {
-                    if (branches.size() > 1 || is_first)
-                        take_in_caption(branches[index]);
-                    run(down, across, step);
-                    add(branches[index].weight, down, across);
+                    const std::size_t at = index % group;
+                    if (at == 0) {
+                        if (branches.size() > group || is_first)
+                            take_in_captions(index, group);
+                        run(down, across, step);
+                    }
+                    add(tiles_.data() + at * tiles_.size() / group, branches[index].weight, down,
+                        across);
                     if (across + 1 < columns_.starts.size() || index + 1 < branches.size())
                         listener.report();
                 }
@@ -190,13 +197,20 @@ void Canvas::take_in_latent(std::size_t down, std::size_t across) {
             std::copy_n(latent_ + (plane * rows_.size + rows_.starts[down] + row) * columns_.size +
                             columns_.starts[across],
                         width, part.data() + (plane * height + row) * width);
-    program_.memory().write(program_.buffer("latent"), part.data(), PID_HOST);
+    write_for_group("latent", part.data());
     program_.refresh("latent");
 }
 
-void Canvas::take_in_caption(const Branch& branch) {
-    write_caption(program_, branch.caption);
+void Canvas::take_in_captions(std::size_t first, std::size_t count) {
+    for (std::size_t index = 0; index < count; ++index)
+        write_caption(program_, request_.branches[first + index].caption, index * batch_, batch_);
     program_.refresh("caption");
+}
+
+void Canvas::write_for_group(const char* name, const float* values) {
+    for (std::size_t branch = 0; branch < request_.group(); ++branch)
+        program_.memory().write(program_.image_part(name, branch * batch_, batch_), values,
+                                PID_HOST);
 }
 
 void Canvas::run(std::size_t down, std::size_t across, std::size_t step) {
@@ -205,24 +219,22 @@ void Canvas::run(std::size_t down, std::size_t across, std::size_t step) {
     for (std::size_t image = 0; image < batch_; ++image)
         for (std::size_t row = 0; row < height; ++row)
             std::copy_n(state_.data() + ((image * height_ + top + row) * width_ + left) * token_,
-                        count, tile_.data() + (image * height + row) * count);
+                        count, tiles_.data() + (image * height + row) * count);
     Memory& memory = program_.memory();
-    const Tensor state = program_.buffer("state");
-    memory.write(state, tile_.data(), PID_HOST);
+    write_for_group("state", tiles_.data());
     program_.run("step", request_.schedule.rows[step], step, [&](const BoundNoise& noise) {
         // Its factor is zero, but it must not hold a NaN.
         memory.fill_zero(program_.buffer(noise.instruction.target));
     });
-    memory.read(state, tile_.data(), PID_HOST);
+    memory.read(program_.buffer("state"), tiles_.data(), PID_HOST);
 }
 
-void Canvas::add(double weight, std::size_t down, std::size_t across) {
+void Canvas::add(const float* clean, double weight, std::size_t down, std::size_t across) {
     const std::size_t height = tokens(rows_.tile), width = tokens(columns_.tile);
     const std::size_t left = tokens(columns_.starts[across]);
     std::vector<float> horizontal = across_weights_[across];
     for (float& each : horizontal)
         each *= static_cast<float>(weight);
-    const float* clean = tile_.data();
     for (std::size_t image = 0; image < batch_; ++image)
         for (std::size_t row = 0; row < height; ++row) {
             float* sum = strip_.data() + ((image * height + row) * width_ + left) * token_;

@@ -50,11 +50,13 @@ public:
 
 private:
     void take_in_latent(std::size_t down, std::size_t across);
-    void take_in_caption(const Branch& branch);
-    // Put the clean image that the network sees in a tile into `tile_`.
+    void take_in_captions(std::size_t first, std::size_t count);
+    // Write what is the same for every branch of a group, [B, ..].
+    void write_for_group(const char* name, const float* values);
+    // Put the clean images that the network sees in a tile into `tiles_`.
     void run(std::size_t down, std::size_t across, std::size_t step);
-    // Add it, weighted, to its row of tiles.
-    void add(double weight, std::size_t down, std::size_t across);
+    // Add one, weighted, to its row of tiles.
+    void add(const float* clean, double weight, std::size_t down, std::size_t across);
     // Make the next state of the rows that no later tile touches.
     void update(std::size_t step, std::size_t down);
     // Get ready for rows of a draw of noise.
@@ -75,7 +77,7 @@ private:
     std::vector<float> state_;                     // [B, Hs, Ws, P, P, 3]
     std::vector<float> before_;                    // the clean image of the step before, likewise
     std::vector<float> strip_;                     // a row of tiles, [B, hs, Ws, P, P, 3]
-    std::vector<float> tile_;                      // [B, hs, ws, P, P, 3]
+    std::vector<float> tiles_;                     // [B, hs, ws, P, P, 3], by branch of a group
     std::vector<std::vector<float>> down_weights_; // by row of tiles
     std::vector<std::vector<float>> across_weights_;
     std::vector<std::array<float, 4>> mixes_;

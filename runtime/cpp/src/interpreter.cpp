@@ -54,10 +54,11 @@ Tensor Program::buffer(const std::string& name) const {
     return tensor(name, 0, bucket_sizes_.shape(manifest_.buffers.at(name).shape));
 }
 
-Tensor Program::image_part(const std::string& name, std::uint64_t image) const {
+Tensor Program::image_part(const std::string& name, std::uint64_t image,
+                           std::uint64_t count) const {
     const SymbolicShape& shape = manifest_.buffers.at(name).shape;
     Shape part = sizes_.shape(shape);
-    part[0] = 1;
+    part[0] = static_cast<std::int64_t>(count);
     return tensor(name, image * product_from(sizes_, shape, 1), std::move(part));
 }
 

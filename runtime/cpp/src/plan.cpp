@@ -14,21 +14,21 @@ namespace {
 // and counted once.
 double flop_of(const Manifest& manifest, const Request& request, const Sizes& sizes) {
     const auto steps = static_cast<double>(request.schedule.steps());
-    const auto calls = static_cast<double>(request.calls());
+    const auto runs = static_cast<double>(request.calls()) / static_cast<double>(request.group());
     const auto section = [&](const char* name) {
         return static_cast<double>(section_flop(manifest, name, sizes));
     };
     const auto refreshed = [&](const char* input) {
         return static_cast<double>(refresh_flop(manifest, input, sizes));
     };
-    double of_image = calls * section("step");
+    double of_image = runs * section("step");
     if (request.is_plain()) {
         of_image += section("prologue");
     } else {
         const double latents =
             request.tiling ? steps * static_cast<double>(request.tiling->count()) : 1;
         of_image += latents * refreshed("latent");
-        of_image += (request.branches.size() > 1 ? calls : 1) * refreshed("caption");
+        of_image += (request.branches.size() > request.group() ? runs : 1) * refreshed("caption");
     }
     const double times = request.schedule.moments.empty() ? 0 : steps;
     return static_cast<double>(sizes.value("B")) * of_image + times * section("timestep");
@@ -72,10 +72,11 @@ Plan plan_of(const Manifest& manifest, const Request& request, const Bucket* buc
         pieces = described(*request.tiling, manifest.network.pixels_per_latent());
     }
     plan.text = text_of(plan.width, "x", plan.height, ": bucket ", plan.bucket, ", ", pieces, "; ",
-                        plan.steps, " steps", plan.branches > 1 ? " and 2 branches" : "", ", ",
-                        plan.calls, " calls of the network, ", formatted("%.4g", plan.tflop),
-                        " TFLOP; device ", in_gigabytes(plan.device_bytes),
-                        " and what graphs work in, host ", in_gigabytes(plan.host_bytes));
+                        plan.steps, " steps", plan.branches > 1 ? " and 2 branches" : "",
+                        request.branches_at_once ? " at once" : "", ", ", plan.calls,
+                        " calls of the network, ", formatted("%.4g", plan.tflop), " TFLOP; device ",
+                        in_gigabytes(plan.device_bytes), " and what graphs work in, host ",
+                        in_gigabytes(plan.host_bytes));
     return plan;
 }
 

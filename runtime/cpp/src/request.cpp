@@ -267,7 +267,9 @@ void check_calls(const Request& request) {
 } // namespace
 
 Sizes Request::program_sizes() const {
-    return tiling ? sizes.resized(tiling->rows.tile, tiling->columns.tile) : sizes;
+    Sizes found = tiling ? sizes.resized(tiling->rows.tile, tiling->columns.tile) : sizes;
+    found.set("B", group() * sizes.value("B"));
+    return found;
 }
 
 std::int64_t Request::calls() const {

@@ -50,10 +50,14 @@ struct Request {
     std::uint64_t overlap;
     // Whether the tiling, or that there is none, may be changed where memory is short.
     bool is_automatic;
+    // Whether the program runs all branches as one batch, not one after another.
+    bool branches_at_once = false;
 
-    // Of what the program runs at a time: the picture, or a tile.
+    // How many branches the program runs at a time.
+    std::size_t group() const { return branches_at_once ? branches.size() : 1; }
+    // Of what the program runs at a time: the pictures, or a tile of each, of a group.
     Sizes program_sizes() const;
-    // How often the network runs.
+    // How often the network runs for an image, by itself or in a batch.
     std::int64_t calls() const;
     // Whether the program makes every step on its own.
     bool is_plain() const;

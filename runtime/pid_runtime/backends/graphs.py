@@ -17,6 +17,8 @@ class Graphs(Protocol):
 
     whole_batches: bool
     """Whether graphs take all images of a batch in one call, or one image per call."""
+    batches_gain: bool
+    """Whether two images as a batch may take less time than one after another."""
 
     def bucket_for(self, tokens: int) -> Bucket:
         """The bucket to decode so many patch tokens in.

@@ -91,7 +91,7 @@ class LoadedSessions:
         return HostMemory() if self.on_host else OrtMemory("cuda", self._device_id)
 
     def graphs(self, memory: Memory) -> "OnnxRuntimeGraphs":
-        return OnnxRuntimeGraphs(self.manifest, self.sessions)
+        return OnnxRuntimeGraphs(self.manifest, self.sessions, on_host=self.on_host)
 
     def close(self) -> None:
         self.sessions.clear()
@@ -103,9 +103,12 @@ class OnnxRuntimeGraphs:
 
     whole_batches = True
 
-    def __init__(self, manifest: Manifest, sessions: Mapping[str, ort.InferenceSession]) -> None:
-        """sessions: by graph."""
+    def __init__(
+        self, manifest: Manifest, sessions: Mapping[str, ort.InferenceSession], *, on_host: bool
+    ) -> None:
+        """sessions: by graph. on_host: whether they run on the CPU."""
         self._manifest, self._sessions = manifest, sessions
+        self.batches_gain = not on_host
 
     def bucket_for(self, tokens: int) -> Bucket:
         return self._manifest.bucket_for(tokens)[1]

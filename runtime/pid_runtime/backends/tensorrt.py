@@ -219,7 +219,7 @@ class LoadedEngines:
 class TensorRtGraphs:
     """Runs a bundle's engines for one decoder: contexts, scratch and CUDA graphs of its own."""
 
-    whole_batches = False
+    whole_batches = batches_gain = False
 
     def __init__(self, shared: LoadedEngines, device: CudaDevice) -> None:
         """device: the decoder's memory, with the stream that all work is put on."""

@@ -72,7 +72,7 @@ class LoadedStages:
         return TorchMemory(self.device)
 
     def graphs(self, memory: Memory) -> "TorchGraphs":
-        return TorchGraphs(self.manifest, self.stages)
+        return TorchGraphs(self.manifest, self.stages, self.device)
 
     def close(self) -> None:
         self.stages.clear()
@@ -83,9 +83,12 @@ class TorchGraphs:
 
     whole_batches = True
 
-    def __init__(self, manifest: Manifest, stages: Mapping[str, torch.nn.Module]) -> None:
+    def __init__(
+        self, manifest: Manifest, stages: Mapping[str, torch.nn.Module], device: torch.device
+    ) -> None:
         """stages: by graph."""
         self._manifest, self._stages = manifest, stages
+        self.batches_gain = device.type != "cpu"
 
     def bucket_for(self, tokens: int) -> Bucket:
         return self._manifest.bucket_for(tokens)[1]

@@ -554,6 +554,7 @@ class Watcher:
     def __init__(self, manifest: Manifest, whole_batches: bool) -> None:
         self.manifest = manifest
         self.whole_batches = whole_batches
+        self.batches_gain = False
         self.prepared: set[str] = set()
 
     def load(self) -> None:

@@ -43,6 +43,9 @@ public:
     // Whether graphs take all images of a batch in one call, or one image per call.
     virtual bool whole_batches() const = 0;
 
+    // Whether two images as a batch may take less time than one after another.
+    virtual bool batches_gain() const { return false; }
+
     // The bucket to decode so many patch tokens in. Refuses when there is none.
     virtual const Bucket& bucket_for(std::uint64_t tokens) const = 0;
 

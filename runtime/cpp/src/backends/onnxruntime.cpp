@@ -246,6 +246,7 @@ public:
     std::unique_ptr<Graphs> graphs(Memory&, const RunOptions&) override;
 
     const Manifest& manifest() const override { return manifest_; }
+    bool on_host() const { return !device_; }
 
     Call bind(const std::string& graph, const Bindings& tensors) {
         const Graph& described = manifest_.graphs.at(graph);
@@ -293,6 +294,8 @@ public:
     ~OnnxRuntimeGraphs() override { loaded_.give_back(); }
 
     bool whole_batches() const override { return true; }
+
+    bool batches_gain() const override { return !loaded_.on_host(); }
 
     const Bucket& bucket_for(std::uint64_t tokens) const override {
         return loaded_.manifest().bucket_for(tokens).second;

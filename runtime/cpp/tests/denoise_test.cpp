@@ -1,0 +1,63 @@
+// Both branches of guidance as one batch, as on GPUs, against one after another.
+#include "denoise.h"
+
+#include <algorithm>
+#include <cmath>
+
+#include "decoder.h"
+#include "test_support.h"
+
+namespace {
+
+using namespace pid::core;
+
+using Guidance = pid::test::WithData;
+
+std::vector<float> numbers(std::size_t count, float phase) {
+    std::vector<float> values(count);
+    for (std::size_t i = 0; i < count; ++i)
+        values[i] = std::sin(static_cast<float>(i) * 0.7F + phase);
+    return values;
+}
+
+TEST_F(Guidance, OfBranchesAtOnceIsThatOfOneAfterAnother) {
+    BackendOptions options{};
+    options.backend = "onnxruntime";
+    options.device = "cpu";
+    options.threads = 1;
+    const auto bundle =
+        std::make_shared<const Bundle>(pid::test::data_folder() / "any_times", options);
+    Decoder decoder(bundle, {});
+    const auto latent = numbers(2 * 16 * 5 * 6, 1), caption = numbers(2 * 12 * 32, 2),
+               negative = numbers(12 * 32, 3);
+    const std::vector<double> times{0.97, 0.7, 0.3, 0};
+    pid_decode_params params = pid_decode_default_params();
+    params.latent = {latent.data(), PID_FLOAT32, PID_HOST, 4, {2, 16, 5, 6}};
+    params.caption = {caption.data(), PID_FLOAT32, PID_HOST, 3, {2, 12, 32}};
+    params.negative = {negative.data(), PID_FLOAT32, PID_HOST, 3, {1, 12, 32}};
+    params.times = times.data();
+    params.time_count = 4;
+    params.guidance = 3;
+    std::vector<std::vector<float>> images;
+    std::vector<std::int32_t> calls;
+    const auto count = [&](std::int32_t done, std::int32_t all) {
+        calls.push_back(10 * done + all);
+        return true;
+    };
+    for (const bool at_once : {false, true}) {
+        Request request = check_request(decoder.manifest(), params, false);
+        request.branches_at_once = at_once;
+        EXPECT_EQ(request.program_sizes().value("B"), at_once ? 4U : 2U);
+        EXPECT_EQ(request.calls(), 6);
+        images.emplace_back(3 * 2 * 160 * 192);
+        decoder.decode(std::move(request), PID_FLOAT32, {images.back().data(), PID_HOST}, count);
+    }
+    const std::vector<std::int32_t> six{16, 26, 36, 46, 56, 66, 16, 26, 36, 46, 56, 66};
+    EXPECT_EQ(calls, six);
+    float largest = 0;
+    for (std::size_t i = 0; i < images[0].size(); ++i)
+        largest = std::max(largest, std::abs(images[0][i] - images[1][i]));
+    EXPECT_LE(largest, 1e-4F);
+}
+
+} // namespace
