@@ -16,7 +16,7 @@ from PIL import Image
 
 from pid_pipelines.before_decoding import encode_captions, graph_device, torch_device
 from pid_pipelines.errors import PipelineInputError
-from pid_pipelines.upscale_codecs import open_codec, pixels_per_latent, side_of
+from pid_pipelines.upscale_codecs import check_baseline, open_codec, pixels_per_latent, side_of
 from pid_pipelines.upscale_jobs import (
     Job,
     Naming,
@@ -127,6 +127,8 @@ def _upscale(arguments: Namespace) -> int:
     manifest = read_manifest(arguments.bundle, verify=False)
     sampling = read_sampling(arguments, manifest)
     multiple = pixels_per_latent(manifest)
+    if arguments.baseline:
+        check_baseline(manifest)
     photos, notes = _photos(arguments)
     _check_captions(arguments, manifest, photos)
     naming = _naming(arguments, len(photos))

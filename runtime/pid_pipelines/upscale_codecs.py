@@ -19,6 +19,11 @@ Floats = NDArray[np.float32]
 class Codec(Protocol):
     """Images `[B, 3, H, W]` in [-1, 1] to normalised latents `[B, C, h, w]`, and back."""
 
+    @property
+    def decodes(self) -> bool:
+        """Whether `decode` can be called."""
+        ...
+
     def encode(self, image: Floats) -> Floats: ...
 
     def decode(self, latent: Floats) -> Floats: ...
@@ -30,6 +35,8 @@ class Codec(Protocol):
 
 class BundleCodec:
     """The codec of a bundle of space nano, which needs neither weights nor torch."""
+
+    decodes = True
 
     def __init__(self, manifest: Manifest) -> None:
         self._manifest = manifest
@@ -65,6 +72,16 @@ def side_of(manifest: Manifest) -> int | None:
     """Of the squares that are all a bundle's encoder takes, in pixels; None for any picture."""
     spec = AUTOENCODERS.get(str(manifest.model.get("space")))
     return None if manifest.codec is not None or spec is None else spec.side
+
+
+def check_baseline(manifest: Manifest) -> None:
+    """Raise `PipelineInputError` for a bundle whose space has no other decoder here."""
+    space = str(manifest.model.get("space"))
+    if manifest.codec is None and not AUTOENCODERS[space].decodes:
+        raise PipelineInputError(
+            f"expected no --baseline with a bundle of {space}, since only the encoder of that "
+            "space's autoencoder is known here, but got it; drop it"
+        )
 
 
 def open_codec(manifest: Manifest, vae: str | Path | None, device: str) -> Codec:

@@ -19,6 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from pid_pipelines.errors import PipelineInputError
+from pid_pipelines.siglip import read_siglip
 from pid_pipelines.vaes import Vae
 from pid_ref.hub import why_not
 from pid_ref.registry import CODE_LICENSE, HUB_REPO, WEIGHTS_LICENSE
@@ -58,7 +59,8 @@ def find_vae(space: str, official: str, source: str | Path | None) -> Path:
     folder = _fetch(space, str(source), ["vae/config.json", "vae/*.safetensors"])
     if (folder / "vae").is_dir():
         return folder
-    return _fetch(space, str(source), ["config.json", "diffusion_pytorch_model*.safetensors"])
+    weights = ["diffusion_pytorch_model*.safetensors", "model*.safetensors*"]
+    return _fetch(space, str(source), ["config.json", *weights])
 
 
 def _fetch(space: str, repository: str, patterns: list[str]) -> Path:
@@ -82,11 +84,14 @@ def read_vae(space: str, spec: Vae, path: Path) -> Any:
 
     Raises `PipelineInputError` for what is no autoencoder, and for that of another space.
     """
+    if spec.kind == "SiglipVisionModel" and path.is_dir():
+        return read_siglip(space, spec, path)
     if path.is_dir():
         return _read_folder(space, spec, path)
-    if spec.kind == "AutoencoderRAE":
+    if spec.side is not None:
+        library = "diffusers" if spec.decodes else "transformers"
         raise PipelineInputError(
-            f"expected the autoencoder of {space} as diffusers saves it, but got the file {path}; "
+            f"expected the autoencoder of {space} as {library} saves it, but got the file {path}; "
             f"give a folder, or a repository such as {spec.repository}"
         )
     tensors = _renamed(space, spec, path, _open(path))

@@ -70,6 +70,8 @@ def read_vae_graphs(folder: Path, space: str | None = None) -> VaeGraphs:
 class OnnxVae:
     """An autoencoder that ONNX Runtime runs; in use it is `vae_model.LoadedVae`."""
 
+    decodes = True
+
     def __init__(self, folder: Path, space: str | None = None, device: str = "cpu") -> None:
         """space: that it is wanted for. device: cpu, cuda or cuda:N, or a provider.
 

@@ -62,6 +62,8 @@ def encode_mean(kind: str, model: Any, image: Any) -> Any:
     """
     if kind == "AutoencoderRAE":
         return model.encode(image / 2 + 0.5, return_dict=False)[0]
+    if kind == "SiglipVisionModel":
+        return model.encode(image)
     if kind == "AutoencoderKLQwenImage":  # a video's, with a time axis
         return model.encode(image[:, :, None], return_dict=False)[0].mode()[:, :, 0]
     mean = model.encode(image, return_dict=False)[0].mode()
@@ -88,7 +90,7 @@ class LoadedVae:
 
     def __init__(self, spec: Vae, model: Any, device: str) -> None:
         """Most callers want `load_vae`."""
-        self.down, self.channels = spec.down, spec.channels
+        self.down, self.channels, self.decodes = spec.down, spec.channels, spec.decodes
         self._spec, self._device = spec, device
         self._model: Any = model
         self._factor, self._shift = (each.to(device) for each in normalization(spec, model))
@@ -107,7 +109,15 @@ class LoadedVae:
         )
 
     def decode(self, latent: Floats) -> Floats:
-        """Images `[B, 3, H, W]`, about [-1, 1], of normalised latents `[B, C, h, w]`."""
+        """Images `[B, 3, H, W]`, about [-1, 1], of normalised latents `[B, C, h, w]`.
+
+        Raises `PipelineInputError` for one of which only the encoder is known here.
+        """
+        if not self.decodes:
+            raise PipelineInputError(
+                f"expected an autoencoder with a decoder, but {self._spec.kind} encodes alone; "
+                "decode with PiD"
+            )
         check_latent(latent, self.channels)
         return self._run(
             lambda model, z: decode_raw(self._spec.kind, model, z / self._factor + self._shift),

@@ -1,4 +1,4 @@
-"""The autoencoders of latent spaces, as data: classes of diffusers and their released sizes."""
+"""The autoencoders of latent spaces, as data: their classes, and their released sizes."""
 
 from collections import ChainMap
 from collections.abc import Mapping
@@ -14,7 +14,7 @@ from pid_ref.registry import SPACES
 
 @dataclass(frozen=True)
 class Vae:
-    """An autoencoder: its class in diffusers and its dimensions."""
+    """An autoencoder: its class, of diffusers if not said otherwise, and its dimensions."""
 
     kind: str
     """The class."""
@@ -35,6 +35,8 @@ class Vae:
     """Where its authors keep it as diffusers saves it; of one that is not read from `file`."""
     side: int | None = None
     """Of the squares that are all it takes, in pixels; None where any picture will do."""
+    decodes: bool = True
+    """Whether its decoder is read too."""
 
 
 def _vae(kind: str, space: str, file: str, **config: Any) -> Vae:
@@ -78,15 +80,24 @@ RAES = {
         {"encoder_type": "dinov2", "encoder_input_size": 448, "encoder_patch_size": 14},
         repository="nyu-visionx/RAE-dinov2-wReg-base-ViTXL-n08-i512",
         side=512,
-    )
+    ),
+    "siglip": Vae(
+        "SiglipVisionModel",
+        16,
+        1152,
+        {"hidden_size": 1152, "image_size": 224, "patch_size": 14},
+        repository="google/siglip2-so400m-patch14-224",
+        side=256,
+        decodes=False,
+    ),
 }
-"""Representation autoencoders, by latent space. Their statistics are in the model."""
+"""Representation autoencoders, by latent space. Their statistics are in the model.
+
+Of Scale-RAE (`siglip`) the encoder alone, a class of transformers.
+"""
 
 AUTOENCODERS: Mapping[str, Vae] = ChainMap(VAES, RAES)
 """All of them."""
-
-OTHER_ENCODERS = {"siglip": "Scale-RAE's encoder, SigLIP 2"}
-"""Of spaces whose latents are not made by a class of diffusers."""
 
 
 def spec_of(space: str) -> Vae:
@@ -94,15 +105,10 @@ def spec_of(space: str) -> Vae:
     spec = AUTOENCODERS.get(space)
     if spec is not None:
         return spec
-    known = (
+    raise PipelineInputError(
         f"expected a latent space with an autoencoder here ({', '.join(AUTOENCODERS)}), but got "
+        f"{space!r}; take a bundle of one of these"
     )
-    if space in OTHER_ENCODERS:
-        raise PipelineInputError(
-            f"{known}{space}, whose latents another model ({OTHER_ENCODERS[space]}) makes; "
-            "encode with it, and give the latents to pid-decode"
-        )
-    raise PipelineInputError(f"{known}{space!r}; take a bundle of one of these")
 
 
 def check_image(image: NDArray[np.float32], down: int, side: int | None = None) -> None:

@@ -202,7 +202,7 @@ class DecodeSession:
         return noisy(self.about.manifest, self._codec.encode(task.photo), task.sigma, task.seed)
 
     def _native(self, latent: NDArray[Any]) -> Bytes | None:
-        if self._codec is None:
+        if self._codec is None or not self._codec.decodes:
             return None
         image = self._codec.decode(latent.astype(np.float32, copy=False))
         return to_uint8(np.clip(image, -1, 1))[0]

@@ -6,6 +6,7 @@ from typing import Any
 
 import diffusers
 import torch
+from transformers import SiglipConfig, SiglipModel
 
 from pid_pipelines.vaes import RAES, VAES, Vae
 
@@ -59,6 +60,19 @@ def small_rae() -> tuple[Vae, Any]:
         latents_std=(1 + torch.rand(64, 4, 4)).tolist(),
     )
     return spec, model.eval()
+
+
+def small_siglip() -> tuple[Vae, Any]:
+    """A SigLIP with its text half, of 64 channels and 4x4 tokens, and the spec of its encoder."""
+    sizes: dict[str, Any] = {"hidden_size": 64, "image_size": 56, "patch_size": 14}
+    spec = replace(RAES["siglip"], config=sizes, channels=64, side=64)
+    layers = {"num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+    config = SiglipConfig(
+        text_config={"hidden_size": 64, "vocab_size": 10, **layers},
+        vision_config={**sizes, **layers},
+    )
+    torch.manual_seed(0)
+    return spec, SiglipModel(config).eval()
 
 
 def ldm_names(model: Any) -> dict[str, torch.Tensor]:

@@ -258,6 +258,10 @@ def test_an_encoder_that_takes_squares_alone(
         wanted = pid.decode(loaded.encode(square[None]), steps=1, output="uint8")[0]
     np.testing.assert_array_equal(pixels(out), wanted)
     assert wanted.shape == (128, 128, 3)
+    monkeypatch.setitem(vaes.VAES, "flux", replace(spec, decodes=False))  # as siglip's
+    code, _, err = run_command(main, bundle, photo, *options, "--baseline", "-o", tmp_path / "all")
+    assert code == 2 and "expected no --baseline with a bundle of flux, since only the enc" in err
+    assert not (tmp_path / "all").exists()
 
 
 def test_huge_pictures_of_a_folder_are_tiffs(tmp_path: Path) -> None:
