@@ -16,7 +16,13 @@ from PIL import Image
 
 from pid_pipelines.before_decoding import encode_captions, graph_device, torch_device
 from pid_pipelines.errors import PipelineInputError
-from pid_pipelines.upscale_codecs import check_baseline, open_codec, pixels_per_latent, side_of
+from pid_pipelines.upscale_codecs import (
+    check_baseline,
+    check_tile,
+    open_codec,
+    pixels_per_latent,
+    side_of,
+)
 from pid_pipelines.upscale_jobs import (
     Job,
     Naming,
@@ -41,7 +47,12 @@ from pid_runtime.command.decode_options import (
 )
 from pid_runtime.command.images import SUFFIXES, save_image, side_by_side, to_uint8
 from pid_runtime.command.latent_files import open_caption_file
-from pid_runtime.command.sampling_options import Sampling, add_sampling_options, read_sampling
+from pid_runtime.command.sampling_options import (
+    Sampling,
+    add_sampling_options,
+    read_sampling,
+    read_tile,
+)
 from pid_runtime.command.spread import Kept, Save, add_spread_options, check_spread, spread
 from pid_runtime.errors import NotFiniteError, PidRuntimeError
 from pid_runtime.latents import noisy
@@ -99,6 +110,13 @@ def _parser() -> console.ArgumentParser:
         help="the space's autoencoder: a repository, a folder of diffusers or pid-export --vae, "
         "or a file (default: NVIDIA's)",
     )
+    add(
+        "--vae-tile",
+        type=read_tile,
+        metavar="WxH",
+        help="run it on tiles of so many pixels of the photo, or auto: of 1024x1024 where it is "
+        "larger (default: auto)",
+    )
     captions = parser.add_mutually_exclusive_group()
     captions.add_argument("--prompt", metavar="TEXT", help="what is to be seen, encoded here")
     captions.add_argument("--caption", type=Path, metavar="FILE", help="the same, by pid-caption")
@@ -127,6 +145,7 @@ def _upscale(arguments: Namespace) -> int:
     manifest = read_manifest(arguments.bundle, verify=False)
     sampling = read_sampling(arguments, manifest)
     multiple = pixels_per_latent(manifest)
+    check_tile(manifest, arguments.vae_tile)
     if arguments.baseline:
         check_baseline(manifest)
     photos, notes = _photos(arguments)
@@ -283,13 +302,13 @@ class _Run:
         latents: dict[Path, Floats] = {}
         if not any(job.pictures for job in self.jobs):
             return latents
-        vae = self._arguments.vae
+        vae, tile = self._arguments.vae, self._arguments.vae_tile
         needs_torch = self._manifest.codec is None and not is_exported(vae)
         find = torch_device if needs_torch else graph_device
         device = find(self._arguments.backend, self._arguments.device)
         with (
             self._kept.part(
-                "codec", lambda: contextlib.closing(open_codec(self._manifest, vae, device))
+                "codec", lambda: contextlib.closing(open_codec(self._manifest, vae, device, tile))
             ) as codec,
             self._progress("Encoding", len(self.jobs)) as advance,
         ):

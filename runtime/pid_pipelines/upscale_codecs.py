@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 
 from pid_pipelines.errors import PipelineInputError
 from pid_pipelines.vae_graphs import OnnxVae, is_exported
+from pid_pipelines.vae_tiles import TiledVae, VaeTile, check_vae_tile
 from pid_pipelines.vaes import AUTOENCODERS
 from pid_runtime.bundle.manifest import Manifest
 from pid_runtime.nano import codec
@@ -84,12 +85,32 @@ def check_baseline(manifest: Manifest) -> None:
         )
 
 
-def open_codec(manifest: Manifest, vae: str | Path | None, device: str) -> Codec:
+def check_tile(manifest: Manifest, tile: VaeTile) -> None:
+    """Raise `PipelineInputError` for tiles that the encoder of a bundle does not take."""
+    if tile is None:
+        return
+    if manifest.codec is not None or side_of(manifest) is not None:
+        why = (
+            "it has a codec of its own"
+            if manifest.codec is not None
+            else "its encoder takes squares of one size alone"
+        )
+        raise PipelineInputError(
+            f"expected no --vae-tile with this bundle, since {why}, but got one; drop it"
+        )
+    check_vae_tile(tile, pixels_per_latent(manifest))
+
+
+def open_codec(
+    manifest: Manifest, vae: str | Path | None, device: str, tile: VaeTile = None
+) -> Codec:
     """What encodes photos for a bundle; vae and device as of `load_vae`, or vae the folder of
     one that pid-export made graphs of.
 
-    Raises `PipelineInputError` for an autoencoder that does not belong to the bundle.
+    tile: of what it is to run at a time. Raises `PipelineInputError` for an autoencoder that does
+    not belong to the bundle, or for tiles that it does not take.
     """
+    check_tile(manifest, tile)
     if manifest.codec is not None:
         if vae is not None:
             raise PipelineInputError(
@@ -97,8 +118,11 @@ def open_codec(manifest: Manifest, vae: str | Path | None, device: str) -> Codec
                 "drop it"
             )
         return BundleCodec(manifest)
+    space = str(manifest.model["space"])
     if vae is not None and is_exported(vae):
-        return OnnxVae(Path(vae).expanduser(), str(manifest.model["space"]), device)
-    from pid_pipelines.vae_model import load_vae
+        loaded = OnnxVae(Path(vae).expanduser(), space, device)
+    else:
+        from pid_pipelines.vae_model import load_vae
 
-    return load_vae(str(manifest.model["space"]), vae, device)
+        loaded = load_vae(space, vae, device)
+    return loaded if side_of(manifest) is not None else TiledVae(loaded, tile)

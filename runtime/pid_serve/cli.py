@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from pid_runtime.backends.choice import device_name
 from pid_runtime.command import console
 from pid_runtime.command.decode_options import add_backend_options, number
+from pid_runtime.command.sampling_options import read_tile
 from pid_runtime.command.spread import LOCAL
 from pid_runtime.errors import PidRuntimeError
 
@@ -68,6 +69,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add("--encoder", metavar="ID_OR_DIR", help="encodes prompts, as pid-caption takes it")
     add("--vae", metavar="ID_OR_DIR", help="encodes pictures, as pid-upscale takes it")
+    add("--vae-tile", type=read_tile, metavar="WxH", help="as of pid-upscale")
     add("--max-body", type=_positive, default=64, metavar="MIB", help="of a request")
     add("--max-pixels", type=_positive, default=2**24, metavar="N", help="of a picture sent")
     add("--max-result", type=_positive, default=2**26, metavar="N", help="pixels of an image made")
@@ -214,6 +216,7 @@ def _opener(path: Path, device: str, arguments: Namespace) -> "OpenDecoder":
         engines=arguments.engines,
         cuda_graphs=not arguments.no_cuda_graphs,
         vae=arguments.vae,
+        vae_tile=arguments.vae_tile,
     )
 
 

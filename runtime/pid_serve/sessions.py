@@ -11,8 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pid_pipelines.before_decoding import captions_device, graph_device, torch_device
-from pid_pipelines.upscale_codecs import Codec, open_codec, pixels_per_latent, side_of
+from pid_pipelines.upscale_codecs import Codec, check_tile, open_codec, pixels_per_latent, side_of
 from pid_pipelines.vae_graphs import is_exported
+from pid_pipelines.vae_tiles import VaeTile
 from pid_runtime.backends.choice import device_name
 from pid_runtime.bundle.folder import read_manifest
 from pid_runtime.bundle.manifest import Manifest
@@ -123,6 +124,7 @@ class OpenDecoder:
     engines: str | None = None
     cuda_graphs: bool = True
     vae: str | None = None
+    vae_tile: VaeTile = None
 
     def __call__(self) -> "DecodeSession":
         decoder = Decoder.open(
@@ -134,7 +136,7 @@ class OpenDecoder:
             engines=self.engines,
             cuda_graphs=self.cuda_graphs,
         )
-        return DecodeSession(decoder, self.backend, self.vae, about_of(self))
+        return DecodeSession(decoder, self, about_of(self))
 
 
 def about_of(opener: OpenDecoder) -> About:
@@ -142,6 +144,7 @@ def about_of(opener: OpenDecoder) -> About:
     manifest = read_manifest(opener.bundle, verify=False)
     takes_pictures = manifest.codec is not None or opener.vae is not None
     multiple = pixels_per_latent(manifest) if takes_pictures else None
+    check_tile(manifest, opener.vae_tile)
     device = device_name(opener.backend, opener.device)
     return About(manifest, opener.backend, device, multiple, side_of(manifest))
 
@@ -149,13 +152,14 @@ def about_of(opener: OpenDecoder) -> About:
 class DecodeSession:
     """A decoder, and what encodes photos for it."""
 
-    def __init__(self, decoder: Decoder, backend: str, vae: str | None, about: About) -> None:
-        manifest, device = decoder.manifest, decoder.device
+    def __init__(self, decoder: Decoder, opener: OpenDecoder, about: About) -> None:
+        manifest, device, vae = decoder.manifest, decoder.device, opener.vae
         self._decoder, self.about = decoder, about
         self._codec: Codec | None = None
         if about.multiple is not None:
             find = graph_device if manifest.codec or is_exported(vae) else torch_device
-            self._codec = open_codec(manifest, vae, find(backend, device))
+            where = find(opener.backend, device)
+            self._codec = open_codec(manifest, vae, where, opener.vae_tile)
 
     def run(
         self, tasks: Sequence[DecodeTask], report: Callable[[Sequence[Any]], None]

@@ -24,6 +24,7 @@ from pid_pipelines.upscale_cli import main
 from pid_pipelines.upscale_codecs import open_codec
 from pid_pipelines.upscale_jobs import Frame, Naming, Photo, read_manifest_lines
 from pid_pipelines.vae_model import load_vae
+from pid_pipelines.vae_tiles import TiledVae
 from pid_runtime.bundle.folder import read_manifest
 from pid_runtime.command import decode_cli
 from pid_runtime.command.images import to_uint8
@@ -106,6 +107,26 @@ def test_photos_prompts_and_noise_levels(
     assert record["prompt"] == "a boat" and record["sigma"] == 0.25 and record["seed"] == 7
     sheet = pixels(out / "boat-sheet.png")
     assert sheet.shape[1] == 5 * 96 + 6 * 8 and sheet.shape[0] > 108
+
+
+def test_an_autoencoder_in_tiles(
+    bundle: Path, vae: Path, run_command: RunCommand, tmp_path: Path
+) -> None:
+    photo, image = save(tmp_path / "boat.png", 64, 80), tmp_path / "larger.png"
+    options = (bundle, photo, "--vae", vae, "--steps", 1, "--threads", 1, "-o", image)
+    code, _, err = run_command(main, *options, "--vae-tile", "64x64")
+    assert code == 0, err
+    with load_vae("flux", vae) as loaded, Decoder.open(bundle, threads=1) as pid:
+        latent = TiledVae(loaded, (64, 64)).encode(read_photo(photo)[None])
+        assert np.abs(latent - loaded.encode(read_photo(photo)[None])).max() > 1e-3
+        wanted = pid.decode(latent, steps=1, output="uint8")[0]
+    np.testing.assert_array_equal(pixels(image), wanted)
+    for given, message in (
+        ("60x64", "expected --vae-tile auto, or width and height in multiples of 8 pixels from 64"),
+        ("many", "expected auto or a size such as 2048x2048, but got 'many'"),
+    ):
+        code, _, err = run_command(main, *options, "--overwrite", "--vae-tile", given)
+        assert code == 2 and message in err, err
 
 
 def test_a_caption_file_and_torch(
@@ -258,6 +279,8 @@ def test_an_encoder_that_takes_squares_alone(
         wanted = pid.decode(loaded.encode(square[None]), steps=1, output="uint8")[0]
     np.testing.assert_array_equal(pixels(out), wanted)
     assert wanted.shape == (128, 128, 3)
+    code, _, err = run_command(main, bundle, photo, *options, "--vae-tile", "auto", "-o", "x.png")
+    assert code == 2 and "its encoder takes squares of one size alone, but got one; drop it" in err
     monkeypatch.setitem(vaes.VAES, "flux", replace(spec, decodes=False))  # as siglip's
     code, _, err = run_command(main, bundle, photo, *options, "--baseline", "-o", tmp_path / "all")
     assert code == 2 and "expected no --baseline with a bundle of flux, since only the enc" in err

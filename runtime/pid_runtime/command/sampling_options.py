@@ -80,7 +80,7 @@ def add_sampling_options(parser: argparse.ArgumentParser, decoder: str = "") -> 
     )
     add(
         "--tile",
-        type=_tile,
+        type=read_tile,
         metavar="WxH",
         help="decode in tiles of so many pixels of the result, or auto: where it has to be",
     )
@@ -125,7 +125,8 @@ def _times(text: str) -> tuple[float, ...]:
     return tuple(number(part) for part in text.split(","))
 
 
-def _tile(text: str) -> tuple[int, int] | Literal["auto"]:
+def read_tile(text: str) -> tuple[int, int] | Literal["auto"]:
+    """A tile as it is typed. Raises `ArgumentTypeError` for what is none."""
     if text == "auto":
         return text
     try:
