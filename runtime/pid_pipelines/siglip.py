@@ -50,6 +50,7 @@ def read_siglip(space: str, spec: Vae, path: Path) -> SiglipEncoder:
     Raises `PipelineInputError` for what transformers cannot load, and for another model.
     """
     from transformers import SiglipVisionModel
+    from transformers.utils import logging
 
     what = f"expected the encoder of {space}, SigLIP 2 of {_described(spec.config)}"
     try:
@@ -61,6 +62,9 @@ def read_siglip(space: str, spec: Vae, path: Path) -> SiglipEncoder:
         ) from None
     if kind not in ("siglip", "siglip_vision_model"):
         raise PipelineInputError(f"{what}, but {path} holds {kind}; take {spec.repository}")
+    logging.disable_progress_bar()  # commands have one of their own
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # else it lists the tensors of the text half, which it leaves out
     try:
         loaded: Any = SiglipVisionModel.from_pretrained(
             path, dtype=torch.float32, local_files_only=True, output_loading_info=True
@@ -72,6 +76,8 @@ def read_siglip(space: str, spec: Vae, path: Path) -> SiglipEncoder:
         raise PipelineInputError(
             f"{what}, but transformers cannot load {path}: {reason}; take {spec.repository}"
         ) from error
+    finally:
+        logging.set_verbosity(verbosity)
     model, report = loaded
     if missing := sorted(report["missing_keys"]):
         raise PipelineInputError(

@@ -1,8 +1,9 @@
 """Autoencoders as ONNX graphs, which need neither torch nor diffusers. `pid-export --vae` makes
 them.
 
-A folder of `vae.json`, an encoder and a decoder. The encoder takes `image`, float32 `[B, 3, H, W]`
-in [-1, 1], and gives normalised latents; the decoder takes `latent`, `[B, C, h, w]`.
+A folder of `vae.json`, an encoder and, where it is known, a decoder. The encoder takes `image`,
+float32 `[B, 3, H, W]` in [-1, 1], and gives normalised latents; the decoder takes `latent`,
+`[B, C, h, w]`.
 """
 
 import json
@@ -14,7 +15,7 @@ from numpy.typing import NDArray
 
 from pid_pipelines.errors import PipelineInputError
 from pid_pipelines.graph_files import GraphFile, Graphs, read_description
-from pid_pipelines.vaes import check_image, check_latent
+from pid_pipelines.vaes import check_decodes, check_image, check_latent, spec_of
 
 Floats = NDArray[np.float32]
 
@@ -32,7 +33,7 @@ class VaeGraphs:
     format_version: tuple[int, int]
     space: str
     kind: str
-    """The class of diffusers that it was."""
+    """The class that it was, of diffusers or transformers."""
     source: str
     """Where its weights came from."""
     down: int
@@ -70,8 +71,6 @@ def read_vae_graphs(folder: Path, space: str | None = None) -> VaeGraphs:
 class OnnxVae:
     """An autoencoder that ONNX Runtime runs; in use it is `vae_model.LoadedVae`."""
 
-    decodes = True
-
     def __init__(self, folder: Path, space: str | None = None, device: str = "cpu") -> None:
         """space: that it is wanted for. device: cpu, cuda or cuda:N, or a provider.
 
@@ -79,15 +78,18 @@ class OnnxVae:
         """
         said = read_vae_graphs(folder, space)
         self.down, self.channels = said.down, said.channels
+        self._spec = spec_of(said.space)
+        self.decodes = self._spec.decodes
         self._graphs = Graphs(folder, said.files, device)
 
     def encode(self, image: Floats) -> Floats:
         """As `LoadedVae.encode`."""
-        check_image(image, self.down)
+        check_image(image, self.down, self._spec.side)
         return self._graphs.run(ENCODER_FILE, {"image": np.ascontiguousarray(image, np.float32)})
 
     def decode(self, latent: Floats) -> Floats:
         """As `LoadedVae.decode`."""
+        check_decodes(self._spec)
         check_latent(latent, self.channels)
         return self._graphs.run(DECODER_FILE, {"latent": np.ascontiguousarray(latent, np.float32)})
 

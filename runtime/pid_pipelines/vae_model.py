@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from pid_pipelines.errors import PipelineInputError
 from pid_pipelines.vae_files import find_vae, read_vae
-from pid_pipelines.vaes import Vae, check_image, check_latent, spec_of
+from pid_pipelines.vaes import Vae, check_decodes, check_image, check_latent, spec_of
 from pid_runtime.backends.memory import trim_heap
 from pid_runtime.errors import memory_shortage
 
@@ -113,11 +113,7 @@ class LoadedVae:
 
         Raises `PipelineInputError` for one of which only the encoder is known here.
         """
-        if not self.decodes:
-            raise PipelineInputError(
-                f"expected an autoencoder with a decoder, but {self._spec.kind} encodes alone; "
-                "decode with PiD"
-            )
+        check_decodes(self._spec)
         check_latent(latent, self.channels)
         return self._run(
             lambda model, z: decode_raw(self._spec.kind, model, z / self._factor + self._shift),

@@ -127,6 +127,15 @@ def check_image(image: NDArray[np.float32], down: int, side: int | None = None) 
         )
 
 
+def check_decodes(spec: Vae) -> None:
+    """Raise `PipelineInputError` for an autoencoder of which only the encoder is known here."""
+    if not spec.decodes:
+        raise PipelineInputError(
+            f"expected an autoencoder with a decoder, but {spec.kind} encodes alone; decode with "
+            "PiD"
+        )
+
+
 def check_latent(latent: NDArray[np.float32], channels: int) -> None:
     """Raise `PipelineInputError` unless latents are `[B, channels, h, w]`."""
     if latent.ndim != 4 or latent.shape[1] != channels:

@@ -12,13 +12,21 @@ import pytest
 from PIL import Image
 from safetensors.torch import save_file
 
-from fakes.autoencoders import SMALL, ldm_names, small_model, small_spec
+from fakes.autoencoders import (
+    SMALL,
+    ldm_names,
+    small_model,
+    small_rae,
+    small_siglip,
+    small_spec,
+)
 from pid_export.cli import main
 from pid_export.vae import export_vae
 from pid_pipelines import upscale_cli, vaes
 from pid_pipelines.errors import PipelineInputError
-from pid_pipelines.vae_graphs import VAE_FILE, OnnxVae
-from pid_pipelines.vae_model import LoadedVae
+from pid_pipelines.vae_graphs import DECODER_FILE, VAE_FILE, OnnxVae
+from pid_pipelines.vae_model import LoadedVae, load_vae
+from pid_pipelines.vaes import Vae
 
 RunCommand = Callable[..., tuple[int, str, str]]
 Refusal = Callable[..., str]
@@ -71,6 +79,36 @@ def test_every_space_s_graphs_are_diffusers(space: str, tmp_path: Path) -> None:
     small_model(space).save_pretrained(tmp_path / "model")
     export_vae(space, tmp_path / "model", tmp_path / "vae")
     same_as_diffusers(space, tmp_path / "vae")
+
+
+@pytest.mark.parametrize(
+    ("space", "make"),
+    [("siglip", small_siglip), pytest.param("dinov2", small_rae, marks=pytest.mark.slow)],
+)
+def test_graphs_of_those_that_take_squares_alone(
+    space: str,
+    make: Callable[[], tuple[Vae, Any]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    spec, model = make()
+    monkeypatch.setitem(vaes.RAES, space, spec)
+    model.save_pretrained(tmp_path / "model")
+    said = export_vae(space, tmp_path / "model", tmp_path / "vae")
+    assert (DECODER_FILE in said.files) == spec.decodes == (space == "dinov2")
+    graphs, loaded = OnnxVae(tmp_path / "vae", space), load_vae(space, tmp_path / "model")
+    image = np.random.default_rng(0).uniform(-1, 1, (3, 3, 64, 64)).astype("f4")
+    latent = graphs.encode(image)
+    assert latent.shape == (3, 64, 4, 4)
+    np.testing.assert_allclose(latent, loaded.encode(image), rtol=0, atol=1e-4)
+    if spec.decodes:
+        wanted = loaded.decode(latent)
+        np.testing.assert_allclose(graphs.decode(latent), wanted, rtol=0, atol=1e-4)
+    else:
+        with pytest.raises(PipelineInputError, match="encodes alone"):
+            graphs.decode(latent)
+    with pytest.raises(PipelineInputError, match=r"\[B, 3, 64, 64\], but got"):
+        graphs.encode(image[:, :, :32])
 
 
 def test_photos_without_torch(flux: Path, edit_bundle: EditBundle, tmp_path: Path) -> None:
@@ -128,7 +166,7 @@ def test_what_does_not_fit(
         (("--vae", photo, "--space", "flux", "--variant", "2k"), "expected no --variant with"),
         (("--vae", photo, "--space", "flux", "--precision", "bf16"), "expected --precision fp32"),
         (("--vae", photo, "--space", "flux"), "expected a file of weights"),
-        (("--vae", photo, "--space", "siglip"), "SigLIP 2) makes"),
+        (("--vae", photo, "--space", "siglip"), "as transformers saves it, but got the file"),
         (("--vae", photo, "--caption-encoder", "a", "--space", "flux"), "no --caption-encoder"),
     ):
         assert message in refusal(main, *arguments, "-o", target)
