@@ -17,9 +17,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pid_export.errors import ExportInputError
-from pid_runtime.bundle.manifest import Manifest
+from pid_runtime.bundle.manifest import FP8_PRECISIONS, Manifest
 from pid_runtime.command.decode_jobs import Job, Settings, Source, plan_jobs, request_of
-from pid_runtime.decoder import Decoder
+from pid_runtime.decoder import Bundle
 from pid_runtime.errors import NotFiniteError, PidRuntimeError
 
 Advance = Callable[[float], None]
@@ -39,9 +39,9 @@ class Side:
     """None for the backend's usual one."""
     threads: int | None
 
-    def open(self) -> Decoder:
-        """A decoder of it. Raises `PidRuntimeError` as `Decoder.open` does."""
-        return Decoder.open(
+    def open(self) -> Bundle:
+        """The bundle, opened. Raises `PidRuntimeError` as `Bundle.open` does."""
+        return Bundle.open(
             self.path,
             self.backend,
             self.device,
@@ -49,6 +49,11 @@ class Side:
             manifest=self.manifest,
             verify=False,
         )
+
+    @property
+    def counts_clipped(self) -> bool:
+        """Whether it can be seen how many of its numbers are too large for their scales."""
+        return self.backend == "torch" and self.manifest.precision in FP8_PRECISIONS
 
 
 @dataclass(frozen=True)
@@ -126,11 +131,17 @@ def jobs_of(one: Side, other: Side, sources: Sequence[Source], settings: Setting
 
 
 def compare_pictures(
-    one: Side, other: Side, jobs: Sequence[Job], settings: Settings, advance: Advance
+    one: Side,
+    other: Side,
+    jobs: Sequence[Job],
+    settings: Settings,
+    advance: Advance,
+    clipped: dict[str, float] | None = None,
 ) -> Iterator[Difference]:
     """Make every picture with `other`, then with `one`, and compare them one after another.
 
     jobs: see `jobs_of`. advance: called with shares of a picture, twice as many as there are jobs.
+    clipped: filled with `calibrate.clipped_shares` of `one`, where it `counts_clipped`.
     Raises `PidRuntimeError` for a latent or a picture with NaN.
     """
     with tempfile.TemporaryDirectory(prefix="pid-verify-") as name:
@@ -140,17 +151,26 @@ def compare_pictures(
         ):
             np.save(file, picture)
         for file, (job, picture) in zip(
-            files, _pictures(one, jobs, settings, advance), strict=True
+            files, _pictures(one, jobs, settings, advance, clipped), strict=True
         ):
             yield difference(job, picture, np.load(file))
             file.unlink()
 
 
 def _pictures(
-    side: Side, jobs: Sequence[Job], settings: Settings, advance: Advance
+    side: Side,
+    jobs: Sequence[Job],
+    settings: Settings,
+    advance: Advance,
+    clipped: dict[str, float] | None = None,
 ) -> Iterator[tuple[Job, NDArray[np.float32]]]:
     """Every picture `[3, H, W]` in [-1, 1], in order."""
-    with side.open() as decoder:
+    with side.open() as bundle, bundle.decoder() as decoder:
+        shares: dict[str, float] = {}
+        if clipped is not None and side.counts_clipped:
+            from pid_export.calibrate import count_clipped  # loads torch
+
+            shares = count_clipped(bundle)
         for source, group in itertools.groupby(jobs, lambda job: job.source):
             inputs = source.read(side.manifest, settings)
             for job in group:
@@ -160,6 +180,8 @@ def _pictures(
                 except NotFiniteError as error:
                     raise PidRuntimeError(f"{side.path}, {source.path}: {error}") from None
                 yield job, image[0]
+        if clipped is not None:
+            clipped.update(shares)
 
 
 def difference(job: Job, picture: NDArray[np.float32], other: NDArray[np.float32]) -> Difference:

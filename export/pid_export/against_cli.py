@@ -90,8 +90,23 @@ def verify_against(args: Namespace) -> int:
     for line in filter(None, (note, skipped)):
         _log.warning("%s", line)
     with console.progress("Comparing", 2 * len(jobs), quiet=args.quiet) as advance:
-        pictures = list(compare_pictures(one, other, jobs, settings, advance))
-    console.emit(_result(one, other, pictures), _text(one, other, pictures), as_json=args.json)
+        clipped: dict[str, float] = {}
+        pictures = list(compare_pictures(one, other, jobs, settings, advance, clipped))
+    result, text = _result(one, other, pictures), _text(one, other, pictures)
+    if not one.counts_clipped:
+        console.emit(result, text, as_json=args.json)
+        return 0
+    from pid_export.calibrate import check_clipped, most_clipped  # loads torch
+
+    place, share = most_clipped(clipped)
+    result["most_clipped"] = {"place": place, "share": share}
+    text += f"\n{share:.4%} of the numbers at {place} were too large for their scale, the most"
+    console.emit(result, text, as_json=args.json)
+    try:
+        check_clipped(clipped)
+    except ExportInputError as error:
+        _log.error("%s", error)
+        return 1
     return 0
 
 

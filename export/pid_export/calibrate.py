@@ -108,21 +108,33 @@ def clipped_shares(
     bundle: in fp8, decoded by torch on the CPU. Raises `NotFiniteError` for NaN in an image.
     """
     with Bundle.open(bundle, "torch", "cpu", verify=False) as opened:
-        shares: dict[str, float] = {}
-        for name, place in _places(opened, Rounded, Quantized, RoundedAttention):
-            place.register_forward_hook(_count_clipped(shares, name))
+        shares = count_clipped(opened)
         for _ in decode_all(opened, inputs):
             advance(1 / len(inputs))
     return shares
 
 
+def count_clipped(opened: Bundle) -> dict[str, float]:
+    """The same of what a bundle in fp8, opened in torch, decodes from now on; filled as it does."""
+    shares: dict[str, float] = {}
+    for name, place in _places(opened, Rounded, Quantized, RoundedAttention):
+        place.register_forward_hook(_count_clipped(shares, name))
+    return shares
+
+
+def most_clipped(shares: Mapping[str, float]) -> tuple[str, float]:
+    """The place of which the largest share was too large; "" and 0 where there are none."""
+    name = max(shares, key=lambda each: shares[each], default="")
+    return name, shares.get(name, 0.0)
+
+
 def check_clipped(shares: Mapping[str, float]) -> None:
     """Raise `ExportInputError` when too many numbers of one place were too large."""
-    name = max(shares, key=lambda each: shares[each], default="")
-    if name and shares[name] > MOST_CLIPPED:
+    name, share = most_clipped(shares)
+    if share > MOST_CLIPPED:
         raise ExportInputError(
             f"expected at most {MOST_CLIPPED:.1%} of the numbers beyond FP8's range, but got "
-            f"{shares[name]:.1%} at {name}; calibrate with more or other latents, with "
+            f"{share:.1%} at {name}; calibrate with more or other latents, with "
             "--percentile 100, or leave that graph as it is with --keep"
         )
 

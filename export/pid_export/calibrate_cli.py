@@ -4,10 +4,16 @@ from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
+from numpy.typing import NDArray
+
 from pid_export.errors import ExportInputError
 from pid_runtime.bundle.files import write_whole
 from pid_runtime.bundle.folder import read_manifest
+from pid_runtime.bundle.manifest import Manifest
 from pid_runtime.command import console
+from pid_runtime.command.latent_files import open_negative_file
+from pid_runtime.request import check_guidance
 
 _EXAMPLES = """\
 examples:
@@ -41,6 +47,12 @@ def _parser() -> console.ArgumentParser:
         "--captions", type=Path, metavar="DIR", help="captions, named as their latents"
     )
     parser.add_argument(
+        "--negative",
+        type=Path,
+        metavar="FILE",
+        help="undistilled: the caption to stay away from, as of pid-decode",
+    )
+    parser.add_argument(
         "--percentile",
         type=float,
         default=100.0,
@@ -61,6 +73,7 @@ def _calibrate(args: Namespace) -> None:
     if args.captions is not None and args.latents is None:
         raise ExportInputError("expected --latents with --captions, but got none; add it")
     manifest = read_manifest(args.bundle)
+    negative = _negative(args, manifest)
     # Loading torch takes seconds: not before the arguments are known to make sense.
     from pid_export.calibrate import calibrate, check_unrounded
     from pid_export.calibration_inputs import MADE_UP, read_inputs, synthetic_inputs
@@ -69,7 +82,7 @@ def _calibrate(args: Namespace) -> None:
     if args.latents is None:
         inputs, described = synthetic_inputs(manifest), MADE_UP
     else:
-        inputs, described = read_inputs(manifest, args.latents, args.captions)
+        inputs, described = read_inputs(manifest, args.latents, args.captions, negative)
     with console.progress("Calibrating", 1.0, quiet=args.quiet) as advance:
         found = calibrate(
             args.bundle,
@@ -90,6 +103,22 @@ def _calibrate(args: Namespace) -> None:
     }
     text = f"{args.output}: {found.model}, {len(found.sizes)} places, {described}"
     console.emit(result, text, as_json=args.json)
+
+
+def _negative(args: Namespace, manifest: Manifest) -> NDArray[np.float32] | None:
+    """The negative caption, `[1, T, D]`, if one is given. Raises for one that nobody needs."""
+    if args.negative is None:
+        return None
+    if args.latents is None:
+        raise ExportInputError("expected --latents with --negative, but got none; add it")
+    check_guidance(manifest, None, has_negative=True)
+    negative = open_negative_file(args.negative).read()
+    if len(negative) > 1:
+        raise ExportInputError(
+            f"expected one negative caption in {args.negative}, but got {len(negative)}; save one "
+            "alone"
+        )
+    return negative
 
 
 def check_percentile(percentile: float) -> None:

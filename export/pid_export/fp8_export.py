@@ -14,6 +14,7 @@ from pid_export.calibrate import (
     calibrate,
     check_clipped,
     clipped_shares,
+    most_clipped,
     sensitivity,
 )
 from pid_export.calibration import Calibration, read_calibration, rounded_of
@@ -59,7 +60,7 @@ class Rounded:
         """For --json."""
         found: dict[str, Any] = {"calibrated_on": self.calibration.inputs}
         if self.clipped is not None:
-            found["most_clipped"] = max(self.clipped.values(), default=0.0)
+            found["most_clipped"] = most_clipped(self.clipped)[1]
         if self.costs is not None:
             found["sensitivity"] = [
                 {"graph": cost.graph, "rms": cost.rms, "psnr": cost.psnr} for cost in self.costs
@@ -71,7 +72,7 @@ class Rounded:
         """For people."""
         lines = [f"calibrated on {self.calibration.inputs}"]
         if self.clipped is not None:
-            lines[0] += f", {max(self.clipped.values(), default=0.0):.4%} of one place too large"
+            lines[0] += f", {most_clipped(self.clipped)[1]:.4%} of one place too large"
         if self.costs is not None:
             rows = [["rounded alone", "rms", "PSNR"]]
             rows += [[c.graph, f"{c.rms:.5f}", f"{c.psnr:.1f} dB"] for c in self.costs]

@@ -224,3 +224,15 @@ def test_arguments(
         for each in arguments
     ]
     assert part in refusal(main, golden_bundle, *given)
+
+
+def test_numbers_too_large_for_their_scales_are_counted(
+    golden_bundle: Path, fp8_twin: Path, latents: Path, run_command: RunCommand
+) -> None:
+    options = ("--against", golden_bundle, "--backend", "torch", "--steps", 1)
+    found = compared(run_command, fp8_twin, *options, "--latents", latents)
+    assert 0 <= found["most_clipped"]["share"] < 1e-3 and found["most_clipped"]["place"]
+    np.save(latents / "b.npy", 100 * np.load(latents / "b.npy"))
+    code, out, err = run_command(main, fp8_twin, *options, "--latent", latents / "b.npy")
+    assert code == 1 and "of the numbers at " in out
+    assert "expected at most 0.1% of the numbers beyond FP8's range, but got " in err

@@ -12,7 +12,8 @@ from pid_export.calibration_inputs import SIGMAS, read_inputs, synthetic_inputs
 from pid_export.errors import ExportInputError
 from pid_ref.registry import NANO, NANO_STD
 from pid_runtime.bundle.folder import read_manifest
-from pid_runtime.bundle.manifest import PACKED_DCT, Codec
+from pid_runtime.bundle.manifest import PACKED_DCT, Codec, FlowShift
+from pid_runtime.command.decode_jobs import Settings, request_of
 from pid_runtime.errors import PidRuntimeError
 from pid_runtime.request import check_request
 
@@ -34,6 +35,37 @@ def test_latents_of_a_folder_and_their_captions(golden_bundle: Path, tmp_path: P
     assert [float(each.sigma[0]) for each in inputs] == [np.float32(0.1), np.float32(0.2)]
     assert np.array_equal(np.concatenate([each.latent for each in inputs]), kept)
     assert all(each.caption is not None and np.array_equal(each.caption, text) for each in inputs)
+
+
+def test_a_bundle_with_guidance_gets_a_negative_caption(
+    free_bundle: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    manifest = read_manifest(free_bundle)
+    sampler = replace(
+        manifest.sampler, steps=25, rule="dpm++2m", guidance=5.0, flow_shift=FlowShift(6.0, 2048)
+    )
+    manifest = replace(manifest, sampler=sampler)
+    for each in synthetic_inputs(manifest):
+        assert each.negative is not None and each.caption is not None
+        assert each.negative.shape == each.caption.shape
+        assert not np.array_equal(each.negative, each.caption)
+    rng = np.random.default_rng(0)
+    latent, caption, negative = (
+        rng.standard_normal(shape, np.float32) for shape in ((16, 2, 3), (7, 32), (1, 7, 32))
+    )
+    save_file({"latent": latent, "caption": caption}, tmp_path / "a.safetensors")
+    ((zeros,), _) = read_inputs(manifest, tmp_path)
+    assert "zeros stand for the negative caption" in caplog.text
+    assert zeros.negative is not None and zeros.negative.shape == (1, 7, 32)
+    assert not zeros.negative.any()
+    caplog.clear()
+    ((given,), _) = read_inputs(manifest, tmp_path, None, negative)
+    np.testing.assert_array_equal(given.negative, negative)
+    assert not caplog.text
+    request = request_of(manifest, given, Settings(), 0)
+    assert [branch.weight for branch in request.branches] == [-4, 5]
+    with pytest.raises(PidRuntimeError, match="a negative of as many tokens as the caption, 7"):
+        read_inputs(manifest, tmp_path, None, negative[:, :6])
 
 
 def test_what_does_not_fit_is_refused(golden_bundle: Path, tmp_path: Path) -> None:
