@@ -11,7 +11,8 @@ How. First a sketch learns, a small network on pixels (tools/nano_sketch.py). Th
 that sketch, and decodes it at every time of the sampler: whatever the noise, what it decodes is a
 linear picture of the patch half's output (`new_network`). So the patch half and those pictures are
 what is trained, and the pixel half never has to run: what is compared with the truth is the
-picture. The loss is the squared error, as a share of what is left at that level of noise.
+picture. The loss is the squared error, as a share of what is left at that level of noise. At the
+end that of the steps from one token to the next is added, or the grid of tokens would be seen.
 """
 
 import argparse
@@ -21,6 +22,7 @@ import os
 import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +33,7 @@ from nano_crops import LATENT_PIXELS, crops_file, in_sizes, latent_of, reduce
 from nano_photos import Pixels, draw_leaves, load_photos
 from nano_sketch import Sketch, follow, images_of, place, share_of_rate, train_sketch
 from numpy.typing import NDArray
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from pid_ref.network import PidNet, unpatchify
@@ -49,8 +51,21 @@ CROPS = ((8, 16000, 8), (14, 4000, 3))
 STEPS = (1, 2, 4)
 """Of the sampler: its times in so many steps are those the network knows."""
 
-ITERATIONS = 3200
-PEAK_RATE = 5e-4
+
+@dataclass(frozen=True)
+class Stage:
+    """A part of the training; it begins with the average weights of the one before."""
+
+    iterations: int
+    peak_rate: float
+    borders: float
+    """What the squared error of the steps across the borders of tokens counts for, beside that of
+    all pixels.
+    """
+
+
+STAGES = (Stage(3200, 5e-4, 0), Stage(1000, 2e-4, 2))
+ITERATIONS = sum(stage.iterations for stage in STAGES)
 EMA = 0.999
 MAX_SIGMA = 0.8
 CLEAN_SHARE = 0.6
@@ -262,25 +277,41 @@ def noisy(rng: np.random.Generator, images: Tensor) -> tuple[Tensor, Tensor]:
     return torch.from_numpy((1 - at) * latents + at * noise), torch.from_numpy(sigma)
 
 
+def border_error(error: Tensor) -> Tensor:
+    """Mean square of the step between neighbours of two tokens, `[B]`, of errors `[B, 3, H, W]`."""
+    size = NANO_CONFIG.patch_size
+    squares: list[Tensor] = []
+    for axis in (2, 3):
+        first = torch.arange(size, error.shape[axis], size, device=error.device)
+        step = error.index_select(axis, first) - error.index_select(axis, first - 1)
+        squares.append(step.square().mean((1, 2, 3)))
+    return (squares[0] + squares[1]) / 2
+
+
 def loss_of(error: Tensor, sigma: Tensor) -> Tensor:
     """Mean over images of the squared error `[B]`, as a share of what is left at such noise."""
     return (error / (CLEAN_ERROR + NOISE_ERROR * sigma.to(error.device))).mean()
 
 
 def learn(
-    net: PidNet, rng: np.random.Generator, crops: Sequence[NDArray[np.uint8]], device: torch.device
+    net: PidNet,
+    rng: np.random.Generator,
+    crops: Sequence[NDArray[np.uint8]],
+    device: torch.device,
+    borders: float,
 ) -> tuple[Tensor, dict[str, list[float]]]:
-    """Loss of a few crops, and their squared errors by kind of latent."""
+    """Loss of a few crops, and their squared errors by kind of latent. borders: as of `Stage`."""
     which = int(rng.integers(len(crops)))
     ids = np.sort(rng.choice(len(crops[which]), CROPS[which][2], replace=False))
     image = images_of(crops[which][ids])
     latent, sigma = noisy(rng, image)
     found = picture_of(net, latent.to(device), sigma.to(device))
-    error = (found - image.to(device)).square().mean((1, 2, 3))
+    difference = found - image.to(device)
+    error = difference.square().mean((1, 2, 3))
     errors: dict[str, list[float]] = {}
     for level, value in zip(sigma.tolist(), error.tolist(), strict=True):
         errors.setdefault("clean" if level == 0 else "noisy", []).append(value)
-    return loss_of(error, sigma), errors
+    return loss_of(error + borders * border_error(difference), sigma), errors
 
 
 def parameters(net: PidNet) -> list[dict[str, Any]]:
@@ -321,19 +352,26 @@ def train(pictures: list[Pixels], folder: Path, iterations: int, seed: int, seco
         average = {name: value.to(device) for name, value in saved["average"].items()}
     errors: dict[str, list[float]] = {}
     for iteration in range(start, iterations):
+        stage, first = stage_of(iteration)
+        if iteration == first > 0:
+            net.load_state_dict(_float32(load_file(folder / "nano.safetensors")))
+            average = {name: value.clone() for name, value in net.state_dict().items()}
+            optimizer = torch.optim.AdamW(parameters(net), betas=(0.9, 0.98), weight_decay=0)
         rng = np.random.default_rng((seed, iteration))
+        share = share_of_rate(iteration - first, stage.iterations)
         for group in optimizer.param_groups:
-            group["lr"] = group["share"] * PEAK_RATE * share_of_rate(iteration, iterations)
-        loss, found = learn(net, rng, crops, device)
+            group["lr"] = group["share"] * stage.peak_rate * share
+        loss, found = learn(net, rng, crops, device, stage.borders)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
         optimizer.step()
-        follow(average, net, iteration, EMA)
+        follow(average, net, iteration - first, EMA)
         for label, values in found.items():
             errors.setdefault(label, []).extend(values)
         elapsed = time.monotonic() - begin
         done = iteration + 1 == iterations or elapsed > seconds
+        ends_stage = iteration + 1 == first + stage.iterations
         if (iteration + 1) % 100 == 0 or done:
             psnr = {
                 label: round(float(np.mean(10 * np.log10(4 / (np.array(of) + 1e-12)))), 2)
@@ -344,7 +382,7 @@ def train(pictures: list[Pixels], folder: Path, iterations: int, seed: int, seco
             with log.open("a") as file:
                 file.write(json.dumps(entry) + "\n")
             sys.stderr.write(f"{json.dumps(entry)}\n")
-        if (iteration + 1) % 500 == 0 or done:
+        if (iteration + 1) % 500 == 0 or done or ends_stage:
             _save(
                 checkpoint,
                 {
@@ -358,6 +396,20 @@ def train(pictures: list[Pixels], folder: Path, iterations: int, seed: int, seco
             export(average, folder / "nano.safetensors")
         if done:
             break
+
+
+def stage_of(iteration: int) -> tuple[Stage, int]:
+    """The stage of an iteration, and its own first one."""
+    first = 0
+    for stage in STAGES:
+        if iteration < first + stage.iterations:
+            return stage, first
+        first += stage.iterations
+    raise ValueError(f"expected an iteration below {first}, but got {iteration}")
+
+
+def _float32(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value.float() for name, value in state.items()}
 
 
 def _sketch(folder: Path, crops: NDArray[np.uint8], seed: int) -> Sketch:

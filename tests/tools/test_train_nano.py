@@ -47,7 +47,7 @@ def test_what_is_trained_decodes_at_every_time(tool: Any, crops: NDArray[np.uint
     optimizer = torch.optim.AdamW(net.parameters(), lr=3e-4, weight_decay=0)
     for _ in range(4):
         optimizer.zero_grad()
-        tool.learn(net, rng, [crops], torch.device("cpu"))[0].backward()
+        tool.learn(net, rng, [crops], torch.device("cpu"), 3.0)[0].backward()
         optimizer.step()
     tool.tell_time(net)
     net.eval()
@@ -87,6 +87,7 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been(
     tool: Any, pictures: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tool, "CROPS", ((2, 6, 2), (3, 4, 2)))
+    monkeypatch.setattr(tool, "STAGES", (tool.Stage(2, 5e-4, 0), tool.Stage(1, 2e-4, 3)))
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     for folder in (whole, parts):
         folder.mkdir()
@@ -108,3 +109,13 @@ def test_crops_follow_from_seed_and_index(pictures: Any, tmp_path: Path) -> None
     assert few.shape == (3, 3, 64, 64) and few.dtype == np.uint8
     assert np.array_equal(few, more[:3]) and len({crop.tobytes() for crop in more}) == 5
     assert sorted(tmp_path.iterdir()) == sorted(files)
+
+
+def test_steps_across_the_borders_of_tokens_count(tool: Any) -> None:
+    """Of errors: none within a token, the step's square on one of the lines between two."""
+    error = torch.zeros(2, 3, 32, 64)
+    error[1, :, :, 16:] = 0.5  # one of three lines between columns
+    assert tool.border_error(error).tolist() == pytest.approx([0, 0.25 / 3 / 2])
+    error[1, :, :, 16:] = 0
+    error[1, :, 4:12, 4:12] = 7.0
+    assert tool.border_error(error).tolist() == [0, 0]
