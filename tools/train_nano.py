@@ -341,8 +341,7 @@ def train(pictures: list[Pixels], folder: Path, iterations: int, seed: int, seco
         net = new_network(seed, _sketch(folder, crops[0], seed), crops[0])
     net = net.to(device)
     keep_time(net)
-    average = {name: value.clone() for name, value in net.state_dict().items()}
-    optimizer = torch.optim.AdamW(parameters(net), betas=(0.9, 0.98), weight_decay=0)
+    average, optimizer = _begin(net)
     start, spent = 0, 0.0
     if resumes:
         saved = torch.load(checkpoint, weights_only=True)
@@ -354,9 +353,8 @@ def train(pictures: list[Pixels], folder: Path, iterations: int, seed: int, seco
     for iteration in range(start, iterations):
         stage, first = stage_of(iteration)
         if iteration == first > 0:
-            net.load_state_dict(_float32(load_file(folder / "nano.safetensors")))
-            average = {name: value.clone() for name, value in net.state_dict().items()}
-            optimizer = torch.optim.AdamW(parameters(net), betas=(0.9, 0.98), weight_decay=0)
+            net.load_state_dict(load_file(folder / "nano.safetensors"))
+            average, optimizer = _begin(net)
         rng = np.random.default_rng((seed, iteration))
         share = share_of_rate(iteration - first, stage.iterations)
         for group in optimizer.param_groups:
@@ -408,8 +406,10 @@ def stage_of(iteration: int) -> tuple[Stage, int]:
     raise ValueError(f"expected an iteration below {first}, but got {iteration}")
 
 
-def _float32(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: value.float() for name, value in state.items()}
+def _begin(net: PidNet) -> tuple[dict[str, Tensor], torch.optim.AdamW]:
+    """What training keeps beside the weights: their average, and the optimizer."""
+    average = {name: value.clone() for name, value in net.state_dict().items()}
+    return average, torch.optim.AdamW(parameters(net), betas=(0.9, 0.98), weight_decay=0)
 
 
 def _sketch(folder: Path, crops: NDArray[np.uint8], seed: int) -> Sketch:

@@ -141,7 +141,7 @@ def compare_pictures(
     """Make every picture with `other`, then with `one`, and compare them one after another.
 
     jobs: see `jobs_of`. advance: called with shares of a picture, twice as many as there are jobs.
-    clipped: filled with `calibrate.clipped_shares` of `one`, where it `counts_clipped`.
+    clipped: to be filled with `calibrate.clipped_shares` of `one`, which `counts_clipped`.
     Raises `PidRuntimeError` for a latent or a picture with NaN.
     """
     with tempfile.TemporaryDirectory(prefix="pid-verify-") as name:
@@ -166,11 +166,10 @@ def _pictures(
 ) -> Iterator[tuple[Job, NDArray[np.float32]]]:
     """Every picture `[3, H, W]` in [-1, 1], in order."""
     with side.open() as bundle, bundle.decoder() as decoder:
-        shares: dict[str, float] = {}
-        if clipped is not None and side.counts_clipped:
+        if clipped is not None:
             from pid_export.calibrate import count_clipped  # loads torch
 
-            shares = count_clipped(bundle)
+            count_clipped(bundle, clipped)
         for source, group in itertools.groupby(jobs, lambda job: job.source):
             inputs = source.read(side.manifest, settings)
             for job in group:
@@ -180,8 +179,6 @@ def _pictures(
                 except NotFiniteError as error:
                     raise PidRuntimeError(f"{side.path}, {source.path}: {error}") from None
                 yield job, image[0]
-        if clipped is not None:
-            clipped.update(shares)
 
 
 def difference(job: Job, picture: NDArray[np.float32], other: NDArray[np.float32]) -> Difference:

@@ -90,10 +90,10 @@ def verify_against(args: Namespace) -> int:
     for line in filter(None, (note, skipped)):
         _log.warning("%s", line)
     with console.progress("Comparing", 2 * len(jobs), quiet=args.quiet) as advance:
-        clipped: dict[str, float] = {}
+        clipped: dict[str, float] | None = {} if one.counts_clipped else None
         pictures = list(compare_pictures(one, other, jobs, settings, advance, clipped))
     result, text = _result(one, other, pictures), _text(one, other, pictures)
-    if not one.counts_clipped:
+    if clipped is None:
         console.emit(result, text, as_json=args.json)
         return 0
     from pid_export.calibrate import check_clipped, most_clipped  # loads torch

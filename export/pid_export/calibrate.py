@@ -108,18 +108,17 @@ def clipped_shares(
     bundle: in fp8, decoded by torch on the CPU. Raises `NotFiniteError` for NaN in an image.
     """
     with Bundle.open(bundle, "torch", "cpu", verify=False) as opened:
-        shares = count_clipped(opened)
+        shares: dict[str, float] = {}
+        count_clipped(opened, shares)
         for _ in decode_all(opened, inputs):
             advance(1 / len(inputs))
     return shares
 
 
-def count_clipped(opened: Bundle) -> dict[str, float]:
-    """The same of what a bundle in fp8, opened in torch, decodes from now on; filled as it does."""
-    shares: dict[str, float] = {}
+def count_clipped(opened: Bundle, shares: dict[str, float]) -> None:
+    """Fill `shares` with the same as a bundle in fp8, opened in torch, decodes from now on."""
     for name, place in _places(opened, Rounded, Quantized, RoundedAttention):
         place.register_forward_hook(_count_clipped(shares, name))
-    return shares
 
 
 def most_clipped(shares: Mapping[str, float]) -> tuple[str, float]:

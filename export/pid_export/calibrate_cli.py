@@ -12,7 +12,7 @@ from pid_runtime.bundle.files import write_whole
 from pid_runtime.bundle.folder import read_manifest
 from pid_runtime.bundle.manifest import Manifest
 from pid_runtime.command import console
-from pid_runtime.command.latent_files import open_negative_file
+from pid_runtime.command.sampling_options import read_negative
 from pid_runtime.request import check_guidance
 
 _EXAMPLES = """\
@@ -112,13 +112,7 @@ def _negative(args: Namespace, manifest: Manifest) -> NDArray[np.float32] | None
     if args.latents is None:
         raise ExportInputError("expected --latents with --negative, but got none; add it")
     check_guidance(manifest, None, has_negative=True)
-    negative = open_negative_file(args.negative).read()
-    if len(negative) > 1:
-        raise ExportInputError(
-            f"expected one negative caption in {args.negative}, but got {len(negative)}; save one "
-            "alone"
-        )
-    return negative
+    return read_negative(args.negative)
 
 
 def check_percentile(percentile: float) -> None:

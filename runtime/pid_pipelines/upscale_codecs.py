@@ -1,7 +1,6 @@
 """What makes latents of photos: a space's autoencoder, or the codec that a bundle says."""
 
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -9,29 +8,12 @@ from numpy.typing import NDArray
 from pid_pipelines.errors import PipelineInputError
 from pid_pipelines.vae_graphs import OnnxVae, is_exported
 from pid_pipelines.vae_tiles import TiledVae, VaeTile, check_vae_tile
-from pid_pipelines.vaes import AUTOENCODERS
+from pid_pipelines.vaes import AUTOENCODERS, Codec
 from pid_runtime.bundle.manifest import Manifest
 from pid_runtime.nano import codec
 from pid_runtime.nano.block_dct import LATENT_PIXEL
 
 Floats = NDArray[np.float32]
-
-
-class Codec(Protocol):
-    """Images `[B, 3, H, W]` in [-1, 1] to normalised latents `[B, C, h, w]`, and back."""
-
-    @property
-    def decodes(self) -> bool:
-        """Whether `decode` can be called."""
-        ...
-
-    def encode(self, image: Floats) -> Floats: ...
-
-    def decode(self, latent: Floats) -> Floats: ...
-
-    def close(self) -> None:
-        """Give its memory back."""
-        ...
 
 
 class BundleCodec:

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pid_pipelines.errors import PipelineInputError
+from pid_pipelines.vaes import Codec
 from pid_runtime.tiles import Axis, cut
 
 Floats = NDArray[np.float32]
@@ -29,19 +30,11 @@ OVERLAP = 4
 """Of a tile's side this part is at least shared with its neighbour, as in diffusers."""
 
 
-class Autoencoder(Protocol):
-    """What is run tile by tile; as `upscale_codecs.Codec`."""
+class Autoencoder(Codec, Protocol):
+    """What is run tile by tile."""
 
     down: int
-
-    @property
-    def decodes(self) -> bool: ...
-
-    def encode(self, image: Floats) -> Floats: ...
-
-    def decode(self, latent: Floats) -> Floats: ...
-
-    def close(self) -> None: ...
+    """Pixels per pixel of the latent, along each axis."""
 
 
 class TiledVae:

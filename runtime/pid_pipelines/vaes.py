@@ -3,13 +3,15 @@
 from collections import ChainMap
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pid_pipelines.errors import PipelineInputError
 from pid_ref.registry import SPACES
+
+Floats = NDArray[np.float32]
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,23 @@ class Vae:
     """Of the squares that are all it takes, in pixels; None where any picture will do."""
     decodes: bool = True
     """Whether its decoder is read too."""
+
+
+class Codec(Protocol):
+    """Images `[B, 3, H, W]` in [-1, 1] to normalised latents `[B, C, h, w]`, and back."""
+
+    @property
+    def decodes(self) -> bool:
+        """Whether `decode` can be called."""
+        ...
+
+    def encode(self, image: Floats) -> Floats: ...
+
+    def decode(self, latent: Floats) -> Floats: ...
+
+    def close(self) -> None:
+        """Give its memory back."""
+        ...
 
 
 def _vae(kind: str, space: str, file: str, **config: Any) -> Vae:

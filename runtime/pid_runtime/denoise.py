@@ -140,19 +140,12 @@ class Canvas:
         """The part of the latent under a tile."""
         top, left = self._rows.starts[down], self._columns.starts[across]
         part = self._latent[:, :, top : top + self._rows.tile, left : left + self._columns.tile]
-        self._write_for_group("latent", part)
+        _write_for_group(self._program, "latent", part)
         self._program.refresh("latent")
 
     def _take_in_captions(self, group: Sequence[Branch]) -> None:
         _write_captions(self._program, group)
         self._program.refresh("caption")
-
-    def _write_for_group(self, name: str, values: Floats) -> None:
-        """Write what is the same for every branch of a group, `[B, ..]`."""
-        batch = len(values)
-        values = np.ascontiguousarray(values)
-        for first in range(0, self._program.sizes.value("B"), batch):
-            self._program.memory.write(self._program.image_part(name, first, batch), values)
 
     def _run(self, down: int, across: int, row: int, step: int) -> Floats:
         """The clean images that the network sees in a tile, `[B, hs, ws, P, P, 3]`.
@@ -165,8 +158,8 @@ class Canvas:
         )
         height, width = self._tokens(self._rows.tile), self._tokens(self._columns.tile)
         part = self.state[:, top : top + height, left : left + width]
-        self._write_for_group("state", part)
         program = self._program
+        _write_for_group(program, "state", part)
         program.run("step", row, step, _no_noise)
         return program.memory.read(program.buffer("state")).reshape(-1, *part.shape[1:])
 
@@ -232,11 +225,17 @@ def _compute_times(program: Program, request: Request) -> None:
 def _write(program: Program, request: Request, updates: Floats) -> None:
     """Put what is the same for every tile and branch into the arena."""
     memory, rows = program.memory, request.sizes.value("N")
-    sigmas = np.tile(request.sigmas, len(request.groups[0]))
-    memory.write(program.buffer("sigma"), sigmas)
+    _write_for_group(program, "sigma", request.sigmas)
     memory.write(program.buffer("update"), _padded(updates, rows))
     if request.schedule.moments is not None:
         memory.write(program.buffer("timestep"), _padded(request.schedule.moments, rows))
+
+
+def _write_for_group(program: Program, name: str, values: Floats) -> None:
+    """Write what is the same for every branch of a group, `[B, ..]`."""
+    values = np.ascontiguousarray(values)
+    for first in range(0, program.sizes.value("B"), len(values)):
+        program.memory.write(program.image_part(name, first, len(values)), values)
 
 
 def _write_captions(program: Program, group: Sequence[Branch]) -> None:

@@ -11,9 +11,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pid_pipelines.before_decoding import captions_device, graph_device, torch_device
-from pid_pipelines.upscale_codecs import Codec, check_tile, open_codec, pixels_per_latent, side_of
+from pid_pipelines.upscale_codecs import check_tile, open_codec, pixels_per_latent, side_of
 from pid_pipelines.vae_graphs import is_exported
 from pid_pipelines.vae_tiles import VaeTile
+from pid_pipelines.vaes import Codec
 from pid_runtime.backends.choice import device_name
 from pid_runtime.bundle.folder import read_manifest
 from pid_runtime.bundle.manifest import Manifest

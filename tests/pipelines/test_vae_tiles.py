@@ -6,9 +6,9 @@ from numpy.typing import NDArray
 
 from fakes.autoencoders import small_model, small_spec
 from pid_pipelines.errors import PipelineInputError
-from pid_pipelines.upscale_codecs import Codec
 from pid_pipelines.vae_model import LoadedVae
 from pid_pipelines.vae_tiles import AUTO, Autoencoder, TiledVae, VaeTile
+from pid_pipelines.vaes import Codec
 
 Floats = NDArray[np.float32]
 DOWN = 8

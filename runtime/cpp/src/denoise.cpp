@@ -19,12 +19,17 @@ void write_padded(const Program& program, const char* name, const void* values, 
     program.memory().write(buffer, padded.data(), PID_HOST);
 }
 
+// Write what is the same for every branch of a group, [B, ..].
+void write_for_group(const Program& program, const Request& request, const char* name,
+                     const float* values) {
+    const std::uint64_t batch = request.sizes.value("B");
+    for (std::size_t branch = 0; branch < request.group(); ++branch)
+        program.memory().write(program.image_part(name, branch * batch, batch), values, PID_HOST);
+}
+
 // Put what is the same for every tile and branch into the arena.
 void write_inputs(const Program& program, const Request& request, const Updates& updates) {
-    const std::size_t batch = request.sigmas.size();
-    for (std::size_t branch = 0; branch < request.group(); ++branch)
-        program.memory().write(program.image_part("sigma", branch * batch, batch),
-                               request.sigmas.data(), PID_HOST);
+    write_for_group(program, request, "sigma", request.sigmas.data());
     write_padded(program, "update", updates.data(), updates.size() * sizeof updates[0]);
     const std::vector<float>& moments = request.schedule.moments;
     if (!moments.empty())
@@ -197,7 +202,7 @@ void Canvas::take_in_latent(std::size_t down, std::size_t across) {
             std::copy_n(latent_ + (plane * rows_.size + rows_.starts[down] + row) * columns_.size +
                             columns_.starts[across],
                         width, part.data() + (plane * height + row) * width);
-    write_for_group("latent", part.data());
+    write_for_group(program_, request_, "latent", part.data());
     program_.refresh("latent");
 }
 
@@ -205,12 +210,6 @@ void Canvas::take_in_captions(std::size_t first, std::size_t count) {
     for (std::size_t index = 0; index < count; ++index)
         write_caption(program_, request_.branches[first + index].caption, index * batch_, batch_);
     program_.refresh("caption");
-}
-
-void Canvas::write_for_group(const char* name, const float* values) {
-    for (std::size_t branch = 0; branch < request_.group(); ++branch)
-        program_.memory().write(program_.image_part(name, branch * batch_, batch_), values,
-                                PID_HOST);
 }
 
 void Canvas::run(std::size_t down, std::size_t across, std::size_t step) {
@@ -221,7 +220,7 @@ void Canvas::run(std::size_t down, std::size_t across, std::size_t step) {
             std::copy_n(state_.data() + ((image * height_ + top + row) * width_ + left) * token_,
                         count, tiles_.data() + (image * height + row) * count);
     Memory& memory = program_.memory();
-    write_for_group("state", tiles_.data());
+    write_for_group(program_, request_, "state", tiles_.data());
     program_.run("step", request_.schedule.rows[step], step, [&](const BoundNoise& noise) {
         // Its factor is zero, but it must not hold a NaN.
         memory.fill_zero(program_.buffer(noise.instruction.target));

@@ -51,8 +51,6 @@ public:
 private:
     void take_in_latent(std::size_t down, std::size_t across);
     void take_in_captions(std::size_t first, std::size_t count);
-    // Write what is the same for every branch of a group, [B, ..].
-    void write_for_group(const char* name, const float* values);
     // Put the clean images that the network sees in a tile into `tiles_`.
     void run(std::size_t down, std::size_t across, std::size_t step);
     // Add one, weighted, to its row of tiles.

@@ -1,9 +1,6 @@
 // Both branches of guidance as one batch, as on GPUs, against one after another.
 #include "denoise.h"
 
-#include <algorithm>
-#include <cmath>
-
 #include "decoder.h"
 #include "test_support.h"
 
@@ -12,13 +9,7 @@ namespace {
 using namespace pid::core;
 
 using Guidance = pid::test::WithData;
-
-std::vector<float> numbers(std::size_t count, float phase) {
-    std::vector<float> values(count);
-    for (std::size_t i = 0; i < count; ++i)
-        values[i] = std::sin(static_cast<float>(i) * 0.7F + phase);
-    return values;
-}
+using pid::test::numbers;
 
 TEST_F(Guidance, OfBranchesAtOnceIsThatOfOneAfterAnother) {
     BackendOptions options{};
@@ -54,10 +45,7 @@ TEST_F(Guidance, OfBranchesAtOnceIsThatOfOneAfterAnother) {
     }
     const std::vector<std::int32_t> six{16, 26, 36, 46, 56, 66, 16, 26, 36, 46, 56, 66};
     EXPECT_EQ(calls, six);
-    float largest = 0;
-    for (std::size_t i = 0; i < images[0].size(); ++i)
-        largest = std::max(largest, std::abs(images[0][i] - images[1][i]));
-    EXPECT_LE(largest, 1e-4F);
+    EXPECT_LE(pid::test::difference(images[0], images[1]), 1e-4F);
 }
 
 } // namespace

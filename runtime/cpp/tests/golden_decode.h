@@ -13,14 +13,6 @@ namespace pid::test {
 
 constexpr std::int64_t channels = 16, text_tokens = 12, text_dim = 32, pixels_per_latent = 32;
 
-// Numbers of order 1 that are the same everywhere.
-inline std::vector<float> numbers(std::size_t count, float phase) {
-    std::vector<float> values(count);
-    for (std::size_t i = 0; i < count; ++i)
-        values[i] = std::sin(static_cast<float>(i) * 0.7F + phase);
-    return values;
-}
-
 inline std::string bundle() {
     return (data_folder() / "v1").string();
 }
@@ -65,13 +57,6 @@ struct Case {
 
 inline std::vector<float> floats(const Array& array) {
     return {array.data<float>(), array.data<float>() + array.count()};
-}
-
-inline float difference(const std::vector<float>& a, const std::vector<float>& b) {
-    float largest = a.size() == b.size() ? 0 : INFINITY;
-    for (std::size_t i = 0; i < a.size() && i < b.size(); ++i)
-        largest = std::max(largest, std::abs(a[i] - b[i]));
-    return largest;
 }
 
 } // namespace pid::test

@@ -1,6 +1,8 @@
 // What the tests share.
 #pragma once
 
+#include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <filesystem>
 #include <fstream>
@@ -38,6 +40,21 @@ private:
 
 // A complaint as users should meet it: one line that says something.
 void expect_one_line(const std::string& message);
+
+// Numbers of order 1 that are the same everywhere.
+inline std::vector<float> numbers(std::size_t count, float phase) {
+    std::vector<float> values(count);
+    for (std::size_t i = 0; i < count; ++i)
+        values[i] = std::sin(static_cast<float>(i) * 0.7F + phase);
+    return values;
+}
+
+inline float difference(const std::vector<float>& a, const std::vector<float>& b) {
+    float largest = a.size() == b.size() ? 0 : INFINITY;
+    for (std::size_t i = 0; i < a.size() && i < b.size(); ++i)
+        largest = std::max(largest, std::abs(a[i] - b[i]));
+    return largest;
+}
 
 // A test of what Python wrote; skipped when it wrote nothing.
 class WithData : public testing::Test {

@@ -92,19 +92,8 @@ def read_sampling(arguments: Namespace, manifest: Manifest, *, batches: bool = F
 
     batches: whether there may be a negative caption for every latent of a file, or only one.
     """
-    negative = None
-    if arguments.negative is not None:
-        if arguments.negative.is_dir():
-            raise PidRuntimeError(
-                f"expected a file for --negative, but {arguments.negative} is a folder; give a "
-                "file made by pid-caption"
-            )
-        negative = open_negative_file(arguments.negative).read()
-        if len(negative) > 1 and not batches:
-            raise PidRuntimeError(
-                f"expected one negative caption in {arguments.negative}, as pictures are decoded "
-                f"one by one, but got {len(negative)}; save one alone"
-            )
+    path = arguments.negative
+    negative = None if path is None else read_negative(path, batches=batches)
     sampling = Sampling(
         arguments.steps,
         arguments.times,
@@ -119,6 +108,25 @@ def read_sampling(arguments: Namespace, manifest: Manifest, *, batches: bool = F
     if sampling.overlap is not None and sampling.tile is None:
         raise PidRuntimeError("expected --tile with --overlap, but got none; add --tile auto")
     return sampling
+
+
+def read_negative(path: Path, *, batches: bool = False) -> NDArray[np.float32]:
+    """The negative caption of --negative, `[1, T, D]`, or with `batches` `[B, T, D]`.
+
+    Raises `PidRuntimeError` for what is no file of one.
+    """
+    if path.is_dir():
+        raise PidRuntimeError(
+            f"expected a file for --negative, but {path} is a folder; give a file made by "
+            "pid-caption"
+        )
+    negative = open_negative_file(path).read()
+    if len(negative) > 1 and not batches:
+        raise PidRuntimeError(
+            f"expected one negative caption in {path}, as pictures are decoded one by one, but "
+            f"got {len(negative)}; save one alone"
+        )
+    return negative
 
 
 def _times(text: str) -> tuple[float, ...]:
