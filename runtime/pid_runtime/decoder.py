@@ -16,7 +16,7 @@ from PIL import Image
 from pid_runtime.advice import advice
 from pid_runtime.backends.choice import choose_graphs, device_name
 from pid_runtime.backends.graphs import LoadedGraphs
-from pid_runtime.backends.memory import Block, all_finite
+from pid_runtime.backends.memory import Block
 from pid_runtime.bundle.folder import check_files, read_constants, read_manifest
 from pid_runtime.bundle.manifest import Manifest
 from pid_runtime.bundle.sizes import Sizes
@@ -385,7 +385,8 @@ class Decoder:
             tile=tile,
             overlap=overlap,
         )
-        return plan_of(self._as_run, self._together(request), self.graphs.bucket_for)
+        on_device = self._blends and self.device != "cpu"
+        return plan_of(self._as_run, self._together(request), self.graphs.bucket_for, on_device)
 
     def _run_in_memory(
         self, request: Request, output: str, dlpack: bool, progress: Progress | None
@@ -393,9 +394,10 @@ class Decoder:
         """Decode a request, in smaller tiles where it may choose and memory is short."""
         request = self._together(request)
         self._tell(request)
+        state_on_host = not self._blends
         while True:
             try:
-                return self._run(request, output, dlpack, progress)
+                return self._run(request, output, dlpack, progress, state_on_host)
             except Exception as error:
                 reason = memory_shortage(error)
                 if reason is None or isinstance(error, PidRuntimeError):
@@ -403,6 +405,10 @@ class Decoder:
                 self._program = self._block = None
                 if request.branches_at_once:
                     request = replace(request, branches_at_once=False)
+                    continue
+                if not request.is_plain and not state_on_host and self.device != "cpu":
+                    _log.info("Keeping the state on the host: the device has %s", reason)
+                    state_on_host = True
                     continue
                 smaller = smaller_tiles(self.manifest, request)
                 if smaller is None or not request.is_automatic:
@@ -412,6 +418,11 @@ class Decoder:
                 self._canvas = None
             request = smaller
             self._tell(request)
+
+    @property
+    def _blends(self) -> bool:
+        """Whether the state of a decode that is not plain can lie in the decoder's memory."""
+        return self.memory.blending is not None
 
     def _together(self, request: Request) -> Request:
         """The same decode with its branches as one batch, where that may gain.
@@ -470,8 +481,7 @@ class Decoder:
         there is none.
         """
         if self._canvas is not None:
-            state = self._canvas.state
-            return state.reshape(len(state), -1, state.shape[3] * state.shape[4], 3).copy()
+            return self._canvas.state()
         if self._program is None or not self._state_in_arena:
             ended = (
                 ", but the last one was in tiles or with guidance and has ended; read it in a "
@@ -498,11 +508,19 @@ class Decoder:
         spread = spread_warning(self.manifest, request.latent)
         return lines if spread is None else [*lines, spread]
 
-    def _run(self, request: Request, output: str, dlpack: bool, progress: Progress | None) -> Any:
-        """Decode a request."""
+    def _run(
+        self,
+        request: Request,
+        output: str,
+        dlpack: bool,
+        progress: Progress | None,
+        state_on_host: bool,
+    ) -> Any:
+        """Decode a request. state_on_host: where that is of a decode that is not plain."""
         self._state_in_arena = False
         memory, program = self.memory, self._bind(request.program_sizes)
-        self._canvas = None if request.is_plain else Canvas(program, request)
+        if not request.is_plain:
+            self._canvas = Canvas(program, request, on_host=state_on_host)
         self._state_in_arena = self._canvas is None
         self._denoise(program, request, progress)
         if not self._is_finite(program):
@@ -538,7 +556,7 @@ class Decoder:
         """Whether the state has neither NaN nor infinity."""
         if self._canvas is None:
             return self.memory.is_finite(program.buffer("state"))
-        return all_finite(self._canvas.state)
+        return self._canvas.is_finite
 
     def _first_not_finite(self, program: Program, request: Request) -> str:
         """What to say of NaN or infinity: the decode runs again, and every step is looked at."""

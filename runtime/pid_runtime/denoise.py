@@ -3,20 +3,21 @@
 A plain decode, of one tile and one branch, is the program's own: its update makes the next state
 in the arena. In tiles, with guidance or by a rule that looks back, the program's update gives the
 clean image x0 = x - t v of every call instead; these are blended, and the next state is mixed
-of them on the host. That is the same picture, as every rule is affine in the velocity and the
+of them (`Blending`). That is the same picture, as every rule is affine in the velocity and the
 weights of tiles, and those of branches, sum to one.
 """
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from pid_runtime.backends.memory import as_array
+from pid_runtime.backends.memory import Block, HostMemory, Memory, Tensor, as_array
 from pid_runtime.bundle.manifest import Noise
 from pid_runtime.interpreter import Program
-from pid_runtime.noise import standard_normal
 from pid_runtime.request import Branch, Request
 from pid_runtime.tiles import Axis
 
@@ -24,6 +25,11 @@ Report = Callable[[], None]
 """Called after every call of the network."""
 
 Floats = NDArray[np.float32]
+
+FLOAT_BYTES = 4
+
+NOISE_VALUES = 1 << 20
+"""Of a draw that are made, and used, at once."""
 
 
 def denoise_in_arena(program: Program, request: Request, report: Report) -> None:
@@ -51,83 +57,166 @@ def denoise_in_arena(program: Program, request: Request, report: Report) -> None
         report()
 
 
-class Canvas:
-    """The state of a decode on the host, and how its steps are made of calls of the program."""
+@dataclass(frozen=True)
+class _Field:
+    """Values of a decode's tokens, in memory."""
 
-    def __init__(self, program: Program, request: Request) -> None:
-        """`program` is bound to `request.program_sizes`."""
+    block: Block
+    shape: tuple[int, ...]
+    """`[B, rows, columns, P, P, 3]`."""
+
+
+class Canvas:
+    """The state of a decode, and how its steps are made of calls of the program.
+
+    It lies in the program's memory, or on the host.
+    """
+
+    def __init__(self, program: Program, request: Request, *, on_host: bool) -> None:
+        """`program` is bound to `request.program_sizes`.
+
+        on_host: keep the state on the host, as for memory that cannot blend. Raises what the
+        memory raises when there is too little.
+        """
         self._program, self._request = program, request
+        self._is_near = not on_host
+        self._memory: Memory = HostMemory() if on_host else program.memory
+        if self._memory.blending is None:
+            raise AssertionError("this memory cannot blend")
+        self._blending = self._memory.blending
         sizes, tiling = request.sizes, request.tiling
         self._patch = sizes.value("H") // sizes.value("Hs")
         self._per_latent = sizes.value("Hs") // sizes.value("h")
-        shape = (*sizes.shape(("B", "Hs", "Ws")), self._patch, self._patch, 3)
-        self.state: Floats = np.empty(shape, np.float32)
-        """`[B, Hs, Ws, P, P, 3]`: the picture's tokens, row by row those of the next step."""
-        looks_back = request.schedule.looks_back
-        self._before: Floats | None = np.empty(shape, np.float32) if looks_back else None
-        self._mixes = request.schedule.mixes
-        self._latent = as_array(request.latent)
         if tiling is None:
             height, width = sizes.shape(("h", "w"))
             self._rows, self._columns = Axis(height, height, (0,)), Axis(width, width, (0,))
         else:
             self._rows, self._columns = tiling.rows, tiling.columns
-        self._down_weights = self._weights(self._rows)
-        self._across_weights = self._weights(self._columns)
+        self._mixes = request.schedule.mixes
+        self._latent = as_array(request.latent)
+        rows = sizes.value("Hs")
+        self._state = self._new_field(rows)
+        self._before = self._new_field(rows) if request.schedule.looks_back else None
+        self._ring = self._new_field(self._tokens(self._rows.tile))
+        values = sizes.value("B") * self._row_values
+        self._noise = self._new_field(min(rows, max(1, NOISE_VALUES // values)))
+        tile = sizes.value("B"), *map(self._tokens, (self._rows.tile, self._columns.tile))
+        self._tile_shape = *tile, self._patch, self._patch, 3
+        self._aside: Tensor = None if self._is_near else self._new(self._tile_shape)
+        self._down_weights = [self._kept(each) for each in self._weights(self._rows)]
+        across = self._weights(self._columns)
+        self._across_weights = [
+            [self._kept(each * np.float32(branch.weight)) for each in across]
+            for branch in request.branches
+        ]
 
     def denoise(self, report: Report) -> None:
         """Run all steps."""
         program, request = self._program, self._request
         groups, is_one = request.groups, request.tiling is None
-        last = len(self._columns.starts) - 1, request.branches[-1]
+        last_branch, last_column = len(request.branches) - 1, len(self._columns.starts) - 1
         _write(program, request, request.schedule.predictions)
         _compute_times(program, request)
-        for row, values in enumerate(self._noise(0)):
-            self.state[:, row] = values
+        self._memory.fill_zero(self._whole(self._ring))
+        given = self._given_noise(0)
+        for begin, count in self._parts(0, self._state.shape[1]):
+            self._fill_noise(self._state, begin, given, 0, begin, count)
         for step, row in enumerate(request.schedule.rows):
-            strip, noise = self._new_strip(), self._noise(step + 1)
+            given = self._given_noise(step + 1) if self._mixes[step][-1] else None
             for down in range(len(self._rows.starts)):
                 for across in range(len(self._columns.starts)):
                     if step == 0 or not is_one:
                         self._take_in_latent(down, across)
+                    branch = 0
                     for group in groups:
                         if len(groups) > 1 or step == down == across == 0:
                             self._take_in_captions(group)
-                        cleans = np.split(self._run(down, across, row, step), len(group))
-                        for branch, clean in zip(group, cleans, strict=True):
-                            self._add(strip, clean, branch.weight, down, across)
-                            if across != last[0] or branch is not last[1]:
+                        self._run(down, across, row, step, len(group))
+                        for place in range(len(group)):
+                            self._add(place, branch, down, across)
+                            if across != last_column or branch != last_branch:
                                 report()
-                self._update(step, strip, down, noise)
+                            branch += 1
+                self._update(step, down, given)
                 report()
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether the state has neither NaN nor infinity."""
+        return self._memory.is_finite(self._whole(self._state))
+
+    def state(self) -> Floats:
+        """A copy of the picture's tokens `[B, Hs * Ws, P * P, 3]`, row by row."""
+        batch, rows, columns, patch, *_ = self._state.shape
+        state = self._memory.read(self._whole(self._state))
+        return state.reshape(batch, rows * columns, patch * patch, 3)
 
     def image(self) -> Floats:
         """The state as images, float32 `[B, 3, H, W]`, clamped to [-1, 1]."""
-        batch, rows, columns, patch, _, _ = self.state.shape
+        batch, rows, columns, patch, *_ = self._state.shape
         image = np.empty((batch, 3, rows * patch, columns * patch), np.float32)
-        for row in range(rows):
-            pixels = self.state[:, row].transpose(0, 4, 2, 1, 3)  # (B, 3, P, Ws, P)
-            part = image[:, :, row * patch : (row + 1) * patch]
+        for index, row, values in self._state_rows():
+            pixels = values.transpose(3, 1, 0, 2)  # (3, P, Ws, P)
+            part = image[index, :, row * patch : (row + 1) * patch]
             np.clip(pixels.reshape(part.shape), -1, 1, out=part)
         return image
 
     def image_bytes(self) -> NDArray[np.uint8]:
         """The state as images, uint8 `[B, H, W, 3]`."""
-        batch, rows, columns, patch, _, _ = self.state.shape
+        batch, rows, columns, patch, *_ = self._state.shape
         image = np.empty((batch, rows * patch, columns * patch, 3), np.uint8)
-        for row in range(rows):
-            pixels = np.clip(self.state[:, row].transpose(0, 2, 1, 3, 4), -1, 1)  # (B, P, Ws, P, 3)
-            part = image[:, row * patch : (row + 1) * patch]
+        for index, row, values in self._state_rows():
+            pixels = np.clip(values.transpose(1, 0, 2, 3), -1, 1)  # (P, Ws, P, 3)
+            part = image[index, row * patch : (row + 1) * patch]
             part[...] = np.rint((pixels + np.float32(1)) * np.float32(127.5)).reshape(part.shape)
         return image
 
     def _tokens(self, length: int) -> int:
         return length * self._per_latent
 
-    def _new_strip(self) -> Floats:
-        """Where a row of tiles is blended: zeros, of the tiles' height and the picture's width."""
-        batch, _, *others = self.state.shape
-        return np.zeros((batch, self._tokens(self._rows.tile), *others), np.float32)
+    @property
+    def _row_values(self) -> int:
+        """Of an image."""
+        return self._request.sizes.value("Ws") * self._patch**2 * 3
+
+    def _new(self, shape: tuple[int, ...]) -> Tensor:
+        block = self._memory.allocate(math.prod(shape) * FLOAT_BYTES)
+        return self._memory.tensor(block, 0, "float32", shape)
+
+    def _kept(self, values: Floats) -> Tensor:
+        """The same in the state's memory."""
+        tensor = self._new(values.shape)
+        self._memory.write(tensor, values)
+        return tensor
+
+    def _new_field(self, rows: int) -> _Field:
+        batch, columns = self._request.sizes.shape(("B", "Ws"))
+        shape = batch, rows, columns, self._patch, self._patch, 3
+        return _Field(self._memory.allocate(math.prod(shape) * FLOAT_BYTES), shape)
+
+    def _whole(self, field: _Field) -> Tensor:
+        return self._memory.tensor(field.block, 0, "float32", field.shape)
+
+    def _part(self, field: _Field, image: int, row: int, rows: int) -> Tensor:
+        """Rows of an image, `[rows, columns, P, P, 3]`."""
+        offset = (image * field.shape[1] + row) * self._row_values * FLOAT_BYTES
+        shape = rows, *field.shape[2:]
+        return self._memory.tensor(field.block, offset, "float32", shape)
+
+    def _parts(self, begin: int, end: int) -> Iterator[tuple[int, int]]:
+        """Rows that are worked on at once: where they begin, and how many they are."""
+        most = self._noise.shape[1]
+        for row in range(begin, end, most):
+            yield row, min(most, end - row)
+
+    def _state_rows(self) -> Iterator[tuple[int, int, Floats]]:
+        """Every row of every image on the host: image, row, and values `[Ws, P, P, 3]`."""
+        batch, rows, *_ = self._state.shape
+        for image in range(batch):
+            for begin, count in self._parts(0, rows):
+                part = self._part(self._state, image, begin, count)
+                for row, values in enumerate(self._memory.read(part), begin):
+                    yield image, row, values
 
     def _weights(self, axis: Axis) -> list[Floats]:
         """Of every tile along an axis, `[tokens, P]`."""
@@ -147,68 +236,75 @@ class Canvas:
         _write_captions(self._program, group)
         self._program.refresh("caption")
 
-    def _run(self, down: int, across: int, row: int, step: int) -> Floats:
-        """The clean images that the network sees in a tile, `[B, hs, ws, P, P, 3]`.
+    def _tile_of(self, place: int) -> Tensor:
+        """The program's state as a tile, for one branch of a group."""
+        first = place * self._tile_shape[0]
+        return self._program.image_part("state", first, self._tile_shape[0], self._tile_shape[1:])
 
-        Those of the next branch of the group follow.
-        """
-        top, left = (
+    def _run(self, down: int, across: int, row: int, step: int, group: int) -> None:
+        """Let the program's state be the clean images that the network sees in a tile."""
+        program, state = self._program, self._whole(self._state)
+        top, left = map(self._tokens, (self._rows.starts[down], self._columns.starts[across]))
+        if not self._is_near:
+            self._blending.take(state, self._aside, top, left)
+        for place in range(group):
+            if self._is_near:
+                self._blending.take(state, self._tile_of(place), top, left)
+            else:
+                program.memory.write(self._tile_of(place), self._aside)
+        program.run("step", row, step, _no_noise)
+
+    def _add(self, place: int, branch: int, down: int, across: int) -> None:
+        """Add what the program made of a branch of a group, weighted, to its row of tiles."""
+        tile = self._tile_of(place)
+        if not self._is_near:
+            self._memory.write(self._aside, self._program.memory.read(tile))
+            tile = self._aside
+        self._blending.add(
+            self._whole(self._ring),
+            tile,
+            self._down_weights[down],
+            self._across_weights[branch][across],
             self._tokens(self._rows.starts[down]),
             self._tokens(self._columns.starts[across]),
         )
-        height, width = self._tokens(self._rows.tile), self._tokens(self._columns.tile)
-        part = self.state[:, top : top + height, left : left + width]
-        program = self._program
-        _write_for_group(program, "state", part)
-        program.run("step", row, step, _no_noise)
-        return program.memory.read(program.buffer("state")).reshape(-1, *part.shape[1:])
 
-    def _add(self, strip: Floats, clean: Floats, weight: float, down: int, across: int) -> None:
-        """Add a tile's clean image, weighted, to its row of tiles."""
-        horizontal = self._across_weights[across] * np.float32(weight)
-        clean *= self._down_weights[down][:, None, :, None, None]
-        clean *= horizontal[None, :, None, :, None]
-        left = self._tokens(self._columns.starts[across])
-        strip[:, :, left : left + clean.shape[2]] += clean
-
-    def _update(self, step: int, strip: Floats, down: int, fresh: Iterator[Floats]) -> None:
-        """Make the next state of the rows that no later tile touches; fresh: their noise."""
-        starts = self._rows.starts
+    def _update(self, step: int, down: int, given: NDArray[Any] | None) -> None:
+        """Make the next state of the rows that no later tile touches."""
+        starts, factors = self._rows.starts, self._mixes[step]
         is_last = down + 1 == len(starts)
-        begin = self._tokens(starts[down])
         end = self._tokens(self._rows.size if is_last else starts[down + 1])
-        state, clean, before, noise = self._mixes[step]
-        for row in range(begin, end):
-            values = strip[:, row - begin]
-            mixed = state * self.state[:, row] + clean * values
-            if self._before is not None:
-                if before:
-                    mixed += before * self._before[:, row]
-                self._before[:, row] = values
-            if noise:
-                mixed += noise * next(fresh)
-            self.state[:, row] = mixed
-        done = end - begin
-        strip[:, : strip.shape[1] - done] = strip[:, done:]
-        strip[:, strip.shape[1] - done :] = 0
+        for row, rows in self._parts(self._tokens(starts[down]), end):
+            if factors[-1]:
+                self._fill_noise(self._noise, 0, given, step + 1, row, rows)
+            self._blending.mix(
+                self._whole(self._state),
+                self._whole(self._ring),
+                None if self._before is None else self._whole(self._before),
+                self._whole(self._noise) if factors[-1] else None,
+                factors,
+                row,
+                rows,
+            )
 
-    def _noise(self, draw: int) -> Iterator[Floats]:
-        """The rows of tokens of a draw, `[B, Ws, P, P, 3]`, one after another."""
-        _, rows, columns, patch, _, _ = self.state.shape
-        count = columns * patch * patch * 3
+    def _given_noise(self, draw: int) -> NDArray[Any] | None:
         given = self._request.noises[draw]
-        image = None if given is None else as_array(given)
-        for row in range(rows):
-            if image is None:
-                drawn = [
-                    standard_normal(seed, draw, count, start=row * count)
-                    for seed in self._request.seeds
-                ]
-                yield np.stack(drawn).reshape(-1, columns, patch, patch, 3)
-            else:
-                part = image[:, :, row * patch : (row + 1) * patch]
-                pixels = part.reshape(len(part), 3, patch, columns, patch)
-                yield pixels.transpose(0, 3, 2, 4, 1)
+        return None if given is None else as_array(given)
+
+    def _fill_noise(
+        self, field: _Field, at: int, given: NDArray[Any] | None, draw: int, row: int, rows: int
+    ) -> None:
+        """Put rows of a draw's tokens into a field, from its row `at` on."""
+        for image, seed in enumerate(self._request.seeds):
+            part = self._part(field, image, at, rows)
+            if given is None:
+                start = row * self._row_values
+                self._memory.fill_normal(part, seed, draw, start)
+                continue
+            pixels = given[image, :, row * self._patch : (row + rows) * self._patch]
+            pixels = pixels.reshape(3, rows, self._patch, -1, self._patch)
+            tokens = pixels.transpose(1, 3, 2, 4, 0)
+            self._memory.write(part, np.ascontiguousarray(tokens))
 
 
 def _no_noise(bound: Program, instruction: Noise, _draw: int) -> None:
@@ -255,9 +351,14 @@ def _padded(values: Floats, rows: int) -> Floats:
     return full
 
 
-def kept_bytes(request: Request) -> int:
-    """Bytes on the host of a decode that is not plain: states, a row of tiles, and the image."""
+def state_bytes(request: Request) -> int:
+    """Of a decode that is not plain, wherever its state lies: states, and a row of tiles."""
     values = 3 * math.prod(request.sizes.shape(("B", "H", "W")))
     states = 2 if request.schedule.looks_back else 1
     height = request.program_sizes.value("H") / request.sizes.value("H")
-    return int(values * (4 * (states + height) + 1))
+    return int(values * FLOAT_BYTES * (states + height))
+
+
+def image_bytes(request: Request) -> int:
+    """Of a decode's image in 8 bits, on the host."""
+    return 3 * math.prod(request.sizes.shape(("B", "H", "W")))

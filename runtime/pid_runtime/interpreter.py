@@ -79,9 +79,14 @@ class Program:
         buffer = self.manifest.buffers[name]
         return self._tensor(name, 0, self._sizes.shape(buffer.shape))
 
-    def image_part(self, name: str, image: int, count: int = 1) -> Tensor:
-        """The part `[count, ..]` of a buffer `[B, ..]` that belongs to images of the batch."""
-        _, *shape = self.sizes.shape(self.manifest.buffers[name].shape)
+    def image_part(
+        self, name: str, image: int, count: int = 1, shape: Sequence[int] | None = None
+    ) -> Tensor:
+        """The part `[count, ..]` of a buffer `[B, ..]` that belongs to images of the batch.
+
+        shape: of an image, instead of the buffer's.
+        """
+        shape = shape or self.sizes.shape(self.manifest.buffers[name].shape)[1:]
         return self._tensor(name, image * math.prod(shape), (count, *shape))
 
     def run(

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from pid_runtime.bundle.manifest import Bucket, Manifest
 from pid_runtime.bundle.sizes import Sizes
-from pid_runtime.denoise import kept_bytes
+from pid_runtime.denoise import image_bytes, state_bytes
 from pid_runtime.interpreter import Program
 from pid_runtime.request import Request
 from pid_runtime.tiles import described, pixels_per_latent_pixel
@@ -32,9 +32,9 @@ class Plan:
     tflop: float
     """10^12 floating-point operations, 2 for every multiply-add."""
     device_bytes: int
-    """Weights and arena; what graphs work in comes on top."""
+    """Weights, arena and the state where it lies there; what graphs work in comes on top."""
     host_bytes: int
-    """State and image where the host has them; 0 where the device has all."""
+    """Image, and state, where the host has them; 0 where the device has all."""
     reason: str | None
     """Why there are tiles; None where there are none."""
     text: str
@@ -42,9 +42,15 @@ class Plan:
 
 
 def plan_of(
-    manifest: Manifest, request: Request, bucket_for: Callable[[int], Bucket] | None = None
+    manifest: Manifest,
+    request: Request,
+    bucket_for: Callable[[int], Bucket] | None = None,
+    state_on_device: bool = False,
 ) -> Plan:
-    """The plan of a request. bucket_for: a backend's buckets; None for the bundle's own."""
+    """The plan of a request. bucket_for: a backend's buckets; None for the bundle's own.
+
+    state_on_device: where the state of decodes in tiles, or with guidance, is going to lie.
+    """
     sizes = request.program_sizes
     name, bucket = manifest.bucket_for(sizes.value("L"))
     if bucket_for is not None:
@@ -55,7 +61,13 @@ def plan_of(
     flop = _flop(manifest, request, sizes)
     weights = sum(graph.weights_bytes for graph in manifest.graphs.values())
     device_bytes = weights + Program.arena_bytes(bucket, sizes)
-    host_bytes = 0 if request.is_plain else kept_bytes(request)
+    host_bytes = 0
+    if not request.is_plain:
+        host_bytes = image_bytes(request)
+        if state_on_device:
+            device_bytes += state_bytes(request)
+        else:
+            host_bytes += state_bytes(request)
     width, height = request.sizes.value("W"), request.sizes.value("H")
     pieces = "whole" if tiling is None else described(tiling, side)
     guided = " and 2 branches" if branches > 1 else ""

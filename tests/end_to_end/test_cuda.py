@@ -4,6 +4,7 @@
 """
 
 import gc
+import math
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -17,6 +18,7 @@ from numpy.typing import NDArray
 from pid_export import verify_cli
 from pid_runtime.backends import device as cuda_device
 from pid_runtime.backends.device import CudaDevice
+from pid_runtime.backends.memory import HostMemory
 from pid_runtime.decoder import Bundle, Decoder
 from pid_runtime.noise import standard_normal
 from places import GOLDEN
@@ -102,9 +104,34 @@ def test_noise_is_the_host_s(device: CudaDevice, seed: int, draw: int) -> None:
     tensor = device.tensor(device.allocate(4 * count), 0, "float32", (count,))
     device.fill_zero(tensor)
     device.fill_normal(tensor, seed, draw)
-    assert device._kernel, "install nvidia-cuda-nvrtc"
+    assert device.blending, "the driver refuses kernels.ptx"
     expected = standard_normal(seed, draw, count)
     np.testing.assert_allclose(device.read(tensor), expected, rtol=0, atol=2e-6)
+
+
+def test_tiles_are_blended_as_on_the_host(device: CudaDevice) -> None:
+    """To the bit: `tests/runtime/backends/test_kernels.py` looks closer, at the kernels' source."""
+    shapes = {"state": 11, "ring": 5, "before": 11, "noise": 4}
+    found: list[list[Floats]] = []
+    for memory in (HostMemory(), device):
+
+        def new(seed: int, *shape: int, memory: Any = memory) -> Any:
+            tensor = memory.tensor(memory.allocate(4 * math.prod(shape)), 0, "float32", shape)
+            memory.write(tensor, normal(*shape, seed=seed))
+            return tensor
+
+        state, ring, before, noise = (
+            new(seed, 2, rows, 9, 16, 16, 3) for seed, rows in enumerate(shapes.values())
+        )
+        tile, down, across = new(4, 2, 5, 6, 16, 16, 3), new(5, 5, 16), new(6, 6, 16)
+        blending = memory.blending
+        assert blending is not None, "the driver refuses kernels.ptx"
+        blending.add(ring, tile, down, across, 4, 3)
+        blending.take(state, tile, 6, 3)
+        blending.mix(state, ring, before, noise, (0.3, 0.7, -0.2, 0.9), 3, 4)
+        found.append([memory.read(each) for each in (state, ring, before, tile)])
+    for ours, theirs in zip(*found, strict=True):
+        np.testing.assert_array_equal(ours, theirs)
 
 
 def test_captured_calls_run_when_replayed(device: CudaDevice) -> None:

@@ -162,7 +162,7 @@ def test_noise_is_made_on_the_gpu(decoder: Decoder, built: Built) -> None:
         device.fill_normal(tensor, seed, draw)
         expected = standard_normal(seed, draw, 100_001)
         np.testing.assert_allclose(device.read(tensor), expected, rtol=0, atol=1e-6)
-    assert device._kernel, "install nvidia-cuda-nvrtc"
+    assert device.blending, "the driver refuses kernels.ptx"
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="torch has no CUDA here")

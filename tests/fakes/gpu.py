@@ -19,12 +19,13 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
+from fakes import kernels
 from fakes.engines import VERSION
 from pid_runtime.backends.dlpack import CPU, RawTensor
+from pid_runtime.backends.kernels import PTX
 from pid_runtime.backends.torch import LoadedStages, TorchGraphs
 from pid_runtime.bundle.folder import read_manifest
 from pid_runtime.bundle.manifest import Manifest
-from pid_runtime.noise import standard_normal
 
 Operation = Callable[[bool], object]
 """What a stream does; called with whether it is replayed."""
@@ -46,7 +47,8 @@ class Gpu:
     driver: int = 13020
     devices: int = 1
     has_driver: bool = True
-    has_nvrtc: bool = True
+    takes_kernels: bool = True
+    """Whether the driver reads our kernels' PTX."""
     captures: bool = True
     """Whether a stream can be captured while TensorRT runs on it."""
     capturable: bool = True
@@ -189,10 +191,6 @@ class FakeBuffer:
         pass
 
 
-class FakeKernel:
-    pass
-
-
 class FakeStridedMemoryView:
     @classmethod
     def from_dlpack(cls, obj: Any, stream_ptr: int) -> SimpleNamespace:
@@ -267,25 +265,16 @@ def fake_cuda(gpu: Gpu) -> dict[str, Any]:
             buffer.memory = memory  # type: ignore[attr-defined]
             return buffer
 
-    class FakeProgram:
-        def __init__(self, code: str, code_type: str, options: Any) -> None:
-            assert "pid_standard_normal" in code and code_type == "c++"
-            assert options.arch == f"sm_{gpu.capability[0]}{gpu.capability[1]}"
+    def from_ptx(module: bytes) -> SimpleNamespace:
+        assert module == PTX.read_bytes()
+        gpu.require_context()
+        if not gpu.takes_kernels:
+            raise Refused("CUDA_ERROR_UNSUPPORTED_PTX_VERSION\nat all")
+        return SimpleNamespace(get_kernel=lambda name: name)
 
-        def compile(self, target_type: str) -> SimpleNamespace:
-            if not gpu.has_nvrtc:
-                raise Refused("no nvrtc\nat all")
-            return SimpleNamespace(get_kernel=lambda name: FakeKernel())
-
-    def launch(stream: FakeStream, config: Any, kernel: FakeKernel, *arguments: Any) -> None:
-        address, count, seed, draw = arguments
-        kinds = [type(argument) for argument in arguments]
-        assert kinds == [np.uint64, np.uint64, np.uint64, np.uint32]
-        assert (config.grid - 1) * config.block * 4 < count <= config.grid * config.block * 4
-        raw = (ctypes.c_float * int(count)).from_address(int(address))
-        out = np.frombuffer(memoryview(raw), np.float32)
-        gpu.events.append("noise")
-        stream.enqueue(lambda _: standard_normal(int(seed), int(draw), int(count), out=out))
+    def launch(stream: FakeStream, config: Any, kernel: str, *arguments: Any) -> None:
+        gpu.events.append(kernel)
+        stream.enqueue(lambda _: kernels.run(kernel, config.grid, config.block, *arguments))
 
     driver = SimpleNamespace(
         CUresult=CUresult,
@@ -301,12 +290,10 @@ def fake_cuda(gpu: Gpu) -> dict[str, Any]:
         Buffer=FakeBuffer,
         LegacyPinnedMemoryResource=FakePinned,
         LaunchConfig=SimpleNamespace,
-        Program=FakeProgram,
-        ProgramOptions=SimpleNamespace,
+        ObjectCode=SimpleNamespace(from_ptx=from_ptx),
         launch=launch,
         utils=SimpleNamespace(StridedMemoryView=FakeStridedMemoryView),
     )
-    core.ProgramOptions = lambda arch: SimpleNamespace(arch=arch)
 
     class Annotate:
         def __init__(self, message: str, domain: str) -> None:

@@ -17,7 +17,7 @@ from pid_runtime.bundle.folder import read_manifest
 from pid_runtime.bundle.manifest import FlowShift
 from pid_runtime.bundle.sizes import Sizes
 from pid_runtime.decoder import Decoder
-from pid_runtime.denoise import kept_bytes
+from pid_runtime.denoise import image_bytes, state_bytes
 from pid_runtime.errors import NotFiniteError, OutOfMemoryError, PidRuntimeError
 from pid_runtime.interpreter import Program
 from pid_runtime.noise import image_noise
@@ -262,11 +262,12 @@ def test_auto_takes_smaller_tiles_where_memory_is_short(
     assert got.shape == (1, 3, 384, 384)
 
 
-def test_kept_bytes(golden_bundle: Path) -> None:
+def test_state_bytes(golden_bundle: Path) -> None:
     manifest = read_manifest(golden_bundle, verify=False)
     request = check_request(manifest, LATENT[:1], CAPTION[:1], **TILES)
     state = 4 * 3 * 160 * 192
-    assert kept_bytes(request) == int(state * (1 + 96 / 160) + state / 4)
+    assert state_bytes(request) == int(state * (1 + 96 / 160))
+    assert image_bytes(request) == state / 4
 
 
 # Guidance

@@ -63,6 +63,7 @@ void Decoder::decode(Request request, pid_dtype output, const Target& target,
     if (log_)
         advise(request);
     take_together(request);
+    state_on_host_ = memory_.blending() == nullptr;
     while (true) {
         tell_tiles(request);
         try {
@@ -93,6 +94,11 @@ void Decoder::take_less(Request& request, const char* reason) {
     arena_bytes_ = 0;
     if (request.branches_at_once) {
         request.branches_at_once = false;
+        return;
+    }
+    if (!request.is_plain() && !state_on_host_ && memory_.device()) {
+        note(log_, "Keeping the state on the host: the device has ", reason);
+        state_on_host_ = true;
         return;
     }
     std::optional<Tiling> smaller = smaller_tiles(manifest(), request);
@@ -155,7 +161,7 @@ void Decoder::run(const Request& request, pid_dtype output, const Target& target
     state_in_arena_ = false;
     Program& program = bind(request.program_sizes());
     if (!request.is_plain())
-        canvas_.emplace(program, request);
+        canvas_.emplace(program, request, state_on_host_);
     state_in_arena_ = !canvas_;
     end_of(timings.prepare_ms);
     denoise(program, request, progress, [&] { end_of(timings.prologue_ms); });
@@ -193,8 +199,7 @@ void Decoder::denoise(Program& program, const Request& request, const Progress& 
 }
 
 bool Decoder::is_finite() {
-    return canvas_ ? all_finite(canvas_->state().data(), canvas_->state().size())
-                   : memory_.is_finite(program_->buffer("state"));
+    return canvas_ ? canvas_->is_finite() : memory_.is_finite(program_->buffer("state"));
 }
 
 std::size_t Decoder::first_not_finite(Program& program, const Request& request) {
@@ -228,7 +233,7 @@ void Decoder::give_images(Program& program, pid_dtype output, const Target& targ
         fill(target.data);
         return;
     }
-    const std::size_t count = canvas_->state().size();
+    const std::uint64_t count = count_of(canvas_->state_shape());
     const DType dtype = output == PID_UINT8 ? DType::uint8 : DType::float32;
     const Tensor on_device{
         static_cast<std::byte*>(target.data), dtype, {static_cast<std::int64_t>(count)}};
@@ -243,7 +248,8 @@ Plan Decoder::plan(std::int64_t height, std::int64_t width, std::int64_t batch,
     Request request = outline_request(manifest(), height, width, batch, params);
     take_together(request);
     const std::uint64_t tokens = request.program_sizes().value("L");
-    return plan_of(as_run(), request, &graphs_->bucket_for(tokens));
+    const bool on_device = memory_.device() && memory_.blending() != nullptr;
+    return plan_of(as_run(), request, &graphs_->bucket_for(tokens), on_device);
 }
 
 pid_timings Decoder::timings() const {
@@ -283,7 +289,7 @@ Shape Decoder::state_shape() const {
 
 void Decoder::read_state(float* values) {
     if (canvas_)
-        std::copy(canvas_->state().begin(), canvas_->state().end(), values);
+        canvas_->read_state(values);
     else
         memory_.read(program_->buffer("state"), values, PID_HOST);
 }

@@ -125,6 +125,7 @@ private:
     std::uint64_t arena_bytes_ = 0;
     std::optional<Program> program_;
     std::optional<Canvas> canvas_; // while a decode runs that is not plain
+    bool state_on_host_ = false;   // its state
     bool state_in_arena_ = false;
     std::optional<pid_timings> timings_;
 };

@@ -2,14 +2,14 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstring>
-
-#include "noise.h"
 
 namespace pid::core {
 namespace {
 
 using Updates = std::vector<std::array<float, 3>>;
+
+// Of a draw that are made, and used, at once.
+constexpr std::size_t noise_values = std::size_t{1} << 20;
 
 // Write rows of a buffer; those below are zero.
 void write_padded(const Program& program, const char* name, const void* values, std::size_t bytes) {
@@ -72,13 +72,6 @@ TileAxis whole(std::uint64_t size) {
     return {size, size, {0}};
 }
 
-std::vector<std::vector<float>> weights_of(const TileAxis& axis, std::size_t scale) {
-    std::vector<std::vector<float>> weights;
-    for (std::size_t index = 0; index < axis.starts.size(); ++index)
-        weights.push_back(axis.weights(index, scale));
-    return weights;
-}
-
 float clamped(float value) {
     return std::min(std::max(value, -1.0F), 1.0F);
 }
@@ -103,24 +96,93 @@ void denoise_in_arena(Program& program, const Request& request, const Listener& 
     }
 }
 
-Canvas::Canvas(Program& program, const Request& request)
+Canvas::Canvas(Program& program, const Request& request, bool on_host)
     : program_(program), request_(request),
+      memory_(on_host ? Memory(nullptr, program.memory().threads()) : program.memory()),
+      is_near_(!on_host), blending_(*memory_.blending()),
       rows_(request.tiling ? request.tiling->rows : whole(request.sizes.value("h"))),
       columns_(request.tiling ? request.tiling->columns : whole(request.sizes.value("w"))),
       batch_(request.sizes.value("B")), height_(request.sizes.value("Hs")),
       width_(request.sizes.value("Ws")), patch_(request.sizes.value("H") / height_),
       per_latent_(height_ / request.sizes.value("h")), token_(patch_ * patch_ * 3),
-      state_(batch_ * height_ * width_ * token_),
-      before_(request.schedule.rule == PID_DPMPP_2M ? state_.size() : 0),
-      strip_(batch_ * tokens(rows_.tile) * width_ * token_),
-      tiles_(request.group() * batch_ * tokens(rows_.tile) * tokens(columns_.tile) * token_),
-      down_weights_(weights_of(rows_, per_latent_ * patch_)),
-      across_weights_(weights_of(columns_, per_latent_ * patch_)), mixes_(request.schedule.mixes()),
-      latent_(on_host(request.latent, kept_latent_)), noise_(batch_ * width_ * token_) {}
+      state_(new_field(height_, width_)), before_(), ring_(new_field(tokens(rows_.tile), width_)),
+      noise_(new_field(
+          std::clamp<std::size_t>(noise_values / (batch_ * width_ * token_), 1, height_), width_)),
+      aside_(), mixes_(request.schedule.mixes()),
+      latent_(this->on_host(request.latent, kept_latent_)) {
+    if (request.schedule.rule == PID_DPMPP_2M)
+        before_ = new_field(height_, width_);
+    if (!is_near_)
+        aside_ = new_field(tokens(rows_.tile), tokens(columns_.tile));
+    for (std::size_t down = 0; down < rows_.starts.size(); ++down)
+        down_weights_.push_back(new_weights(rows_, down, 1));
+    for (const Branch& branch : request.branches) {
+        std::vector<Field>& across = across_weights_.emplace_back();
+        for (std::size_t index = 0; index < columns_.starts.size(); ++index)
+            across.push_back(new_weights(columns_, index, branch.weight));
+    }
+}
+
+Canvas::Field Canvas::new_field(std::size_t rows, std::size_t columns) {
+    const auto length = [](std::size_t size) { return static_cast<std::int64_t>(size); };
+    Tensor whole{
+        nullptr,
+        DType::float32,
+        {length(batch_), length(rows), length(columns), length(patch_), length(patch_), 3}};
+    Allocation memory = memory_.allocate(whole.bytes());
+    whole.address = memory.get();
+    return {std::move(memory), std::move(whole)};
+}
+
+Canvas::Field Canvas::new_weights(const TileAxis& axis, std::size_t index, double factor) {
+    std::vector<float> weights = axis.weights(index, per_latent_ * patch_);
+    for (float& each : weights)
+        each *= static_cast<float>(factor);
+    Tensor whole{nullptr, DType::float32, {static_cast<std::int64_t>(weights.size())}};
+    Allocation memory = memory_.allocate(whole.bytes());
+    whole.address = memory.get();
+    memory_.write(whole, weights.data(), PID_HOST);
+    return {std::move(memory), std::move(whole)};
+}
+
+Tensor Canvas::part(const Field& field, std::size_t image, std::size_t row, std::size_t rows) {
+    Shape shape = field.whole.shape;
+    shape[0] = 1;
+    shape[1] = static_cast<std::int64_t>(rows);
+    auto* address = reinterpret_cast<std::byte*>(row_of(field.whole, image, row));
+    return {address, DType::float32, std::move(shape)};
+}
+
+void Canvas::for_parts(std::size_t begin, std::size_t end,
+                       const std::function<void(std::size_t, std::size_t)>& work) const {
+    const std::size_t most = TokenLengths(noise_.whole).rows;
+    for (std::size_t row = begin; row < end; row += most)
+        work(row, std::min(most, end - row));
+}
+
+void Canvas::for_rows(const std::function<void(std::size_t, std::size_t, const float*)>& work) {
+    std::vector<float> values;
+    const std::size_t count = width_ * token_;
+    for (std::size_t image = 0; image < batch_; ++image)
+        for_parts(0, height_, [&](std::size_t begin, std::size_t rows) {
+            values.resize(rows * count);
+            memory_.read(part(state_, image, begin, rows), values.data(), PID_HOST);
+            for (std::size_t row = 0; row < rows; ++row)
+                work(image, begin + row, values.data() + row * count);
+        });
+}
 
 Shape Canvas::state_shape() const {
     return {static_cast<std::int64_t>(batch_), static_cast<std::int64_t>(height_ * width_),
             static_cast<std::int64_t>(patch_ * patch_), 3};
+}
+
+bool Canvas::is_finite() {
+    return memory_.is_finite(state_.whole);
+}
+
+void Canvas::read_state(float* values) {
+    memory_.read(state_.whole, values, PID_HOST);
 }
 
 void Canvas::denoise(const Listener& listener) {
@@ -128,17 +190,12 @@ void Canvas::denoise(const Listener& listener) {
     const std::size_t group = request_.group();
     write_inputs(program_, request_, request_.schedule.predictions());
     compute_times(program_, request_.schedule);
+    memory_.fill_zero(ring_.whole);
     begin_draw(0);
-    for (std::size_t row = 0; row < height_; ++row) {
-        draw_row(0, row);
-        const std::size_t count = width_ * token_;
-        for (std::size_t image = 0; image < batch_; ++image)
-            std::copy_n(noise_.data() + image * count, count,
-                        state_.data() + (image * height_ + row) * count);
-    }
+    for_parts(0, height_,
+              [&](std::size_t row, std::size_t rows) { draw_rows(state_, row, 0, row, rows); });
     listener.prologue_done();
     for (std::size_t step = 0; step < request_.schedule.steps(); ++step) {
-        std::fill(strip_.begin(), strip_.end(), 0.0F);
         if (mixes_[step][3] != 0)
             begin_draw(step + 1);
         for (std::size_t down = 0; down < rows_.starts.size(); ++down) {
@@ -147,14 +204,13 @@ void Canvas::denoise(const Listener& listener) {
                 if (step == 0 || request_.tiling)
                     take_in_latent(down, across);
                 for (std::size_t index = 0; index < branches.size(); ++index) {
-                    const std::size_t at = index % group;
-                    if (at == 0) {
+                    const std::size_t place = index % group;
+                    if (place == 0) {
                         if (branches.size() > group || is_first)
                             take_in_captions(index, group);
                         run(down, across, step);
                     }
-                    add(tiles_.data() + at * tiles_.size() / group, branches[index].weight, down,
-                        across);
+                    add(place, index, down, across);
                     if (across + 1 < columns_.starts.size() || index + 1 < branches.size())
                         listener.report();
                 }
@@ -165,30 +221,28 @@ void Canvas::denoise(const Listener& listener) {
     }
 }
 
-void Canvas::read_image(float* image) const {
+void Canvas::read_image(float* image) {
     const std::size_t columns = width_ * patch_, rows = height_ * patch_;
-    const float* value = state_.data();
-    for (std::size_t b = 0; b < batch_; ++b)
-        for (std::size_t row = 0; row < height_; ++row)
-            for (std::size_t column = 0; column < width_; ++column)
-                for (std::size_t y = row * patch_; y < (row + 1) * patch_; ++y)
-                    for (std::size_t x = column * patch_; x < (column + 1) * patch_; ++x)
-                        for (std::size_t channel = 0; channel < 3; ++channel)
-                            image[((b * 3 + channel) * rows + y) * columns + x] = clamped(*value++);
+    for_rows([&](std::size_t b, std::size_t row, const float* value) {
+        for (std::size_t column = 0; column < width_; ++column)
+            for (std::size_t y = row * patch_; y < (row + 1) * patch_; ++y)
+                for (std::size_t x = column * patch_; x < (column + 1) * patch_; ++x)
+                    for (std::size_t channel = 0; channel < 3; ++channel)
+                        image[((b * 3 + channel) * rows + y) * columns + x] = clamped(*value++);
+    });
 }
 
-void Canvas::read_image_bytes(std::uint8_t* image) const {
+void Canvas::read_image_bytes(std::uint8_t* image) {
     const std::size_t columns = width_ * patch_, rows = height_ * patch_;
-    const float* value = state_.data();
-    for (std::size_t b = 0; b < batch_; ++b)
-        for (std::size_t row = 0; row < height_; ++row)
-            for (std::size_t column = 0; column < width_; ++column)
-                for (std::size_t y = row * patch_; y < (row + 1) * patch_; ++y) {
-                    const std::size_t first = ((b * rows + y) * columns + column * patch_) * 3;
-                    for (std::size_t at = first; at < first + patch_ * 3; ++at)
-                        image[at] = static_cast<std::uint8_t>(
-                            std::nearbyint((clamped(*value++) + 1.0F) * 127.5F));
-                }
+    for_rows([&](std::size_t b, std::size_t row, const float* value) {
+        for (std::size_t column = 0; column < width_; ++column)
+            for (std::size_t y = row * patch_; y < (row + 1) * patch_; ++y) {
+                const std::size_t first = ((b * rows + y) * columns + column * patch_) * 3;
+                for (std::size_t at = first; at < first + patch_ * 3; ++at)
+                    image[at] = static_cast<std::uint8_t>(
+                        std::nearbyint((clamped(*value++) + 1.0F) * 127.5F));
+            }
+    });
 }
 
 // The part of the latent under a tile.
@@ -212,76 +266,53 @@ void Canvas::take_in_captions(std::size_t first, std::size_t count) {
     program_.refresh("caption");
 }
 
+Tensor Canvas::tile_of(std::size_t place) const {
+    Tensor tile = program_.image_part("state", place * batch_, batch_);
+    tile.shape = state_.whole.shape;
+    tile.shape[1] = static_cast<std::int64_t>(tokens(rows_.tile));
+    tile.shape[2] = static_cast<std::int64_t>(tokens(columns_.tile));
+    return tile;
+}
+
 void Canvas::run(std::size_t down, std::size_t across, std::size_t step) {
     const std::size_t top = tokens(rows_.starts[down]), left = tokens(columns_.starts[across]);
-    const std::size_t height = tokens(rows_.tile), count = tokens(columns_.tile) * token_;
-    for (std::size_t image = 0; image < batch_; ++image)
-        for (std::size_t row = 0; row < height; ++row)
-            std::copy_n(state_.data() + ((image * height_ + top + row) * width_ + left) * token_,
-                        count, tiles_.data() + (image * height + row) * count);
     Memory& memory = program_.memory();
-    write_for_group(program_, request_, "state", tiles_.data());
+    if (!is_near_)
+        blending_.take(state_.whole, aside_.whole, top, left);
+    for (std::size_t place = 0; place < request_.group(); ++place) {
+        if (is_near_)
+            blending_.take(state_.whole, tile_of(place), top, left);
+        else
+            memory.write(tile_of(place), aside_.whole.address, PID_HOST);
+    }
     program_.run("step", request_.schedule.rows[step], step, [&](const BoundNoise& noise) {
         // Its factor is zero, but it must not hold a NaN.
         memory.fill_zero(program_.buffer(noise.instruction.target));
     });
-    memory.read(program_.buffer("state"), tiles_.data(), PID_HOST);
 }
 
-void Canvas::add(const float* clean, double weight, std::size_t down, std::size_t across) {
-    const std::size_t height = tokens(rows_.tile), width = tokens(columns_.tile);
-    const std::size_t left = tokens(columns_.starts[across]);
-    std::vector<float> horizontal = across_weights_[across];
-    for (float& each : horizontal)
-        each *= static_cast<float>(weight);
-    for (std::size_t image = 0; image < batch_; ++image)
-        for (std::size_t row = 0; row < height; ++row) {
-            float* sum = strip_.data() + ((image * height + row) * width_ + left) * token_;
-            for (std::size_t column = 0; column < width; ++column)
-                for (std::size_t y = 0; y < patch_; ++y) {
-                    const float vertical = down_weights_[down][row * patch_ + y];
-                    for (std::size_t x = 0; x < patch_; ++x)
-                        for (std::size_t channel = 0; channel < 3; ++channel)
-                            *sum++ += *clean++ * vertical * horizontal[column * patch_ + x];
-                }
-        }
+void Canvas::add(std::size_t place, std::size_t branch, std::size_t down, std::size_t across) {
+    Tensor tile = tile_of(place);
+    if (!is_near_) {
+        program_.memory().read(tile, aside_.whole.address, PID_HOST);
+        tile = aside_.whole;
+    }
+    blending_.add(ring_.whole, tile, down_weights_[down].whole,
+                  across_weights_[branch][across].whole, tokens(rows_.starts[down]),
+                  tokens(columns_.starts[across]));
 }
 
 void Canvas::update(std::size_t step, std::size_t down) {
-    const std::size_t height = tokens(rows_.tile), count = width_ * token_;
     const std::size_t begin = tokens(rows_.starts[down]);
     const std::size_t end =
         down + 1 == rows_.starts.size() ? height_ : tokens(rows_.starts[down + 1]);
-    const auto [of_state, of_clean, of_before, of_noise] = mixes_[step];
-    for (std::size_t row = begin; row < end; ++row) {
-        if (of_noise != 0)
-            draw_row(step + 1, row);
-        for (std::size_t image = 0; image < batch_; ++image) {
-            const std::size_t at = (image * height_ + row) * count;
-            float* state = state_.data() + at;
-            const float* clean = strip_.data() + (image * height + row - begin) * count;
-            float* before = before_.empty() ? nullptr : before_.data() + at;
-            const float* noise = noise_.data() + image * count;
-            for (std::size_t i = 0; i < count; ++i) {
-                float mixed = of_state * state[i] + of_clean * clean[i];
-                if (before != nullptr) {
-                    if (of_before != 0)
-                        mixed += of_before * before[i];
-                    before[i] = clean[i];
-                }
-                if (of_noise != 0)
-                    mixed += of_noise * noise[i];
-                state[i] = mixed;
-            }
-        }
-    }
-    // What is left of the strip is the top of the next one.
-    const std::size_t done = (end - begin) * count, all = height * count;
-    for (std::size_t image = 0; image < batch_; ++image) {
-        float* strip = strip_.data() + image * all;
-        std::memmove(strip, strip + done, (all - done) * sizeof(float));
-        std::fill(strip + (all - done), strip + all, 0.0F);
-    }
+    const bool has_noise = mixes_[step][3] != 0;
+    for_parts(begin, end, [&](std::size_t row, std::size_t rows) {
+        if (has_noise)
+            draw_rows(noise_, 0, step + 1, row, rows);
+        blending_.mix(state_.whole, ring_.whole, before_.memory ? &before_.whole : nullptr,
+                      has_noise ? &noise_.whole : nullptr, mixes_[step], row, rows);
+    });
 }
 
 void Canvas::begin_draw(std::size_t draw) {
@@ -289,22 +320,28 @@ void Canvas::begin_draw(std::size_t draw) {
     given_noise_ = given.data == nullptr ? nullptr : on_host(given, kept_noise_);
 }
 
-void Canvas::draw_row(std::size_t draw, std::size_t row) {
-    const std::size_t count = width_ * token_;
-    if (given_noise_ == nullptr) {
-        for (std::size_t image = 0; image < batch_; ++image)
-            standard_normal(request_.seeds[image], static_cast<std::uint32_t>(draw), row * count,
-                            count, noise_.data() + image * count, program_.memory().threads());
-        return;
+void Canvas::draw_rows(const Field& field, std::size_t at, std::size_t draw, std::size_t row,
+                       std::size_t rows) {
+    const std::size_t columns = width_ * patch_, lines = height_ * patch_;
+    std::vector<float> given;
+    for (std::size_t image = 0; image < batch_; ++image) {
+        const Tensor target = part(field, image, at, rows);
+        if (given_noise_ == nullptr) {
+            memory_.fill_normal(target, request_.seeds[image], static_cast<std::uint32_t>(draw),
+                                row * width_ * token_);
+            continue;
+        }
+        given.resize(rows * width_ * token_);
+        float* value = given.data();
+        for (std::size_t line = row; line < row + rows; ++line)
+            for (std::size_t column = 0; column < width_; ++column)
+                for (std::size_t y = line * patch_; y < (line + 1) * patch_; ++y)
+                    for (std::size_t x = column * patch_; x < (column + 1) * patch_; ++x)
+                        for (std::size_t channel = 0; channel < 3; ++channel)
+                            *value++ =
+                                given_noise_[((image * 3 + channel) * lines + y) * columns + x];
+        memory_.write(target, given.data(), PID_HOST);
     }
-    const std::size_t columns = width_ * patch_, rows = height_ * patch_;
-    float* value = noise_.data();
-    for (std::size_t image = 0; image < batch_; ++image)
-        for (std::size_t column = 0; column < width_; ++column)
-            for (std::size_t y = row * patch_; y < (row + 1) * patch_; ++y)
-                for (std::size_t x = column * patch_; x < (column + 1) * patch_; ++x)
-                    for (std::size_t channel = 0; channel < 3; ++channel)
-                        *value++ = given_noise_[((image * 3 + channel) * rows + y) * columns + x];
 }
 
 const float* Canvas::on_host(const Input& input, std::vector<float>& kept) const {
@@ -317,14 +354,17 @@ const float* Canvas::on_host(const Input& input, std::vector<float>& kept) const
     return kept.data();
 }
 
-std::uint64_t kept_bytes(const Request& request) {
-    const Sizes& sizes = request.sizes;
-    const std::uint64_t values =
-        3 * product(product(sizes.value("B"), sizes.value("H")), sizes.value("W"));
+std::uint64_t state_bytes(const Request& request) {
     const double states = request.schedule.rule == PID_DPMPP_2M ? 2 : 1;
     const double strip = static_cast<double>(request.program_sizes().value("H")) /
-                         static_cast<double>(sizes.value("H"));
-    return static_cast<std::uint64_t>(static_cast<double>(values) * (4 * (states + strip) + 1));
+                         static_cast<double>(request.sizes.value("H"));
+    return static_cast<std::uint64_t>(static_cast<double>(image_bytes(request)) * sizeof(float) *
+                                      (states + strip));
+}
+
+std::uint64_t image_bytes(const Request& request) {
+    const Sizes& sizes = request.sizes;
+    return 3 * product(product(sizes.value("B"), sizes.value("H")), sizes.value("W"));
 }
 
 } // namespace pid::core

@@ -48,7 +48,7 @@ public:
 
     // A whole buffer.
     Tensor buffer(const std::string& name) const;
-    // The part [1, ..] of a buffer [B, ..] that belongs to one image of the batch.
+    // The part [count, ..] of a buffer [B, ..] that belongs to images of the batch.
     Tensor image_part(const std::string& name, std::uint64_t image, std::uint64_t count = 1) const;
 
     // Run a section of the program. row: of the sampler's times. noise: called for each noise

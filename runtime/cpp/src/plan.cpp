@@ -47,7 +47,8 @@ std::string in_gigabytes(std::uint64_t bytes) {
 
 } // namespace
 
-Plan plan_of(const Manifest& manifest, const Request& request, const Bucket* bucket) {
+Plan plan_of(const Manifest& manifest, const Request& request, const Bucket* bucket,
+             bool state_on_device) {
     const Sizes sizes = request.program_sizes();
     const auto& [name, own] = manifest.bucket_for(sizes.value("L"));
     Plan plan{};
@@ -65,7 +66,10 @@ Plan plan_of(const Manifest& manifest, const Request& request, const Bucket* buc
     for (const auto& [graph_name, graph] : manifest.graphs)
         plan.device_bytes += graph.weights_bytes;
     plan.device_bytes += Program::arena_bytes(bucket == nullptr ? own : *bucket, sizes);
-    plan.host_bytes = request.is_plain() ? 0 : kept_bytes(request);
+    if (!request.is_plain()) {
+        plan.host_bytes = image_bytes(request);
+        (state_on_device ? plan.device_bytes : plan.host_bytes) += state_bytes(request);
+    }
     std::string pieces = "whole";
     if (request.tiling) {
         plan.reason = request.tiling->reason;

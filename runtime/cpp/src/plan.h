@@ -28,9 +28,9 @@ struct Plan {
     std::int64_t calls;
     // 10^12 floating-point operations, 2 for every multiply-add.
     double tflop;
-    // Weights and arena; what graphs work in comes on top.
+    // Weights, arena and the state where it lies there; what graphs work in comes on top.
     std::uint64_t device_bytes;
-    // State and image where the host has them; 0 where the device has all.
+    // Image, and state, where the host has them; 0 where the device has all.
     std::uint64_t host_bytes;
     // Why there are tiles; none where there are none.
     std::optional<std::string> reason;
@@ -39,7 +39,8 @@ struct Plan {
 };
 
 // The plan of a request. bucket: what a backend decodes such tiles in; nullptr for the bundle's
-// own.
-Plan plan_of(const Manifest& manifest, const Request& request, const Bucket* bucket = nullptr);
+// own. state_on_device: where the state of decodes in tiles, or with guidance, is going to lie.
+Plan plan_of(const Manifest& manifest, const Request& request, const Bucket* bucket = nullptr,
+             bool state_on_device = false);
 
 } // namespace pid::core

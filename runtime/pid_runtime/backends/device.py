@@ -1,4 +1,4 @@
-"""One GPU through cuda-python: memory, copies, captured graphs and the noise kernel.
+"""One GPU through cuda-python: memory, copies, captured graphs and our kernels.
 
 Everything runs in the device's primary context, which the whole process shares, and on one stream
 per `CudaDevice`. Operations are enqueued; those that hand data to or take it from the host or
@@ -12,7 +12,6 @@ import importlib
 import logging
 import math
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,15 +19,13 @@ from numpy.typing import NDArray
 
 from pid_runtime.backends.dlpack import CUDA, RawTensor
 from pid_runtime.backends.graphs import Call
+from pid_runtime.backends.kernels import Kernels, load_kernels
 from pid_runtime.backends.memory import all_finite, as_array, as_bytes, from_bytes
 from pid_runtime.errors import PidRuntimeError
 from pid_runtime.noise import standard_normal
 
 STAGING_BYTES = 1 << 25
 """Pinned host memory that data passes through, in pieces of this size."""
-
-THREADS_PER_BLOCK = 256
-NORMALS_PER_THREAD = 4
 
 DLPACK_DEVICES = (2, 3, 13)
 """DLPack's types of memory that a copy on the device reads: CUDA, pinned, managed."""
@@ -87,13 +84,19 @@ class CudaDevice:
         """Its architecture, such as sm89."""
         self._stream: Any = None
         self._staging: Any = None
-        self._kernel: Any = None
+        self._kernels: Kernels | None = None
 
     def open(self) -> None:
         """Make the context current and a stream in it."""
         self.use()
         self._stream = self._device.create_stream()
         self.stream_handle = int(self._stream.handle)
+        self._kernels = load_kernels(self._core, self._stream, self.use)
+
+    @property
+    def blending(self) -> Kernels | None:
+        """Our kernels, once it is open; None where the driver refuses them."""
+        return self._kernels
 
     def use(self) -> None:
         """Make the context current in the calling thread."""
@@ -109,7 +112,7 @@ class CudaDevice:
             return
         self.use()
         self.synchronize()
-        self._kernel = None
+        self._kernels = None
         if self._staging is not None:
             self._staging.close()
         self._stream.close()
@@ -192,28 +195,13 @@ class CudaDevice:
             result[begin : begin + size] = memory[:size]
         return from_bytes(result, tensor.dtype).reshape(tensor.shape)
 
-    def fill_normal(self, tensor: RawTensor, seed: int, draw: int) -> None:
-        """Fill a float32 tensor with `pid_runtime.noise.standard_normal(seed, draw, size)`.
-
-        On the GPU where the kernel can be compiled (nvidia-cuda-nvrtc), else on the host.
-        """
-        self.use()
-        count = math.prod(tensor.shape)
-        if self._kernel is None:
-            self._kernel = self._compile_noise() or False
-        if self._kernel is False:
-            self._upload(tensor, standard_normal(seed, draw, count))
-            return
-        blocks = -(-count // (THREADS_PER_BLOCK * NORMALS_PER_THREAD))
-        self._core.launch(
-            self._stream,
-            self._core.LaunchConfig(grid=blocks, block=THREADS_PER_BLOCK),
-            self._kernel,
-            np.uint64(tensor.address),
-            np.uint64(count),
-            np.uint64(seed),
-            np.uint32(draw),
-        )
+    def fill_normal(self, tensor: RawTensor, seed: int, draw: int, start: int = 0) -> None:
+        """As of `Memory`: by a kernel, or on the host where the driver refuses it."""
+        if self._kernels is None:
+            count = math.prod(tensor.shape)
+            self._upload(tensor, standard_normal(seed, draw, count, start=start))
+        else:
+            self._kernels.fill_normal(tensor, seed, draw, start)
 
     def capture(self, calls: Sequence[Call]) -> Callable[[], None]:
         """Record what calls enqueue as one CUDA graph; gives the call that replays it.
@@ -287,17 +275,21 @@ class CudaDevice:
         """Memory as cuda.core copies it."""
         return self._core.Buffer.from_handle(address, size_bytes, owner=owner)
 
-    def _compile_noise(self) -> Any:
-        """The noise kernel, or None when it cannot be compiled here."""
-        source = Path(__file__).with_name("noise_kernel.cu").read_text()
-        options = self._core.ProgramOptions(arch=self.target.replace("sm", "sm_"))
-        try:
-            program = self._core.Program(source, "c++", options)
-            return program.compile("cubin").get_kernel("pid_standard_normal")
-        except Exception as error:  # noqa: BLE001 - any of NVRTC's, the linker's and the driver's
-            reason = str(error).partition("\n")[0]
-            _log.info("Noise is made on the host, as its kernel cannot be compiled: %s", reason)
-            return None
+
+def kernels_of(ordinal: int) -> Kernels | None:
+    """Our kernels on a GPU that another library drives: each is done when its call returns.
+
+    None where there is no cuda-python, or where the driver refuses them.
+    """
+    try:
+        device = CudaDevice(ordinal)
+    except PidRuntimeError as error:
+        _log.info("Noise is made on the host: %s", error)
+        return None
+    device.open()
+    if device.blending is not None:
+        device.blending.after = device.synchronize
+    return device.blending
 
 
 def _dtype_of(source: Any, view: Any) -> str:

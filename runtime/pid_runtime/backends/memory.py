@@ -7,6 +7,7 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
+from pid_runtime.backends.blending import Blending, HostBlending, writable
 from pid_runtime.backends.dlpack import CPU, RawTensor
 from pid_runtime.noise import standard_normal
 
@@ -37,6 +38,11 @@ PART = 1 << 18
 
 class Memory(Protocol):
     """Memory of one backend."""
+
+    @property
+    def blending(self) -> Blending | None:
+        """What decodes in tiles do with their state in this memory; None where it cannot."""
+        ...
 
     def allocate(self, size_bytes: int) -> Block:
         """Allocate memory, not initialised, aligned to at least 256 bytes."""
@@ -70,13 +76,18 @@ class Memory(Protocol):
         """Whether a tensor has neither NaN nor infinity."""
         ...
 
-    def fill_normal(self, tensor: Tensor, seed: int, draw: int) -> None:
-        """Fill a float32 tensor with `pid_runtime.noise.standard_normal(seed, draw, size)`."""
+    def fill_normal(self, tensor: Tensor, seed: int, draw: int, start: int = 0) -> None:
+        """Fill a float32 tensor with `pid_runtime.noise.standard_normal(seed, draw, size)`.
+
+        start: a multiple of 4.
+        """
         ...
 
 
 class HostMemory:
     """The host's memory, as numpy arrays."""
+
+    blending = HostBlending()
 
     def allocate(self, size_bytes: int) -> RawTensor:
         memory = np.empty(size_bytes + ALIGNMENT, np.uint8)
@@ -91,8 +102,8 @@ class HostMemory:
     def write(self, tensor: RawTensor, source: Any) -> None:
         if tensor.dtype in EXTENSIONS:
             source, tensor = as_bytes(as_array(source), tensor.dtype), _as_bytes(tensor)
-        target = np.from_dlpack(tensor)
-        np.copyto(_writable(target), as_array(source).reshape(target.shape))
+        target = writable(tensor)
+        np.copyto(target, as_array(source).reshape(target.shape))
 
     def read(self, tensor: RawTensor) -> NDArray[Any]:
         if tensor.dtype in EXTENSIONS:
@@ -104,17 +115,17 @@ class HostMemory:
         return self.read(tensor)
 
     def copy(self, source: RawTensor, target: RawTensor) -> None:
-        np.copyto(_writable(np.from_dlpack(target)), np.from_dlpack(source))
+        np.copyto(writable(target), np.from_dlpack(source))
 
     def fill_zero(self, tensor: RawTensor) -> None:
-        self.write(tensor, np.zeros(tensor.shape, np.float32))
+        writable(_as_bytes(tensor)).fill(0)
 
     def is_finite(self, tensor: RawTensor) -> bool:
         return all_finite(np.from_dlpack(tensor))
 
-    def fill_normal(self, tensor: RawTensor, seed: int, draw: int) -> None:
-        flat = _writable(np.from_dlpack(tensor)).reshape(-1)
-        standard_normal(seed, draw, flat.size, out=flat)
+    def fill_normal(self, tensor: RawTensor, seed: int, draw: int, start: int = 0) -> None:
+        flat = writable(tensor).reshape(-1)
+        standard_normal(seed, draw, flat.size, start=start, out=flat)
 
 
 def as_array(source: Any) -> NDArray[Any]:
@@ -148,16 +159,6 @@ def from_bytes(content: NDArray[np.uint8], dtype: str) -> NDArray[Any]:
 
 def _as_bytes(tensor: RawTensor) -> RawTensor:
     return tensor.part(0, "uint8", (tensor.size_bytes,))
-
-
-def _writable(array: NDArray[Any]) -> NDArray[Any]:
-    """The same memory, writable: numpy marks what it imports through DLPack read-only."""
-    if array.flags.writeable:
-        return array
-    interface = dict(array.__array_interface__)
-    interface["data"] = (interface["data"][0], False)
-    holder = type("Memory", (), {"__array_interface__": interface, "owner": array})()
-    return np.asarray(holder)
 
 
 def trim_heap() -> None:

@@ -16,6 +16,7 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from pid_runtime.backends import scratch
+from pid_runtime.backends.device import kernels_of
 from pid_runtime.backends.dlpack import CPU, CUDA, RawTensor
 from pid_runtime.backends.graphs import Call, PlannedCall, in_order
 from pid_runtime.backends.memory import (
@@ -144,6 +145,7 @@ class OrtMemory:
         """device: as ONNX Runtime calls it, "cuda" or "cpu"."""
         self._name = device
         self._device = (CPU if device == "cpu" else CUDA, device_id)
+        self.blending = None if device == "cpu" else kernels_of(device_id)
 
     def allocate(self, size_bytes: int) -> RawTensor:
         memory = ort.OrtValue.ortvalue_from_shape_and_type(
@@ -185,8 +187,12 @@ class OrtMemory:
     def is_finite(self, tensor: RawTensor) -> bool:
         return all_finite(self.read(tensor))
 
-    def fill_normal(self, tensor: RawTensor, seed: int, draw: int) -> None:
-        self.write(tensor, standard_normal(seed, draw, math.prod(tensor.shape)))
+    def fill_normal(self, tensor: RawTensor, seed: int, draw: int, start: int = 0) -> None:
+        if self.blending is None:
+            count = math.prod(tensor.shape)
+            self.write(tensor, standard_normal(seed, draw, count, start=start))
+        else:
+            self.blending.fill_normal(tensor, seed, draw, start)
 
 
 def check_precision(provider: str, precision: str, otherwise: str) -> None:

@@ -1,6 +1,5 @@
 """The torch backend: the stages as modules, on any torch device."""
 
-import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -11,7 +10,8 @@ import torch
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
-from pid_runtime.backends.device import CudaDevice
+from pid_runtime.backends.blending import ring_parts
+from pid_runtime.backends.device import kernels_of
 from pid_runtime.backends.dlpack import CUDA, RawTensor
 from pid_runtime.backends.graphs import Call, PlannedCall, in_order
 from pid_runtime.backends.memory import Memory
@@ -19,8 +19,6 @@ from pid_runtime.backends.stages import DTYPES, Dimensions, build_stage
 from pid_runtime.bundle.manifest import WEIGHTS_FILE, Bucket, Manifest
 from pid_runtime.errors import PidRuntimeError
 from pid_runtime.noise import standard_normal
-
-_log = logging.getLogger(__name__)
 
 
 class LoadedStages:
@@ -124,7 +122,8 @@ class TorchMemory:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._noise = _open_noise(device)
+        self._kernels = kernels_of(device.index) if device.type == "cuda" else None
+        self.blending = TorchBlending()
 
     def allocate(self, size_bytes: int) -> torch.Tensor:
         return torch.empty(size_bytes, dtype=torch.uint8, device=self._device)
@@ -159,25 +158,58 @@ class TorchMemory:
     def is_finite(self, tensor: torch.Tensor) -> bool:
         return bool(tensor.isfinite().all())
 
-    def fill_normal(self, tensor: torch.Tensor, seed: int, draw: int) -> None:
-        if self._noise is None:
-            self.write(tensor, standard_normal(seed, draw, tensor.numel()))
+    def fill_normal(self, tensor: torch.Tensor, seed: int, draw: int, start: int = 0) -> None:
+        if self._kernels is None:
+            self.write(tensor, standard_normal(seed, draw, tensor.numel(), start=start))
             return
-        place = (CUDA, self._noise.ordinal)
+        place = (CUDA, tensor.device.index)
         raw = RawTensor(tensor.data_ptr(), "float32", tuple(tensor.shape), place, tensor)
-        torch.cuda.current_stream(self._device).synchronize()  # the device has a stream of its own
-        self._noise.fill_normal(raw, seed, draw)
-        self._noise.synchronize()
+        torch.cuda.current_stream(self._device).synchronize()  # the kernels have their own stream
+        self._kernels.fill_normal(raw, seed, draw, start)
 
 
-def _open_noise(device: torch.device) -> CudaDevice | None:
-    """What fills a GPU's memory with noise; None where the host must, which takes longer."""
-    if device.type != "cuda":
-        return None
-    try:
-        noise = CudaDevice(device.index)
-    except PidRuntimeError as error:
-        _log.info("Noise is made on the host: %s", error)
-        return None
-    noise.open()
-    return noise
+class TorchBlending:
+    """As of `Blending`, on any device torch has: products and sums apart, which rounds as NumPy."""
+
+    def take(self, state: torch.Tensor, tile: torch.Tensor, row: int, column: int) -> None:
+        _, height, width, *_ = tile.shape
+        tile.copy_(state[:, row : row + height, column : column + width])
+
+    def add(
+        self,
+        ring: torch.Tensor,
+        tile: torch.Tensor,
+        down: torch.Tensor,
+        across: torch.Tensor,
+        row: int,
+        column: int,
+    ) -> None:
+        tile.mul_(down[:, None, :, None, None]).mul_(across[None, :, None, :, None])
+        _, height, width, *_ = tile.shape
+        for first, at, count in ring_parts(row, height, ring.shape[1]):
+            sums = ring[:, at : at + count, column : column + width]
+            sums.add_(tile[:, first : first + count])
+
+    def mix(
+        self,
+        state: torch.Tensor,
+        ring: torch.Tensor,
+        before: torch.Tensor | None,
+        noise: torch.Tensor | None,
+        factors: Sequence[float],
+        row: int,
+        rows: int,
+    ) -> None:
+        of_state, of_clean, of_before, of_noise = map(float, factors)
+        for first, at, count in ring_parts(row, rows, ring.shape[1]):
+            begin, end = row + first, row + first + count
+            seen = ring[:, at : at + count]
+            mixed = state[:, begin:end].mul_(of_state)
+            mixed.add_(seen * of_clean)
+            if before is not None:
+                if of_before:
+                    mixed.add_(before[:, begin:end] * of_before)
+                before[:, begin:end] = seen
+            if noise is not None:
+                mixed.add_(noise[:, first : first + count] * of_noise)
+            seen.zero_()

@@ -65,6 +65,11 @@ def test_decodes_in_memory_only_onnx_runtime_copies(golden_bundle: Path) -> None
             np.testing.assert_allclose(decoder.decode(**inputs), expected, rtol=0, atol=CLOSE)
         image = decoder.decode(**inputs, dlpack=True)
         np.testing.assert_allclose(np.from_dlpack(image), expected, rtol=0, atol=CLOSE)
+        in_tiles: dict[str, Any] = {**inputs, "tile": (64, 64), "overlap": 0}
+        assert decoder.memory.blending is None  # so the state lies on the host
+        image = decoder.decode(**in_tiles)
+    with Decoder.open(golden_bundle) as decoder:
+        np.testing.assert_allclose(image, decoder.decode(**in_tiles), rtol=0, atol=CLOSE)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])

@@ -46,6 +46,7 @@ from fakes.gpu import (
 )
 from parts import device_of, graphs_of
 from pid_runtime.backends import device as cuda_device
+from pid_runtime.backends import kernels as backend_kernels
 from pid_runtime.backends import tensorrt as backend_tensorrt
 from pid_runtime.backends.choice import choose_graphs
 from pid_runtime.bundle.engines import (
@@ -118,11 +119,11 @@ def decode(decoder: Decoder, **options: Any) -> Any:
 # decodes
 
 
-@pytest.mark.parametrize("has_nvrtc", [True, False])
+@pytest.mark.parametrize("takes_kernels", [True, False])
 def test_images_are_those_of_the_stages(
-    gpu: Gpu, rtx: Path, expected: Decoder, has_nvrtc: bool
+    gpu: Gpu, rtx: Path, expected: Decoder, takes_kernels: bool
 ) -> None:
-    gpu.has_nvrtc = has_nvrtc
+    gpu.takes_kernels = takes_kernels
     with open_decoder(rtx) as decoder:
         for _ in range(3):  # run, recorded, replayed
             np.testing.assert_allclose(decode(decoder), decode(expected), atol=CLOSE)
@@ -134,7 +135,7 @@ def test_images_are_those_of_the_stages(
             np.testing.assert_allclose(
                 decode(decoder, **noise), decode(expected, **noise), atol=CLOSE
             )
-        assert (gpu.count("noise") > 0) is has_nvrtc
+        assert (gpu.count("pid_standard_normal") > 0) is takes_kernels
     assert not gpu.memory
 
 
@@ -292,6 +293,56 @@ def test_tiles_and_branches_replay_one_recording(gpu: Gpu, rtx: Path, expected: 
         # latent, and on the caption.
         assert gpu.count("capture") == recorded == 2 * 2 + 2
         assert gpu.runs and all(run.replayed for run in gpu.runs)
+
+
+def in_tiles() -> dict[str, Any]:
+    """Inputs of a decode whose noise is given, so that no last digit of it differs."""
+    shape = 2, 3, 64, 160
+    return {
+        "latent": normal(2, CHANNELS, 2, 5, seed=4),
+        "tile": (96, 64),
+        "overlap": 32,
+        "noise": normal(*shape, seed=6),
+        "step_noise": [normal(*shape, seed=7)] * 3,
+    }
+
+
+def test_the_state_of_tiles_lies_on_the_device(gpu: Gpu, rtx: Path) -> None:
+    options = in_tiles()
+    with open_decoder(rtx) as decoder:
+        image = decode(decoder, **options)
+        tiles = 2  # of each image
+        assert gpu.count("pid_take_tile") == gpu.count("pid_add_tile") == 4 * tiles * 2
+        assert gpu.count("pid_mix") >= 4 * 2
+        states: list[Any] = []
+        look = lambda done, calls: states.append(decoder.state())  # noqa: E731
+        decode(decoder, **options, progress=look)
+        assert np.abs(states[0]).max() > 1 and not np.array_equal(states[-2], states[-1])
+        plan = decoder.plan(64, 160, batch=2, tile=(96, 64), overlap=32)
+        assert plan.host_bytes == image.size
+    assert not gpu.memory
+    gpu.takes_kernels = False
+    with open_decoder(rtx) as decoder:
+        gpu.events.clear()
+        np.testing.assert_array_equal(decode(decoder, **options), image)
+        assert not gpu.count("pid_mix")
+        on_host = decoder.plan(64, 160, batch=2, tile=(96, 64), overlap=32)
+        moved = on_host.host_bytes - plan.host_bytes
+        assert moved == plan.device_bytes - on_host.device_bytes == 2 * 4 * image.size
+
+
+def test_a_state_that_the_device_lacks_memory_for_lies_on_the_host(
+    gpu: Gpu, rtx: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    options = in_tiles()
+    with open_decoder(rtx) as decoder:
+        expected = decode(decoder, **options)
+        gpu.free = 4 * expected.size - 1
+        gpu.events.clear()
+        with caplog.at_level(logging.INFO):
+            np.testing.assert_array_equal(decode(decoder, **options), expected)
+        assert "Keeping the state on the host: the device has too little (CUDA" in caplog.text
+        assert not gpu.count("pid_mix")
 
 
 def test_inputs_are_read_when_graphs_are_replayed(rtx: Path, expected: Decoder) -> None:
@@ -475,7 +526,7 @@ def test_decoders_in_threads_share_nothing(gpu: Gpu, rtx: Path, expected: Decode
             arenas.add(decoder._block.address)
             barrier.wait()
 
-    barrier = threading.Barrier(2)
+    barrier = threading.Barrier(2, timeout=60)
     threads = [threading.Thread(target=work, args=(seed,)) for seed in range(2)]
     for thread in threads:
         thread.start()
@@ -497,7 +548,7 @@ def test_decoders_of_a_bundle_share_engines(gpu: Gpu, rtx: Path, expected: Decod
                 images[seed] = decode(decoder, seed=seed)
             barrier.wait()
 
-    barrier = threading.Barrier(2)
+    barrier = threading.Barrier(2, timeout=60)
     with Bundle.open(rtx, "tensorrt") as bundle:
         threads = [threading.Thread(target=work, args=(seed,)) for seed in range(2)]
         for thread in threads:
@@ -753,7 +804,7 @@ def test_a_size_no_engine_takes(rtx: Path, monkeypatch: pytest.MonkeyPatch) -> N
 
 # names in the real libraries
 
-SOURCES = (Path(cuda_device.__file__), Path(backend_tensorrt.__file__))
+CUDA_SOURCES = (Path(cuda_device.__file__), Path(backend_kernels.__file__))
 
 CUDA_NAMES = {
     "_core": "cuda.core",
@@ -769,8 +820,7 @@ CUDA_NAMES = {
     "builder": "cuda.core:graph.GraphBuilder",
     "graph": "cuda.core:graph.Graph",
     "view": "cuda.core:utils.StridedMemoryView",
-    "program": "cuda.core:Program",
-    "compile()": "cuda.core:ObjectCode",
+    "code": "cuda.core:ObjectCode",
     "LegacyPinnedMemoryResource()": "cuda.core:LegacyPinnedMemoryResource",
 }
 """What is behind a name, or a call's result, in `cuda_device`."""
@@ -854,13 +904,16 @@ def test_cuda_names_exist() -> None:
     require("cuda.bindings.driver")
     objects = {name: find(where) for name, where in CUDA_NAMES.items()}
     objects["_device"] = find("cuda.core:Device")
-    used, unknown = unknown_names(SOURCES[0].read_text(), objects)
-    assert not unknown
+    used: set[str] = set()
+    for source in CUDA_SOURCES:
+        here, unknown = unknown_names(source.read_text(), objects)
+        assert not unknown
+        used |= here
     assert used >= {
         "cuMemAlloc", "cuMemFree", "cuMemGetInfo", "cuInit", "cuDriverGetVersion", "CUDA_SUCCESS",
         "cuDeviceGetCount", "set_current", "create_stream", "handle", "sync", "copy_to", "fill",
         "from_handle", "create_graph_builder", "begin_building", "end_building", "complete",
-        "launch", "from_dlpack", "get_kernel", "compile", "LaunchConfig", "ProgramOptions",
+        "launch", "from_dlpack", "get_kernel", "from_ptx", "LaunchConfig",
     }  # fmt: skip
 
 
@@ -874,7 +927,7 @@ def test_tensorrt_names_exist(module: str) -> None:
             objects[name] = find(module + where)
         except AttributeError:
             assert not is_rtx and name in ("_cache", "kinds"), f"{module} has no {where}"
-    used, unknown = unknown_names(SOURCES[1].read_text(), objects)
+    used, unknown = unknown_names(Path(backend_tensorrt.__file__).read_text(), objects)
     assert unknown == (set() if is_rtx else RTX_ONLY)
     assert used >= {
         "deserialize_cuda_engine", "create_execution_context", "create_runtime_config",

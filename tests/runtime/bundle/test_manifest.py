@@ -557,6 +557,8 @@ class Watcher:
         self.batches_gain = False
         self.prepared: set[str] = set()
 
+    blending = None
+
     def load(self) -> None:
         pass
 
@@ -601,7 +603,7 @@ class Watcher:
         assert tensor[0] == "float32"
         return True
 
-    def fill_normal(self, tensor: Any, seed: int, draw: int) -> None:
+    def fill_normal(self, tensor: Any, seed: int, draw: int, start: int = 0) -> None:
         assert tensor[0] == "float32"
 
     def bind(self, graph: str, tensors: Mapping[str, Any], scratch: Any) -> Callable[[], None]:

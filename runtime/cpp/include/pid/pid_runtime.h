@@ -392,9 +392,9 @@ typedef struct pid_plan {
     int64_t calls;
     /* 10^12 floating-point operations, 2 for every multiply-add. */
     double tflop;
-    /* Weights and arena; what graphs work in comes on top. */
+    /* Weights, arena and the state where it lies there; what graphs work in comes on top. */
     int64_t device_bytes;
-    /* State and image where the host has them; 0 where the device has all. */
+    /* Image, and state, where the host has them; 0 where the device has all. */
     int64_t host_bytes;
     /* Why there are tiles; NULL where there are none. */
     const char* reason;

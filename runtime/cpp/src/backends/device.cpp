@@ -1,7 +1,6 @@
 #include "backends/device.h"
 
-#include <cstdint>
-
+#include "backends/kernels.h"
 #include "errors.h"
 
 #ifdef _WIN32
@@ -37,6 +36,11 @@ struct CudaFunctions {
     int (*graph_launch)(void*, void*);
     int (*graph_destroy)(void*);
     int (*graph_exec_destroy)(void*);
+    int (*module_load)(void**, const void*);
+    int (*module_unload)(void*);
+    int (*module_function)(void**, void*, const char*);
+    int (*launch)(void*, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned,
+                  void*, void**, void**);
 };
 
 namespace {
@@ -46,6 +50,7 @@ constexpr int capability_major = 75;
 constexpr int capability_minor = 76;
 constexpr unsigned non_blocking = 1;
 constexpr int thread_local_capture = 1;
+constexpr unsigned threads_per_block = 256;
 
 using Symbol = void (*)();
 
@@ -89,7 +94,10 @@ const CudaFunctions* driver() {
         load(f.capture_end, "cuStreamEndCapture") &&
         load(f.graph_instantiate, "cuGraphInstantiateWithFlags") &&
         load(f.graph_launch, "cuGraphLaunch") && load(f.graph_destroy, "cuGraphDestroy") &&
-        load(f.graph_exec_destroy, "cuGraphExecDestroy") && f.init(0) == 0;
+        load(f.graph_exec_destroy, "cuGraphExecDestroy") &&
+        load(f.module_load, "cuModuleLoadData") && load(f.module_unload, "cuModuleUnload") &&
+        load(f.module_function, "cuModuleGetFunction") && load(f.launch, "cuLaunchKernel") &&
+        f.init(0) == 0;
     return there ? &f : nullptr;
 }
 
@@ -114,21 +122,27 @@ CudaDevice::CudaDevice(const CudaFunctions& functions, int ordinal, void* stream
     : cuda_(functions), ordinal_(ordinal), stream_(stream) {
     check(cuda_.device_get(&device_, ordinal), "find the GPU");
     check(cuda_.context_retain(&context_, device_), "start the GPU");
-    if (stream_ != nullptr)
-        return;
     try {
         make_current();
-        check(cuda_.stream_create(&stream_, non_blocking), "make a stream");
-        owns_stream_ = true;
+        if (stream_ == nullptr) {
+            check(cuda_.stream_create(&stream_, non_blocking), "make a stream");
+            owns_stream_ = true;
+        }
     } catch (...) {
         cuda_.context_release(device_);
         throw;
+    }
+    try {
+        kernels_ = std::make_unique<Kernels>(*this);
+    } catch (const Failure&) { // the host does their work
     }
 }
 
 CudaDevice::~CudaDevice() {
     // Nothing can be done about what fails here.
     cuda_.context_set(context_);
+    for (void* module : modules_)
+        cuda_.module_unload(module);
     if (owns_stream_)
         cuda_.stream_destroy(stream_);
     cuda_.context_release(device_);
@@ -188,6 +202,29 @@ void CudaDevice::fill_zero(void* target, std::size_t bytes) const {
 void CudaDevice::synchronize() const {
     make_current();
     check(cuda_.stream_synchronize(stream_), "wait for the GPU");
+}
+
+void* CudaDevice::load_module(const char* ptx) const {
+    make_current();
+    void* module = nullptr;
+    check(cuda_.module_load(&module, ptx), "take our kernels");
+    modules_.push_back(module);
+    return module;
+}
+
+void* CudaDevice::find_kernel(void* module, const char* name) const {
+    void* kernel = nullptr;
+    check(cuda_.module_function(&kernel, module, name), "find a kernel");
+    return kernel;
+}
+
+void CudaDevice::launch(void* kernel, std::uint64_t threads, void** arguments) const {
+    make_current();
+    const auto blocks =
+        static_cast<unsigned>((threads + threads_per_block - 1) / threads_per_block);
+    check(
+        cuda_.launch(kernel, blocks, 1, 1, threads_per_block, 1, 1, 0, stream_, arguments, nullptr),
+        "launch a kernel");
 }
 
 std::function<void()> CudaDevice::capture(const std::function<void()>& work) {

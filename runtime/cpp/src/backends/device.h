@@ -3,15 +3,18 @@
 #pragma once
 
 #include <cstddef>
+#include <cstdint>
 #include <functional>
 #include <memory>
 #include <string>
+#include <vector>
 
 #include "backends/tensor.h"
 
 namespace pid::core {
 
 struct CudaFunctions;
+class Kernels;
 
 // One GPU's primary context, and a stream in it. Every method makes the context the thread's own.
 class CudaDevice : public std::enable_shared_from_this<CudaDevice> {
@@ -42,6 +45,15 @@ public:
     void fill_zero(void* target, std::size_t bytes) const;
     void synchronize() const;
 
+    // A module of PTX, which the driver compiles for the GPU; it is unloaded with the device.
+    void* load_module(const char* ptx) const;
+    void* find_kernel(void* module, const char* name) const;
+    // Put a kernel of at least so many threads on the stream. arguments: where each lies.
+    void launch(void* kernel, std::uint64_t threads, void** arguments) const;
+
+    // Our kernels; nullptr where the driver refuses them.
+    const Kernels* kernels() const { return kernels_.get(); }
+
     // Record what `work` puts on the stream, and return a function that puts all of it there again,
     // as one launch. The function holds the device.
     std::function<void()> capture(const std::function<void()>& work);
@@ -56,6 +68,8 @@ private:
     void* context_ = nullptr;
     void* stream_;
     bool owns_stream_ = false;
+    mutable std::vector<void*> modules_;
+    std::unique_ptr<Kernels> kernels_;
 };
 
 } // namespace pid::core

@@ -7,6 +7,7 @@
 #include <utility>
 
 #include "backends/device.h"
+#include "backends/kernels.h"
 #include "errors.h"
 #include "noise.h"
 
@@ -70,14 +71,20 @@ void Memory::fill_zero(const Tensor& tensor) {
         std::memset(tensor.address, 0, tensor.bytes());
 }
 
-void Memory::fill_normal(const Tensor& tensor, std::uint64_t seed, std::uint32_t draw) {
+void Memory::fill_normal(const Tensor& tensor, std::uint64_t seed, std::uint32_t draw,
+                         std::uint64_t start) {
     const std::size_t count = count_of(tensor.shape);
     if (!device_) {
-        standard_normal(seed, draw, 0, count, reinterpret_cast<float*>(tensor.address), threads_);
+        auto* values = reinterpret_cast<float*>(tensor.address);
+        standard_normal(seed, draw, start, count, values, threads_);
+        return;
+    }
+    if (const Kernels* kernels = device_->kernels()) {
+        kernels->fill_normal(tensor, seed, draw, start);
         return;
     }
     std::vector<float> values(count);
-    standard_normal(seed, draw, 0, count, values.data(), threads_);
+    standard_normal(seed, draw, start, count, values.data(), threads_);
     device_->copy_to_device(tensor.address, values.data(), tensor.bytes());
 }
 
@@ -88,6 +95,13 @@ bool Memory::is_finite(const Tensor& tensor) {
     std::vector<float> values(count);
     read(tensor, values.data(), PID_HOST);
     return all_finite(values.data(), count);
+}
+
+const Blending* Memory::blending() const {
+    static const HostBlending on_host;
+    if (!device_)
+        return &on_host;
+    return device_->kernels();
 }
 
 void Memory::synchronize() {

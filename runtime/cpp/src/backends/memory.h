@@ -6,6 +6,7 @@
 #include <functional>
 #include <memory>
 
+#include "backends/blending.h"
 #include "backends/tensor.h"
 #include "pid/pid_runtime.h"
 
@@ -33,12 +34,17 @@ public:
     // A call that copies between tensors of the same size.
     Call copy(const Tensor& source, const Tensor& target);
     void fill_zero(const Tensor& tensor);
-    // Fill a float32 tensor with `standard_normal(seed, draw, 0, ..)`.
-    void fill_normal(const Tensor& tensor, std::uint64_t seed, std::uint32_t draw);
+    // Fill a float32 tensor with `standard_normal(seed, draw, start, ..)`; start is a multiple
+    // of 4.
+    void fill_normal(const Tensor& tensor, std::uint64_t seed, std::uint32_t draw,
+                     std::uint64_t start = 0);
     // Whether a float32 tensor has neither NaN nor infinity.
     bool is_finite(const Tensor& tensor);
     // Wait for all that was started.
     void synchronize();
+
+    // What decodes in tiles do with their state in this memory; nullptr where it cannot.
+    const Blending* blending() const;
 
     std::size_t threads() const { return threads_; }
     const std::shared_ptr<CudaDevice>& device() const { return device_; }
