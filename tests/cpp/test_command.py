@@ -141,13 +141,15 @@ def test_command_plans_as_python_does(work: Work, capsys: pytest.CaptureFixture[
     before = work.tree()
     words = ["--latents", str(work.folder / "latents"), "--plan", "--tile", "auto"]
     words += ["--overlap", "64"]
-    for more in ([], ["--json"]):
+    for more in ([], ["--json"], ["--json", "--device", "cuda"]):
         code, out, err = work.run(*words, *more)
         assert (code, err) == (0, "")
         assert decode_cli.main([str(work.bundle), "--threads", "1", *words, *more]) == 0
         want = capsys.readouterr().out
         if more:
             assert json.loads(out) == json.loads(want)
+            in_tiles = json.loads(out)["plans"][-1]
+            assert (in_tiles["host_bytes"] == 3 * 640 * 640) is ("cuda" in more)
             assert list(json.loads(out)["plans"][0]) == list(json.loads(want)["plans"][0])
         else:
             assert out == want and out.count("\n") == 3

@@ -28,7 +28,9 @@ ELSEWHERE = {
     "runtime/test_denoise.py": "runtime/pid_runtime: plan",
     "export/test_golden_guided.py": "pid_ref: guided_sampler",
     "runtime/test_tables.py": "runtime/pid_runtime: bundle/sizes",
-    "runtime/backends/test_kernels.py": "runtime/pid_runtime: backends/blending; tools: compile_kernels",
+    "runtime/backends/test_kernels.py": (
+        "runtime/pid_runtime: backends/blending; tools: compile_kernels"
+    ),
     "runtime/backends/test_tensorrt.py": "runtime/pid_runtime: backends/device backends/dlpack",
     "runtime/bundle/test_manifest.py": (
         "runtime/pid_runtime: bundle/folder bundle/json_reader bundle/manifest_check"

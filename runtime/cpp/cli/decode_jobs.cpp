@@ -144,7 +144,7 @@ core::Failure about(const Source& source, const core::Failure& failure) {
 }
 
 std::vector<Job> plan_jobs(const core::Manifest& manifest, const std::vector<Source>& sources,
-                           const Arguments& arguments) {
+                           const Arguments& arguments, bool on_device) {
     std::vector<Job> jobs;
     for (const Source& source : sources) {
         const Inputs inputs = read_source(manifest, source, arguments);
@@ -153,7 +153,7 @@ std::vector<Job> plan_jobs(const core::Manifest& manifest, const std::vector<Sou
             core::Request request = core::check_request(
                 manifest, decode_params(arguments, inputs, 0, batch, arguments.seed), false);
             request.sizes.set("B", 1);
-            const core::Plan plan = core::plan_of(manifest, request);
+            const core::Plan plan = core::plan_of(manifest, request, nullptr, on_device);
             for (std::size_t index = 0; index < batch; ++index)
                 jobs.push_back({source, index, target_of(source, arguments, batch, index),
                                 static_cast<std::int64_t>(request.sizes.value("W")),

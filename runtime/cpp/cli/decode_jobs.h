@@ -54,9 +54,9 @@ std::vector<Source> find_sources(const Arguments& arguments);
 std::string skipped_files(const Arguments& arguments);
 
 // Read every source, check it against the bundle, and list the images to make of it.
-// Refuses an input that does not fit.
+// Refuses an input that does not fit. on_device: whether they are made on a GPU.
 std::vector<Job> plan_jobs(const core::Manifest& manifest, const std::vector<Source>& sources,
-                           const Arguments& arguments);
+                           const Arguments& arguments, bool on_device);
 
 // The jobs whose image is not there yet.
 std::vector<Job> without_existing(std::vector<Job> jobs);

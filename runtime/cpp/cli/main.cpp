@@ -5,6 +5,7 @@
 #include <cstdio>
 #include <new>
 #include <set>
+#include <string_view>
 #include <system_error>
 #include <utility>
 
@@ -272,7 +273,8 @@ void decode(const Arguments& arguments) {
     check_kinds(arguments);
     const core::Manifest manifest = core::read_manifest(arguments.bundle, false, 1);
     const core::Schedule schedule = check_sampling(arguments, manifest);
-    std::vector<Job> jobs = plan_jobs(manifest, find_sources(arguments), arguments);
+    std::vector<Job> jobs = plan_jobs(manifest, find_sources(arguments), arguments,
+                                      std::string_view(device_of(arguments)) != "cpu");
     if (arguments.plan) {
         show_plans(arguments, jobs);
         return;

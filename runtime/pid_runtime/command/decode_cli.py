@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pid_runtime.advice import advice
+from pid_runtime.backends.choice import device_name
 from pid_runtime.bundle.folder import read_manifest
 from pid_runtime.bundle.manifest import Manifest
 from pid_runtime.command import console
@@ -117,7 +118,9 @@ def _decode(arguments: Namespace) -> int:
     path = arguments.latents if many else arguments.latent
     sources = find_sources(path, arguments.caption, arguments.captions)
     skipped = skipped_files(path, LATENT_SUFFIXES) if many else None
-    jobs = plan_jobs(manifest, sources, settings, _namer(arguments, many))
+    on_device = device_name(arguments.backend, arguments.device) != "cpu"
+    name = _namer(arguments, many)
+    jobs = plan_jobs(manifest, sources, settings, name, on_device=on_device)
     if arguments.plan:
         _show_plans(arguments, jobs)
         return 0

@@ -191,12 +191,14 @@ def plan_jobs(
     sources: Iterable[Source],
     settings: Settings,
     name: Callable[[Source, int, int], Path],
+    *,
+    on_device: bool = False,
 ) -> list[Job]:
     """Check every source against the bundle, by its headers, and list the images to make of it.
 
     name: the image file of a source, of its height and width; sources of several images get `-0`,
-    `-1`, .. in front of the suffix. Raises `PidRuntimeError` for an input that does not fit, or two
-    images of one name.
+    `-1`, .. in front of the suffix. on_device: whether they are made on a GPU. Raises
+    `PidRuntimeError` for an input that does not fit, or two images of one name.
     """
     jobs: list[Job] = []
     for source in sources:
@@ -207,7 +209,7 @@ def plan_jobs(
             raise PidRuntimeError(f"{source.path}: {error}") from None
         batch = len(inputs.latent)
         one = replace(request, sizes=request.sizes.of_batch(1))
-        plan = plan_of(manifest, one)
+        plan = plan_of(manifest, one, state_on_device=on_device)
         height, width = request.sizes.value("H"), request.sizes.value("W")
         target = name(source, height, width)
         jobs += [
