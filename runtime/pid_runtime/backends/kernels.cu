@@ -65,8 +65,8 @@ extern "C" __global__ void pid_standard_normal(float* out, unsigned long long co
 // Copies a tile of `count` values out of a state.
 extern "C" __global__ void pid_take_tile(const float* state, float* tile, unsigned long long count,
                                          unsigned long long row_values,
-                                         unsigned long long tile_row_values,
-                                         unsigned long long row, unsigned long long left) {
+                                         unsigned long long tile_row_values, unsigned long long row,
+                                         unsigned long long left) {
     const unsigned long long i = thread_index();
     if (i >= count) {
         return;
