@@ -17,6 +17,7 @@ from onnxscript.optimizer import optimize_ir
 
 from pid_export.onnx_ports import OPSET
 from pid_export.program import GraphSpec
+from pid_export.translations import kept_translations
 from pid_runtime.backends.stages import (
     DTYPES,
     GROUP_EPSILON,
@@ -184,7 +185,7 @@ def _trace(spec: GraphSpec, stage: torch.nn.Module, longest_text: int) -> bytes:
     level = quiet.level
     quiet.setLevel(logging.ERROR)
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), kept_translations():
             warnings.simplefilter("ignore")
             program = torch.export.export(
                 stage,

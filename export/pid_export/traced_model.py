@@ -14,6 +14,7 @@ import torch
 
 from pid_export.graphs import ExportError, interrupts_held
 from pid_export.onnx_ports import OPSET
+from pid_export.translations import kept_translations
 from pid_runtime.bundle.files import write_whole
 
 
@@ -32,7 +33,7 @@ def trace(
     level = quiet.level
     quiet.setLevel(logging.ERROR)
     try:
-        with interrupts_held(), warnings.catch_warnings(), torch.no_grad():
+        with interrupts_held(), warnings.catch_warnings(), torch.no_grad(), kept_translations():
             warnings.simplefilter("ignore")
             program = torch.onnx.export(
                 model.eval(),
