@@ -66,6 +66,8 @@ class Network:
     full_depth: int
     weights: str = "random"
     """"random", or "real" with a checkpoint or a bundle of one."""
+    kept: tuple[str, ...] = ()
+    """Graphs that its bundle does not round to 8 bits, in a precision that rounds."""
 
     @property
     def reduced(self) -> str:

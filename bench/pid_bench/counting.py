@@ -30,7 +30,7 @@ def counted_row(case: Case, network: Network, manifest: Manifest | None = None) 
         ]
         return _row(case, pipeline.encoded, pipeline.reduced, works, stages)
     config, flavor = network.config, BACKENDS[case.backend].flavor
-    by_section = _pid_works(case, config)
+    by_section = _pid_works(case, network)
     tiles = tiles_of(case, config)
     row = _row(
         case,
@@ -80,24 +80,25 @@ def _stage(name: str, work: Work, steps: int, cfg: int = 1, tiles: int = 1) -> S
     return StageRow(name, steps, cfg, tiles, work.parameters, work.flop / 1e12)
 
 
-def _pid_works(case: Case, config: PidConfig) -> Mapping[str, Work]:
+def _pid_works(case: Case, network: Network) -> Mapping[str, Work]:
     """Work of a decode by what is timed of it."""
-    given = config, case.height, case.width, case.steps, case.precision
+    given = network.config, case.height, case.width, case.steps, case.precision
     if case.tile:
-        return _tiled_works(case, config)
+        return _tiled_works(case, network)
     if BACKENDS[case.backend].network == "program":
-        return _section_works(*given)
+        return _section_works(*given, network.kept)
     work = _reference_work(*given)
     if case.backend == "public":
         work = work._replace(weight_bytes=4 * work.parameters)
     return {"step": work}
 
 
-def _tiled_works(case: Case, config: PidConfig) -> Mapping[str, Work]:
+def _tiled_works(case: Case, network: Network) -> Mapping[str, Work]:
     """Of a decode in tiles: in every step every tile takes its latent in, and runs."""
     width, height = case.decoded_size
+    config = network.config
     tiles = tiles_of(case, config)
-    works = dict(_section_works(config, height, width, case.steps, case.precision))
+    works = dict(_section_works(config, height, width, case.steps, case.precision, network.kept))
     del works["image"]  # the host makes it
     times = {"prologue": tiles * case.steps, "step": tiles}
     return {
@@ -116,8 +117,8 @@ def _reference_work(config: PidConfig, height: int, width: int, steps: int, prec
 
 @functools.cache
 def _section_works(
-    config: PidConfig, height: int, width: int, steps: int, precision: str
+    config: PidConfig, height: int, width: int, steps: int, precision: str, kept: tuple[str, ...]
 ) -> Mapping[str, Work]:
     tokens = caption_tokens_of(config)
-    sections = program_works(config, height, width, tokens, steps, precision)
+    sections = program_works(config, height, width, tokens, steps, precision, kept)
     return {section: total(works.values()) for section, works in sections.items()}

@@ -1,6 +1,7 @@
 """The work of a PiD decode: of the network as it stands, and of our program of stages."""
 
 import math
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -8,11 +9,12 @@ from torch import Tensor
 from pid_bench.stage import Stage, normal
 from pid_bench.work import NO_WORK, Work, count_calls, total
 from pid_export.bundle import STEP_COUNTS, dimensions_of, network_of
-from pid_export.program import ProgramSpec, RoundedParts, build_program
+from pid_export.calibration import rounded_of
+from pid_export.program import ProgramSpec, build_program
 from pid_ref.config import PidConfig
 from pid_ref.errors import PidInputError
 from pid_ref.network import PidNet
-from pid_runtime.backends.stages import ATTENTION_ENDS, DTYPES, build_stage
+from pid_runtime.backends.stages import DTYPES, build_stage
 from pid_runtime.bundle.manifest import FP8_PRECISIONS, INT8_PRECISIONS, Run
 from pid_runtime.bundle.sizes import ITEM_BYTES, sizes_of_request
 
@@ -60,10 +62,12 @@ def program_works(
     caption_tokens: int,
     steps: int = 4,
     precision: str = "bf16",
+    kept: Iterable[str] = (),
 ) -> dict[str, dict[str, Work]]:
     """A decode by our program, by section and graph: `steps` steps, all else once.
 
-    The modulation table is "table" of the steps. precision: as bundles have it.
+    The modulation table is "table" of the steps. precision: as bundles have it. kept: graphs that
+    are not rounded to 8 bits, in a precision that rounds.
     Every graph is counted on all tokens at once: chunks have the same FLOP, but read their weights
     again. Raises `PidInputError` unless height and width are multiples of the network's
     `size_multiple`.
@@ -71,7 +75,7 @@ def program_works(
     h, w = _latent_size(config, height, width)
     network = network_of(config)
     dimensions = dimensions_of(network)
-    program = build_program(config, precision, KNOWN_TIMES, _rounded(precision))
+    program = _program(config, precision, kept)
     sizes = sizes_of_request(
         network,
         config.tokens_per_latent,
@@ -100,14 +104,20 @@ def program_works(
     return sections
 
 
-def _rounded(precision: str) -> RoundedParts | None:
-    """What a bundle rounds that keeps no graph as it is."""
-    if precision in INT8_PRECISIONS:
-        return RoundedParts(weights=True)
-    if precision not in FP8_PRECISIONS:
-        return None
-    scales: dict[str, float] = dict.fromkeys((*ATTENTION_ENDS, "weights"), 1.0)
-    return RoundedParts(attentions={"attention": scales, "pixel_attention": scales}, told=1.0)
+class _AnyScales:
+    """Scales, which make no difference to the work."""
+
+    def scale(self, name: str) -> float:
+        return 1.0
+
+
+def _program(config: PidConfig, precision: str, kept: Iterable[str]) -> ProgramSpec:
+    """The program of a bundle that does not round these graphs to 8 bits."""
+    program = build_program(config, precision, KNOWN_TIMES)
+    if precision not in (*INT8_PRECISIONS, *FP8_PRECISIONS):
+        return program
+    scales = _AnyScales() if precision in FP8_PRECISIONS else None
+    return build_program(config, precision, KNOWN_TIMES, rounded_of(scales, program, kept))
 
 
 def _table(program: ProgramSpec) -> Work:

@@ -203,6 +203,7 @@ def network_in(manifest: Manifest) -> Network:
         config=config,
         full_depth=config.patch_depth,
         weights="real" if real else "random",
+        kept=tuple(manifest.model.get("rounding", {}).get("kept", ())),
     )
 
 

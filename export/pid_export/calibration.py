@@ -5,7 +5,7 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -113,8 +113,16 @@ def _words(weights: Mapping[str, Any]) -> str:
     return ", ".join(f"{name} {value}" for name, value in weights.items())
 
 
+class Scales(Protocol):
+    """Of a `Calibration`, or of what stands for one where scales make no difference."""
+
+    def scale(self, name: str) -> float:
+        """What numbers at a place are divided by."""
+        ...
+
+
 def rounded_of(
-    calibration: Calibration | None, program: ProgramSpec, keep: Iterable[str]
+    calibration: Scales | None, program: ProgramSpec, keep: Iterable[str]
 ) -> RoundedParts:
     """What a program rounds, all but the graphs to keep: weights alone without a calibration.
 
@@ -139,7 +147,7 @@ def rounded_of(
     return RoundedParts(kept, attentions=attentions, told=told)
 
 
-def attention_scales(name: str, calibration: Calibration) -> dict[str, float]:
+def attention_scales(name: str, calibration: Scales) -> dict[str, float]:
     """The scales of an attention graph, as `stages.RoundedAttention` takes them."""
     ends = {end: calibration.scale(f"{name}.ends.{end}") for end in ATTENTION_ENDS}
     return {**ends, "weights": WEIGHT_SCALE}

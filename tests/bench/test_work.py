@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from pid_bench.pid_stages import (
     program_works,
     reference_step,
 )
+from pid_bench.selection import network_in
 from pid_bench.stage import Stage, normal
 from pid_bench.work import NO_WORK, Work, count, count_calls, total
 from pid_export.bundle import dimensions_of, network_of, weight_slots
@@ -24,6 +26,7 @@ from pid_ref.errors import PidInputError
 from pid_ref.network import PatchBlock, PixelBlock
 from pid_ref.registry import find_checkpoint
 from pid_runtime.backends.stages import Attention, build_stage
+from pid_runtime.bundle.folder import read_manifest
 from pid_runtime.bundle.sizes import Sizes
 
 META = torch.device("meta")
@@ -303,3 +306,26 @@ def test_rounded_weights_are_half_as_many_bytes() -> None:
     for precision in ("fp8", "int8"):
         assert 0.5 < at[precision].weight_bytes / at["bf16"].weight_bytes < 0.57
         assert at[precision].flop == pytest.approx(at["bf16"].flop, rel=2e-2)
+
+
+def test_graphs_that_a_bundle_keeps_are_counted_as_they_are() -> None:
+    config, kept = find_checkpoint("flux", "2k").config, ("image.3", "update", "attention")
+    own, plain, rounded = (
+        by_graph(program_works(config, 512, 512, T, precision=precision, kept=names))
+        for precision, names in (("fp8", kept), ("bf16", ()), ("fp8", ()))
+    )
+    assert set(own) == set(plain) == set(rounded)
+    scales = 16  # bytes of them at most, of what comes rounded from other graphs
+    for as_they_are, name in ((True, "image.3"), (True, "update"), (False, "image.4")):
+        like, unlike = (plain, rounded) if as_they_are else (rounded, plain)
+        assert abs(own[name].weight_bytes - like[name].weight_bytes) <= scales
+        assert abs(own[name].weight_bytes - unlike[name].weight_bytes) > 1_000_000
+    assert own["attention"].bytes_moved == plain["attention"].bytes_moved
+    assert own["pixel_attention"].bytes_moved == rounded["pixel_attention"].bytes_moved
+
+
+def test_a_bundle_says_what_it_keeps(golden_bundle: Path) -> None:
+    manifest = read_manifest(golden_bundle, verify=False)
+    assert network_in(manifest).kept == ()
+    model = {**manifest.model, "rounding": {"kept": ["update"]}}
+    assert network_in(replace(manifest, model=model)).kept == ("update",)
