@@ -9,7 +9,6 @@ namespace {
 using namespace pid::core;
 
 using Guidance = pid::test::WithData;
-using pid::test::numbers;
 
 TEST_F(Guidance, OfBranchesAtOnceIsThatOfOneAfterAnother) {
     BackendOptions options{};
@@ -19,16 +18,8 @@ TEST_F(Guidance, OfBranchesAtOnceIsThatOfOneAfterAnother) {
     const auto bundle =
         std::make_shared<const Bundle>(pid::test::data_folder() / "any_times", options);
     Decoder decoder(bundle, {});
-    const auto latent = numbers(2 * 16 * 5 * 6, 1), caption = numbers(2 * 12 * 32, 2),
-               negative = numbers(12 * 32, 3);
-    const std::vector<double> times{0.97, 0.7, 0.3, 0};
-    pid_decode_params params = pid_decode_default_params();
-    params.latent = {latent.data(), PID_FLOAT32, PID_HOST, 4, {2, 16, 5, 6}};
-    params.caption = {caption.data(), PID_FLOAT32, PID_HOST, 3, {2, 12, 32}};
-    params.negative = {negative.data(), PID_FLOAT32, PID_HOST, 3, {1, 12, 32}};
-    params.times = times.data();
-    params.time_count = 4;
-    params.guidance = 3;
+    const pid::test::GuidedInputs inputs;
+    const pid_decode_params params = inputs.params();
     std::vector<std::vector<float>> images;
     std::vector<std::int32_t> calls;
     const auto count = [&](std::int32_t done, std::int32_t all) {

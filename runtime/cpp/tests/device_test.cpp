@@ -107,16 +107,8 @@ TEST_F(TilesOnFakeGpu, OfAStateOnTheDeviceAreThoseOfOneOnTheHost) {
     const Manifest manifest = read_manifest(folder, false, 1);
     const auto loaded = load_graphs(folder, manifest, options);
     const Constants constants = read_constants(folder, manifest);
-    const auto latent = numbers(2 * 16 * 5 * 6, 1), caption = numbers(2 * 12 * 32, 2),
-               negative = numbers(12 * 32, 3);
-    const std::vector<double> times{0.97, 0.7, 0.3, 0};
-    pid_decode_params params = pid_decode_default_params();
-    params.latent = {latent.data(), PID_FLOAT32, PID_HOST, 4, {2, 16, 5, 6}};
-    params.caption = {caption.data(), PID_FLOAT32, PID_HOST, 3, {2, 12, 32}};
-    params.negative = {negative.data(), PID_FLOAT32, PID_HOST, 3, {1, 12, 32}};
-    params.times = times.data();
-    params.time_count = 4;
-    params.guidance = 3;
+    const pid::test::GuidedInputs inputs;
+    pid_decode_params params = inputs.params();
     params.tile_width = 96;
     params.tile_height = 96;
     params.overlap = 32;

@@ -12,6 +12,8 @@
 
 #include <gtest/gtest.h>
 
+#include "pid/pid_runtime.h"
+
 namespace pid::test {
 
 using Path = std::filesystem::path;
@@ -55,6 +57,25 @@ inline float difference(const std::vector<float>& a, const std::vector<float>& b
         largest = std::max(largest, std::abs(a[i] - b[i]));
     return largest;
 }
+
+// Inputs of a decode with guidance, of two images of 160 x 192 pixels, for the bundle "any_times".
+struct GuidedInputs {
+    std::vector<float> latent = numbers(2 * 16 * 5 * 6, 1), caption = numbers(2 * 12 * 32, 2),
+                       negative = numbers(12 * 32, 3);
+    std::vector<double> times{0.97, 0.7, 0.3, 0};
+
+    // Refers to these.
+    pid_decode_params params() const {
+        pid_decode_params given = pid_decode_default_params();
+        given.latent = {latent.data(), PID_FLOAT32, PID_HOST, 4, {2, 16, 5, 6}};
+        given.caption = {caption.data(), PID_FLOAT32, PID_HOST, 3, {2, 12, 32}};
+        given.negative = {negative.data(), PID_FLOAT32, PID_HOST, 3, {1, 12, 32}};
+        given.times = times.data();
+        given.time_count = 4;
+        given.guidance = 3;
+        return given;
+    }
+};
 
 // A test of what Python wrote; skipped when it wrote nothing.
 class WithData : public testing::Test {
