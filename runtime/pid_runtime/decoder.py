@@ -545,6 +545,7 @@ class Decoder:
 
         def report() -> None:
             if progress is not None:
+                self.memory.synchronize()
                 progress(next(done), request.calls)
 
         if self._canvas is None:

@@ -126,6 +126,7 @@ class FakeStream:
 
     def sync(self) -> None:
         assert self.recording is None, "a capture does not survive synchronisation"
+        self.gpu.events.append("sync")
 
     def create_graph_builder(self) -> "FakeGraphBuilder":
         return FakeGraphBuilder(self)

@@ -188,6 +188,8 @@ void Decoder::denoise(Program& program, const Request& request, const Progress& 
     const auto calls = static_cast<std::int32_t>(request.calls());
     std::int32_t done = 0;
     const Listener listener{prologue_done, [&] {
+                                if (progress || canvas_)
+                                    memory_.synchronize(); // or all would be on the stream at once
                                 if (progress && !progress(++done, calls))
                                     graphs_->cancelled = true;
                                 graphs_->throw_if_cancelled();

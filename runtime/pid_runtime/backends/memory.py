@@ -83,6 +83,10 @@ class Memory(Protocol):
         """
         ...
 
+    def synchronize(self) -> None:
+        """Wait for all that was started."""
+        ...
+
 
 class HostMemory:
     """The host's memory, as numpy arrays."""
@@ -126,6 +130,9 @@ class HostMemory:
     def fill_normal(self, tensor: RawTensor, seed: int, draw: int, start: int = 0) -> None:
         flat = writable(tensor).reshape(-1)
         standard_normal(seed, draw, flat.size, start=start, out=flat)
+
+    def synchronize(self) -> None:
+        pass
 
 
 def as_array(source: Any) -> NDArray[Any]:

@@ -194,6 +194,9 @@ class OrtMemory:
         else:
             self.blending.fill_normal(tensor, seed, draw, start)
 
+    def synchronize(self) -> None:
+        pass  # ONNX Runtime waits for what it has run and copied
+
 
 def check_precision(provider: str, precision: str, otherwise: str) -> None:
     """Raise `PidRuntimeError` for a precision that a provider has no kernels for."""

@@ -167,6 +167,10 @@ class TorchMemory:
         torch.cuda.current_stream(self._device).synchronize()  # the kernels have their own stream
         self._kernels.fill_normal(raw, seed, draw, start)
 
+    def synchronize(self) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+
 
 class TorchBlending:
     """As of `Blending`, on any device torch has: products and sums apart, which rounds as NumPy."""

@@ -331,6 +331,16 @@ def test_the_state_of_tiles_lies_on_the_device(gpu: Gpu, rtx: Path) -> None:
         assert moved == plan.device_bytes - on_host.device_bytes == 2 * 4 * image.size
 
 
+@pytest.mark.parametrize("whole", [True, False])
+def test_progress_is_of_what_the_gpu_has_done(gpu: Gpu, rtx: Path, whole: bool) -> None:
+    options = {} if whole else in_tiles()
+    waited: list[int] = []
+    with open_decoder(rtx) as decoder:
+        decode(decoder, **options, progress=lambda *_: waited.append(gpu.count("sync")))
+    assert len(waited) == (4 if whole else 8)
+    assert len(set(waited)) == len(waited), "a call was reported before it was waited for"
+
+
 def test_a_state_that_the_device_lacks_memory_for_lies_on_the_host(
     gpu: Gpu, rtx: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

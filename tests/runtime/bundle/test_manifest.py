@@ -606,6 +606,9 @@ class Watcher:
     def fill_normal(self, tensor: Any, seed: int, draw: int, start: int = 0) -> None:
         assert tensor[0] == "float32"
 
+    def synchronize(self) -> None:
+        pass
+
     def bind(self, graph: str, tensors: Mapping[str, Any], scratch: Any) -> Callable[[], None]:
         known = self.manifest.graphs[graph]
         assert graph in self.prepared
