@@ -505,7 +505,7 @@ class Tokens(nn.Module):
 
 
 class PixelEmbed(nn.Module):
-    """Noisy pixels `[B, L, P * P * 3]` float32 to `[B, L, P * P, d]`, with their positions."""
+    """Noisy pixels `[B, L, P * P * 3]` to `[B, L, P * P, d]`, both float32, with their positions."""
 
     def __init__(self, n: Dimensions, dtype: torch.dtype) -> None:
         super().__init__()
@@ -519,7 +519,7 @@ class PixelEmbed(nn.Module):
         rows = rows[:, :, None].expand(-1, -1, p, -1)
         position = torch.cat([columns, rows], dim=-1).flatten(1, 2)  # (L, P * P, d)
         pixels = self.proj(state.unflatten(-1, (p * p, 3)).to(self.dtype))
-        return (pixels.float() + position).to(self.dtype)
+        return pixels.float() + position
 
 
 class EnterPixelBlock(nn.Module):
@@ -560,14 +560,14 @@ class LeavePixelBlock(nn.Module):
         self.fc1, self.fc2 = Linear(d, 4 * d, dtype), Linear(4 * d, d, dtype)
 
     def forward(self, pixels: Tensor, s: Tensor, attended: Tensor) -> Tensor:
-        """`pixels` `[B, L, P * P, d]`, `s` `[B, L, D]`, `attended` `[B, L, A]`."""
+        """`pixels` `[B, L, P * P, d]`, `s` `[B, L, D]`, `attended` `[B, L, A]`; float32."""
         shape = pixels.shape[2:]
         attention = self.gate_attention(s).float() * self.expand(self.attended(attended)).float()
         wide = pixels.float() + attention.unflatten(-1, shape)
         scale, shift = (m(s).float().unflatten(-1, shape) for m in (self.scale, self.shift))
         z = (normalize(wide) * scale + shift).to(s.dtype)
         out = self.fc2(F.gelu(self.fc1(z))).float()
-        return (wide + self.gate_mlp(s).float().unflatten(-1, shape) * out).to(s.dtype)
+        return wide + self.gate_mlp(s).float().unflatten(-1, shape) * out
 
 
 class PixelFirst(nn.Module):
@@ -650,6 +650,7 @@ class Pixels(_AfterPixelAttention):
         rounding: Rounding = NO_ROUNDING,
     ) -> None:
         super().__init__(n, dtype, embed=embed, rounding=rounding)
+        self.dtype = dtype
         self.enter = EnterPixelBlock(n, dtype, rounding)
 
     def forward(
@@ -667,7 +668,8 @@ class Pixels(_AfterPixelAttention):
         entering = _pixels(self.embed, self.d, pixels, state=state, **tables)
         s = self.s(s)
         leaving = self.leave(entering, s, attended)
-        return (leaving.flatten(2), *self.enter(leaving, s, rope_cos, rope_sin))
+        kept = leaving.flatten(2).to(self.dtype)
+        return (kept, *self.enter(leaving, s, rope_cos, rope_sin))
 
 
 class Update(_AfterPixelAttention):
