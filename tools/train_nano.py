@@ -12,7 +12,8 @@ that sketch, and decodes it at every time of the sampler: whatever the noise, wh
 linear picture of the patch half's output (`new_network`). So the patch half and those pictures are
 what is trained, and the pixel half never has to run: what is compared with the truth is the
 picture. The loss is the squared error, as a share of what is left at that level of noise. At the
-end that of the steps from one token to the next is added, or the grid of tokens would be seen.
+end that of the steps from one token to the next is added, or the grid of tokens would be seen, and
+black and white may lie beyond what can be shown.
 """
 
 import argparse
@@ -62,14 +63,20 @@ class Stage:
     """What the squared error of the steps across the borders of tokens counts for, beside that of
     all pixels.
     """
+    beyond: float
+    """How far beyond black and white what is as good as these is to lie, at least. Images are
+    clipped, so nobody sees how far, nor what 16-bit numbers round there. 0: it lies where it does.
+    """
 
 
-STAGES = (Stage(3200, 5e-4, 0), Stage(1000, 2e-4, 2))
+STAGES = (Stage(3200, 5e-4, 0, 0), Stage(1000, 2e-4, 2, 0.015))
 ITERATIONS = sum(stage.iterations for stage in STAGES)
 EMA = 0.999
 MAX_SIGMA = 0.8
 CLEAN_SHARE = 0.6
 """Of the crops, how many have sigma 0."""
+EXTREME = 1 - 2.5 / 127.5
+"""What lies beyond is as good as black or white."""
 CLEAN_ERROR, NOISE_ERROR = 0.01, 0.08
 """About the squared error that is left at sigma 0, and what each unit of sigma adds."""
 
@@ -277,6 +284,15 @@ def noisy(rng: np.random.Generator, images: Tensor) -> tuple[Tensor, Tensor]:
     return torch.from_numpy((1 - at) * latents + at * noise), torch.from_numpy(sigma)
 
 
+def error_of(found: Tensor, image: Tensor, beyond: float) -> Tensor:
+    """What a picture `[B, 3, H, W]` lacks of an image in [-1, 1]. beyond: as of `Stage`."""
+    if not beyond:
+        return found - image
+    is_extreme = image.abs() > EXTREME
+    error = found - torch.where(is_extreme, image.sign() * (1 + beyond), image)
+    return error.masked_fill(is_extreme & (error * image > 0), 0)
+
+
 def border_error(error: Tensor) -> Tensor:
     """Mean square of the step between neighbours of two tokens, `[B]`, of errors `[B, 3, H, W]`."""
     size = NANO_CONFIG.patch_size
@@ -298,20 +314,20 @@ def learn(
     rng: np.random.Generator,
     crops: Sequence[NDArray[np.uint8]],
     device: torch.device,
-    borders: float,
+    stage: Stage,
 ) -> tuple[Tensor, dict[str, list[float]]]:
-    """Loss of a few crops, and their squared errors by kind of latent. borders: as of `Stage`."""
+    """Loss of a few crops, and their squared errors by kind of latent."""
     which = int(rng.integers(len(crops)))
     ids = np.sort(rng.choice(len(crops[which]), CROPS[which][2], replace=False))
     image = images_of(crops[which][ids])
     latent, sigma = noisy(rng, image)
     found = picture_of(net, latent.to(device), sigma.to(device))
-    difference = found - image.to(device)
+    difference = error_of(found, image.to(device), stage.beyond)
     error = difference.square().mean((1, 2, 3))
     errors: dict[str, list[float]] = {}
     for level, value in zip(sigma.tolist(), error.tolist(), strict=True):
         errors.setdefault("clean" if level == 0 else "noisy", []).append(value)
-    return loss_of(error + borders * border_error(difference), sigma), errors
+    return loss_of(error + stage.borders * border_error(difference), sigma), errors
 
 
 def parameters(net: PidNet) -> list[dict[str, Any]]:
@@ -359,7 +375,7 @@ def train(pictures: list[Pixels], folder: Path, iterations: int, seed: int, seco
         share = share_of_rate(iteration - first, stage.iterations)
         for group in optimizer.param_groups:
             group["lr"] = group["share"] * stage.peak_rate * share
-        loss, found = learn(net, rng, crops, device, stage.borders)
+        loss, found = learn(net, rng, crops, device, stage)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)

@@ -45,9 +45,10 @@ def test_what_is_trained_decodes_at_every_time(tool: Any, crops: NDArray[np.uint
     images = torch.from_numpy(crops[:4]).float() / 127.5 - 1
     before = tool.picture_of(net, *(noisy := tool.noisy(rng, images))).detach()
     optimizer = torch.optim.AdamW(net.parameters(), lr=3e-4, weight_decay=0)
+    stage = tool.Stage(1, 0, borders=3.0, beyond=0.015)
     for _ in range(4):
         optimizer.zero_grad()
-        tool.learn(net, rng, [crops], torch.device("cpu"), 3.0)[0].backward()
+        tool.learn(net, rng, [crops], torch.device("cpu"), stage)[0].backward()
         optimizer.step()
     tool.tell_time(net)
     net.eval()
@@ -109,6 +110,15 @@ def test_crops_follow_from_seed_and_index(pictures: Any, tmp_path: Path) -> None
     assert few.shape == (3, 3, 64, 64) and few.dtype == np.uint8
     assert np.array_equal(few, more[:3]) and len({crop.tobytes() for crop in more}) == 5
     assert sorted(tmp_path.iterdir()) == sorted(files)
+
+
+def test_black_and_white_may_lie_beyond(tool: Any) -> None:
+    """What can be seen counts as it is; what is as good as black must be blacker, or as black."""
+    image, found = torch.tensor([0.5, -1, -0.99, -1, 1]), torch.tensor([0.3, -0.9, -1.1, -1.2, 1])
+    wanted = [-0.2, 0.115, 0, 0, -0.015]
+    assert tool.error_of(found, image, 0.015).tolist() == pytest.approx(wanted, abs=1e-6)
+    plain = [-0.2, 0.1, -0.11, -0.2, 0]
+    assert tool.error_of(found, image, 0).tolist() == pytest.approx(plain, abs=1e-6)
 
 
 def test_steps_across_the_borders_of_tokens_count(tool: Any) -> None:

@@ -505,7 +505,7 @@ class Tokens(nn.Module):
 
 
 class PixelEmbed(nn.Module):
-    """Noisy pixels `[B, L, P * P * 3]` to `[B, L, P * P, d]`, both float32, with their positions."""
+    """Noisy pixels `[B, L, P * P * 3]` to `[B, L, P * P, d]`, float32, with their positions."""
 
     def __init__(self, n: Dimensions, dtype: torch.dtype) -> None:
         super().__init__()
