@@ -88,7 +88,7 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been(
     tool: Any, pictures: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tool, "CROPS", ((2, 6, 2), (3, 4, 2)))
-    monkeypatch.setattr(tool, "STAGES", (tool.Stage(2, 5e-4, 0), tool.Stage(1, 2e-4, 3)))
+    monkeypatch.setattr(tool, "STAGES", (tool.Stage(2, 5e-4, 0, 0), tool.Stage(1, 2e-4, 3, 0.015)))
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     for folder in (whole, parts):
         folder.mkdir()
