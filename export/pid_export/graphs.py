@@ -165,6 +165,20 @@ def interrupts_held() -> Generator[None, None, None]:
             signal.raise_signal(held[0])
 
 
+@contextlib.contextmanager
+def tracing() -> Generator[None, None, None]:
+    """Keep torch quiet, and its translations, while it traces."""
+    quiet = logging.getLogger("torch.onnx")
+    level = quiet.level
+    quiet.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), kept_translations():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        quiet.setLevel(level)
+
+
 def _trace(spec: GraphSpec, stage: torch.nn.Module, longest_text: int) -> bytes:
     samples = {
         name: torch.empty(
@@ -181,32 +195,25 @@ def _trace(spec: GraphSpec, stage: torch.nn.Module, longest_text: int) -> bytes:
         }
         for name, port in spec.inputs.items()
     }
-    quiet = logging.getLogger("torch.onnx")
-    level = quiet.level
-    quiet.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings(), kept_translations():
-            warnings.simplefilter("ignore")
-            program = torch.export.export(
-                stage,
-                (),
-                kwargs=samples,
-                dynamic_shapes=shapes,
-                strict=False,
-                # torch 2.11 does not see that min(2 w, 4 w) is 2 w, and refuses the latent stage.
-                prefer_deferred_runtime_asserts_over_guards="w" in dims,
-            )
-            exported = torch.onnx.export(
-                program,
-                dynamo=True,
-                opset_version=OPSET,
-                output_names=list(spec.outputs),
-                optimize=False,
-                verbose=False,
-                custom_translation_table=_OPERATIONS,
-            )
-    finally:
-        quiet.setLevel(level)
+    with tracing():
+        program = torch.export.export(
+            stage,
+            (),
+            kwargs=samples,
+            dynamic_shapes=shapes,
+            strict=False,
+            # torch 2.11 does not see that min(2 w, 4 w) is 2 w, and refuses the latent stage.
+            prefer_deferred_runtime_asserts_over_guards="w" in dims,
+        )
+        exported = torch.onnx.export(
+            program,
+            dynamo=True,
+            opset_version=OPSET,
+            output_names=list(spec.outputs),
+            optimize=False,
+            verbose=False,
+            custom_translation_table=_OPERATIONS,
+        )
     if exported is None:
         raise ExportError(f"torch exported nothing for stage {spec.stage}")
     model = exported.model

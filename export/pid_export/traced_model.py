@@ -3,8 +3,6 @@
 PiD's own stages are traced without weights, by `graphs`; these are small, or one graph each.
 """
 
-import logging
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,9 +10,8 @@ from typing import Any
 import onnx
 import torch
 
-from pid_export.graphs import ExportError, interrupts_held
+from pid_export.graphs import ExportError, interrupts_held, tracing
 from pid_export.onnx_ports import OPSET
-from pid_export.translations import kept_translations
 from pid_runtime.bundle.files import write_whole
 
 
@@ -29,26 +26,19 @@ def trace(
     samples: inputs to trace with, by name. dims: of each the axes of any size, as torch.export's
     `Dim`. output: what to call the result.
     """
-    quiet = logging.getLogger("torch.onnx")
-    level = quiet.level
-    quiet.setLevel(logging.ERROR)
-    try:
-        with interrupts_held(), warnings.catch_warnings(), torch.no_grad(), kept_translations():
-            warnings.simplefilter("ignore")
-            program = torch.onnx.export(
-                model.eval(),
-                (),
-                # Of one tensor given twice, torch makes one input.
-                kwargs={name: sample.clone() for name, sample in samples.items()},
-                dynamo=True,
-                opset_version=OPSET,
-                output_names=[output],
-                dynamic_shapes={name: dict(axes) for name, axes in dims.items()},
-                optimize=True,
-                verbose=False,
-            )
-    finally:
-        quiet.setLevel(level)
+    with interrupts_held(), tracing(), torch.no_grad():
+        program = torch.onnx.export(
+            model.eval(),
+            (),
+            # Of one tensor given twice, torch makes one input.
+            kwargs={name: sample.clone() for name, sample in samples.items()},
+            dynamo=True,
+            opset_version=OPSET,
+            output_names=[output],
+            dynamic_shapes={name: dict(axes) for name, axes in dims.items()},
+            optimize=True,
+            verbose=False,
+        )
     if program is None:
         raise ExportError(f"torch exported nothing for {type(model).__name__}")
     return program

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from pid_runtime.backends.memory import Block, HostMemory, Memory, Tensor, as_array
 from pid_runtime.bundle.manifest import Noise
+from pid_runtime.bundle.sizes import ITEM_BYTES
 from pid_runtime.interpreter import Program
 from pid_runtime.request import Branch, Request
 from pid_runtime.tiles import Axis
@@ -26,7 +27,7 @@ Report = Callable[[], None]
 
 Floats = NDArray[np.float32]
 
-FLOAT_BYTES = 4
+FLOAT = "float32"
 
 NOISE_VALUES = 1 << 20
 """Of a draw that are made, and used, at once."""
@@ -62,8 +63,13 @@ class _Field:
     """Values of a decode's tokens, in memory."""
 
     block: Block
-    shape: tuple[int, ...]
-    """`[B, rows, columns, P, P, 3]`."""
+    whole: Tensor
+    """Float32 `[B, rows, columns, P, P, 3]`."""
+
+    @property
+    def rows(self) -> int:
+        """Of tokens."""
+        return self.whole.shape[1]
 
 
 class Canvas:
@@ -94,15 +100,19 @@ class Canvas:
             self._rows, self._columns = tiling.rows, tiling.columns
         self._mixes = request.schedule.mixes
         self._latent = as_array(request.latent)
-        rows = sizes.value("Hs")
-        self._state = self._new_field(rows)
-        self._before = self._new_field(rows) if request.schedule.looks_back else None
-        self._ring = self._new_field(self._tokens(self._rows.tile))
-        values = sizes.value("B") * self._row_values
-        self._noise = self._new_field(min(rows, max(1, NOISE_VALUES // values)))
-        tile = sizes.value("B"), *map(self._tokens, (self._rows.tile, self._columns.tile))
-        self._tile_shape = *tile, self._patch, self._patch, 3
-        self._aside: Tensor = None if self._is_near else self._new(self._tile_shape)
+        batch, rows, columns = sizes.shape(("B", "Hs", "Ws"))
+        token = self._patch, self._patch, 3
+        self._row_values = columns * math.prod(token)  # of an image
+        tile_rows, tile_columns = map(self._tokens, (self._rows.tile, self._columns.tile))
+        at_once = min(rows, max(1, NOISE_VALUES // (batch * self._row_values)))
+
+        def new(rows: int) -> _Field:
+            return self._new((batch, rows, columns, *token))
+
+        self._state, self._ring, self._noise = new(rows), new(tile_rows), new(at_once)
+        self._before = new(rows) if request.schedule.looks_back else None
+        self._tile_shape = batch, tile_rows, tile_columns, *token
+        self._aside: Tensor = None if self._is_near else self._new(self._tile_shape).whole
         self._down_weights = [self._kept(each) for each in self._weights(self._rows)]
         across = self._weights(self._columns)
         self._across_weights = [
@@ -117,9 +127,9 @@ class Canvas:
         last_branch, last_column = len(request.branches) - 1, len(self._columns.starts) - 1
         _write(program, request, request.schedule.predictions)
         _compute_times(program, request)
-        self._memory.fill_zero(self._whole(self._ring))
+        self._memory.fill_zero(self._ring.whole)
         given = self._given_noise(0)
-        for begin, count in self._parts(0, self._state.shape[1]):
+        for begin, count in self._parts(0, self._state.rows):
             self._fill_noise(self._state, begin, given, 0, begin, count)
         for step, row in enumerate(request.schedule.rows):
             given = self._given_noise(step + 1) if self._mixes[step][-1] else None
@@ -143,17 +153,17 @@ class Canvas:
     @property
     def is_finite(self) -> bool:
         """Whether the state has neither NaN nor infinity."""
-        return self._memory.is_finite(self._whole(self._state))
+        return self._memory.is_finite(self._state.whole)
 
     def state(self) -> Floats:
         """A copy of the picture's tokens `[B, Hs * Ws, P * P, 3]`, row by row."""
-        batch, rows, columns, patch, *_ = self._state.shape
-        state = self._memory.read(self._whole(self._state))
+        batch, rows, columns, patch, *_ = self._state.whole.shape
+        state = self._memory.read(self._state.whole)
         return state.reshape(batch, rows * columns, patch * patch, 3)
 
     def image(self) -> Floats:
         """The state as images, float32 `[B, 3, H, W]`, clamped to [-1, 1]."""
-        batch, rows, columns, patch, *_ = self._state.shape
+        batch, rows, columns, patch, *_ = self._state.whole.shape
         image = np.empty((batch, 3, rows * patch, columns * patch), np.float32)
         for index, row, values in self._state_rows():
             pixels = values.transpose(3, 1, 0, 2)  # (3, P, Ws, P)
@@ -163,7 +173,7 @@ class Canvas:
 
     def image_bytes(self) -> NDArray[np.uint8]:
         """The state as images, uint8 `[B, H, W, 3]`."""
-        batch, rows, columns, patch, *_ = self._state.shape
+        batch, rows, columns, patch, *_ = self._state.whole.shape
         image = np.empty((batch, rows * patch, columns * patch, 3), np.uint8)
         for index, row, values in self._state_rows():
             pixels = np.clip(values.transpose(1, 0, 2, 3), -1, 1)  # (P, Ws, P, 3)
@@ -174,46 +184,31 @@ class Canvas:
     def _tokens(self, length: int) -> int:
         return length * self._per_latent
 
-    @property
-    def _row_values(self) -> int:
-        """Of an image."""
-        return self._request.sizes.value("Ws") * self._patch**2 * 3
-
-    def _new(self, shape: tuple[int, ...]) -> Tensor:
-        block = self._memory.allocate(math.prod(shape) * FLOAT_BYTES)
-        return self._memory.tensor(block, 0, "float32", shape)
+    def _new(self, shape: tuple[int, ...]) -> _Field:
+        block = self._memory.allocate(math.prod(shape) * ITEM_BYTES[FLOAT])
+        return _Field(block, self._memory.tensor(block, 0, FLOAT, shape))
 
     def _kept(self, values: Floats) -> Tensor:
         """The same in the state's memory."""
-        tensor = self._new(values.shape)
+        tensor = self._new(values.shape).whole
         self._memory.write(tensor, values)
         return tensor
 
-    def _new_field(self, rows: int) -> _Field:
-        batch, columns = self._request.sizes.shape(("B", "Ws"))
-        shape = batch, rows, columns, self._patch, self._patch, 3
-        return _Field(self._memory.allocate(math.prod(shape) * FLOAT_BYTES), shape)
-
-    def _whole(self, field: _Field) -> Tensor:
-        return self._memory.tensor(field.block, 0, "float32", field.shape)
-
     def _part(self, field: _Field, image: int, row: int, rows: int) -> Tensor:
         """Rows of an image, `[rows, columns, P, P, 3]`."""
-        offset = (image * field.shape[1] + row) * self._row_values * FLOAT_BYTES
-        shape = rows, *field.shape[2:]
-        return self._memory.tensor(field.block, offset, "float32", shape)
+        offset = (image * field.rows + row) * self._row_values * ITEM_BYTES[FLOAT]
+        return self._memory.tensor(field.block, offset, FLOAT, (rows, *field.whole.shape[2:]))
 
     def _parts(self, begin: int, end: int) -> Iterator[tuple[int, int]]:
         """Rows that are worked on at once: where they begin, and how many they are."""
-        most = self._noise.shape[1]
+        most = self._noise.rows
         for row in range(begin, end, most):
             yield row, min(most, end - row)
 
     def _state_rows(self) -> Iterator[tuple[int, int, Floats]]:
         """Every row of every image on the host: image, row, and values `[Ws, P, P, 3]`."""
-        batch, rows, *_ = self._state.shape
-        for image in range(batch):
-            for begin, count in self._parts(0, rows):
+        for image in range(len(self._request.seeds)):
+            for begin, count in self._parts(0, self._state.rows):
                 part = self._part(self._state, image, begin, count)
                 for row, values in enumerate(self._memory.read(part), begin):
                     yield image, row, values
@@ -243,7 +238,7 @@ class Canvas:
 
     def _run(self, down: int, across: int, row: int, step: int, group: int) -> None:
         """Let the program's state be the clean images that the network sees in a tile."""
-        program, state = self._program, self._whole(self._state)
+        program, state = self._program, self._state.whole
         top, left = map(self._tokens, (self._rows.starts[down], self._columns.starts[across]))
         if not self._is_near:
             self._blending.take(state, self._aside, top, left)
@@ -261,7 +256,7 @@ class Canvas:
             self._memory.write(self._aside, self._program.memory.read(tile))
             tile = self._aside
         self._blending.add(
-            self._whole(self._ring),
+            self._ring.whole,
             tile,
             self._down_weights[down],
             self._across_weights[branch][across],
@@ -278,10 +273,10 @@ class Canvas:
             if factors[-1]:
                 self._fill_noise(self._noise, 0, given, step + 1, row, rows)
             self._blending.mix(
-                self._whole(self._state),
-                self._whole(self._ring),
-                None if self._before is None else self._whole(self._before),
-                self._whole(self._noise) if factors[-1] else None,
+                self._state.whole,
+                self._ring.whole,
+                None if self._before is None else self._before.whole,
+                self._noise.whole if factors[-1] else None,
                 factors,
                 row,
                 rows,
@@ -353,10 +348,10 @@ def _padded(values: Floats, rows: int) -> Floats:
 
 def state_bytes(request: Request) -> int:
     """Of a decode that is not plain, wherever its state lies: states, and a row of tiles."""
-    values = 3 * math.prod(request.sizes.shape(("B", "H", "W")))
+    values = image_bytes(request)
     states = 2 if request.schedule.looks_back else 1
     height = request.program_sizes.value("H") / request.sizes.value("H")
-    return int(values * FLOAT_BYTES * (states + height))
+    return int(values * ITEM_BYTES[FLOAT] * (states + height))
 
 
 def image_bytes(request: Request) -> int:

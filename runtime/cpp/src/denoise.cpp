@@ -123,26 +123,26 @@ Canvas::Canvas(Program& program, const Request& request, bool on_host)
     }
 }
 
-Canvas::Field Canvas::new_field(std::size_t rows, std::size_t columns) {
-    const auto length = [](std::size_t size) { return static_cast<std::int64_t>(size); };
-    Tensor whole{
-        nullptr,
-        DType::float32,
-        {length(batch_), length(rows), length(columns), length(patch_), length(patch_), 3}};
+Canvas::Field Canvas::new_values(Shape shape) {
+    Tensor whole{nullptr, DType::float32, std::move(shape)};
     Allocation memory = memory_.allocate(whole.bytes());
     whole.address = memory.get();
     return {std::move(memory), std::move(whole)};
+}
+
+Canvas::Field Canvas::new_field(std::size_t rows, std::size_t columns) {
+    const auto length = [](std::size_t size) { return static_cast<std::int64_t>(size); };
+    return new_values(
+        {length(batch_), length(rows), length(columns), length(patch_), length(patch_), 3});
 }
 
 Canvas::Field Canvas::new_weights(const TileAxis& axis, std::size_t index, double factor) {
     std::vector<float> weights = axis.weights(index, per_latent_ * patch_);
     for (float& each : weights)
         each *= static_cast<float>(factor);
-    Tensor whole{nullptr, DType::float32, {static_cast<std::int64_t>(weights.size())}};
-    Allocation memory = memory_.allocate(whole.bytes());
-    whole.address = memory.get();
-    memory_.write(whole, weights.data(), PID_HOST);
-    return {std::move(memory), std::move(whole)};
+    Field field = new_values({static_cast<std::int64_t>(weights.size())});
+    memory_.write(field.whole, weights.data(), PID_HOST);
+    return field;
 }
 
 Tensor Canvas::part(const Field& field, std::size_t image, std::size_t row, std::size_t rows) {

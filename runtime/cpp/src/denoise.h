@@ -54,12 +54,13 @@ public:
     void read_image_bytes(std::uint8_t* image);
 
 private:
-    // Values of tokens, [B, rows, columns, P, P, 3].
+    // Float32 values: of tokens [B, rows, columns, P, P, 3].
     struct Field {
         Allocation memory;
         Tensor whole;
     };
 
+    Field new_values(Shape shape);
     Field new_field(std::size_t rows, std::size_t columns);
     Field new_weights(const TileAxis& axis, std::size_t index, double factor);
     // Rows of an image, [1, rows, columns, P, P, 3].

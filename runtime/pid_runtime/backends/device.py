@@ -12,7 +12,7 @@ import importlib
 import logging
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,9 +20,14 @@ from numpy.typing import NDArray
 from pid_runtime.backends.dlpack import CUDA, RawTensor
 from pid_runtime.backends.graphs import Call
 from pid_runtime.backends.kernels import Kernels, load_kernels
-from pid_runtime.backends.memory import all_finite, as_array, as_bytes, from_bytes
+from pid_runtime.backends.memory import (
+    all_finite,
+    as_array,
+    as_bytes,
+    from_bytes,
+    write_normal,
+)
 from pid_runtime.errors import PidRuntimeError
-from pid_runtime.noise import standard_normal
 
 STAGING_BYTES = 1 << 25
 """Pinned host memory that data passes through, in pieces of this size."""
@@ -84,19 +89,21 @@ class CudaDevice:
         """Its architecture, such as sm89."""
         self._stream: Any = None
         self._staging: Any = None
-        self._kernels: Kernels | None = None
+        self._kernels: Kernels | Literal[False] | None = None  # False: the driver refuses them
 
     def open(self) -> None:
         """Make the context current and a stream in it."""
         self.use()
         self._stream = self._device.create_stream()
         self.stream_handle = int(self._stream.handle)
-        self._kernels = load_kernels(self._core, self._stream, self.use)
 
     @property
     def blending(self) -> Kernels | None:
-        """Our kernels, once it is open; None where the driver refuses them."""
-        return self._kernels
+        """Our kernels, loaded when first asked for; None where the driver refuses them."""
+        if self._kernels is None:
+            self.use()
+            self._kernels = load_kernels(self._core, self._stream, self.use) or False
+        return self._kernels or None
 
     def use(self) -> None:
         """Make the context current in the calling thread."""
@@ -197,11 +204,11 @@ class CudaDevice:
 
     def fill_normal(self, tensor: RawTensor, seed: int, draw: int, start: int = 0) -> None:
         """As of `Memory`: by a kernel, or on the host where the driver refuses it."""
-        if self._kernels is None:
-            count = math.prod(tensor.shape)
-            self._upload(tensor, standard_normal(seed, draw, count, start=start))
+        kernels = self.blending
+        if kernels is None:
+            write_normal(self, tensor, seed, draw, start)
         else:
-            self._kernels.fill_normal(tensor, seed, draw, start)
+            kernels.fill_normal(tensor, seed, draw, start)
 
     def capture(self, calls: Sequence[Call]) -> Callable[[], None]:
         """Record what calls enqueue as one CUDA graph; gives the call that replays it.
@@ -287,9 +294,10 @@ def kernels_of(ordinal: int) -> Kernels | None:
         _log.info("Noise is made on the host: %s", error)
         return None
     device.open()
-    if device.blending is not None:
-        device.blending.after = device.synchronize
-    return device.blending
+    kernels = device.blending
+    if kernels is not None:
+        kernels.after = device.synchronize
+    return kernels
 
 
 def _dtype_of(source: Any, view: Any) -> str:

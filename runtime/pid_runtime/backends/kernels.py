@@ -14,7 +14,6 @@ from pid_runtime.backends.dlpack import RawTensor
 PTX = Path(__file__).with_name("kernels.ptx")
 THREADS_PER_BLOCK = 256
 NORMALS_PER_THREAD = 4
-FLOAT_BYTES = 4
 
 _log = logging.getLogger(__name__)
 
@@ -132,8 +131,9 @@ def load_kernels(core: Any, stream: Any, use: Callable[[], None]) -> Kernels | N
 
 def _address(tensor: RawTensor, image: int, row: int = 0) -> np.uint64:
     """Of a row of an image."""
-    rows = image * tensor.shape[1] + row
-    return np.uint64(tensor.address + FLOAT_BYTES * rows * math.prod(tensor.shape[2:]))
+    batch, rows, *_ = tensor.shape
+    row_bytes = tensor.size_bytes // (batch * rows)
+    return np.uint64(tensor.address + (image * rows + row) * row_bytes)
 
 
 def _token(tensor: RawTensor) -> int:

@@ -1,6 +1,7 @@
 """The memory a decoder works in: the host's, or a device's."""
 
 import ctypes
+import math
 from typing import Any, Protocol
 
 import ml_dtypes
@@ -133,6 +134,12 @@ class HostMemory:
 
     def synchronize(self) -> None:
         pass
+
+
+def write_normal(memory: Memory, tensor: Tensor, seed: int, draw: int, start: int) -> None:
+    """`fill_normal` of a memory that has to be given the numbers."""
+    count = math.prod(tensor.shape)
+    memory.write(tensor, standard_normal(seed, draw, count, start=start))
 
 
 def as_array(source: Any) -> NDArray[Any]:

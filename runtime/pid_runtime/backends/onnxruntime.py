@@ -6,7 +6,6 @@ import functools
 import importlib
 import importlib.metadata
 import io
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,10 +25,11 @@ from pid_runtime.backends.memory import (
     as_array,
     as_bytes,
     from_bytes,
+    write_normal,
 )
 from pid_runtime.bundle.manifest import Bucket, Manifest
 from pid_runtime.errors import PidRuntimeError, memory_shortage
-from pid_runtime.noise import core_count, standard_normal
+from pid_runtime.noise import core_count
 
 PROVIDERS = {
     "cpu": "CPUExecutionProvider",
@@ -189,8 +189,7 @@ class OrtMemory:
 
     def fill_normal(self, tensor: RawTensor, seed: int, draw: int, start: int = 0) -> None:
         if self.blending is None:
-            count = math.prod(tensor.shape)
-            self.write(tensor, standard_normal(seed, draw, count, start=start))
+            write_normal(self, tensor, seed, draw, start)
         else:
             self.blending.fill_normal(tensor, seed, draw, start)
 

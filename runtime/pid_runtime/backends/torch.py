@@ -14,11 +14,10 @@ from pid_runtime.backends.blending import ring_parts
 from pid_runtime.backends.device import kernels_of
 from pid_runtime.backends.dlpack import CUDA, RawTensor
 from pid_runtime.backends.graphs import Call, PlannedCall, in_order
-from pid_runtime.backends.memory import Memory
+from pid_runtime.backends.memory import Memory, write_normal
 from pid_runtime.backends.stages import DTYPES, Dimensions, build_stage
 from pid_runtime.bundle.manifest import WEIGHTS_FILE, Bucket, Manifest
 from pid_runtime.errors import PidRuntimeError
-from pid_runtime.noise import standard_normal
 
 
 class LoadedStages:
@@ -160,7 +159,7 @@ class TorchMemory:
 
     def fill_normal(self, tensor: torch.Tensor, seed: int, draw: int, start: int = 0) -> None:
         if self._kernels is None:
-            self.write(tensor, standard_normal(seed, draw, tensor.numel(), start=start))
+            write_normal(self, tensor, seed, draw, start)
             return
         place = (CUDA, tensor.device.index)
         raw = RawTensor(tensor.data_ptr(), "float32", tuple(tensor.shape), place, tensor)

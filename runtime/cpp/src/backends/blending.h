@@ -61,7 +61,7 @@ struct RingPart {
 // Where rows of a picture lie in a ring.
 std::vector<RingPart> ring_parts(std::size_t row, std::size_t rows, std::size_t ring_rows);
 
-// TokenLengths of a state, a tile or a ring of [B, rows, columns, P, P, 3].
+// Lengths of a state, a tile or a ring of [B, rows, columns, P, P, 3].
 struct TokenLengths {
     explicit TokenLengths(const Tensor& tensor);
 

@@ -122,19 +122,15 @@ CudaDevice::CudaDevice(const CudaFunctions& functions, int ordinal, void* stream
     : cuda_(functions), ordinal_(ordinal), stream_(stream) {
     check(cuda_.device_get(&device_, ordinal), "find the GPU");
     check(cuda_.context_retain(&context_, device_), "start the GPU");
+    if (stream_ != nullptr)
+        return;
     try {
         make_current();
-        if (stream_ == nullptr) {
-            check(cuda_.stream_create(&stream_, non_blocking), "make a stream");
-            owns_stream_ = true;
-        }
+        check(cuda_.stream_create(&stream_, non_blocking), "make a stream");
+        owns_stream_ = true;
     } catch (...) {
         cuda_.context_release(device_);
         throw;
-    }
-    try {
-        kernels_ = std::make_unique<Kernels>(*this);
-    } catch (const Failure&) { // the host does their work
     }
 }
 
@@ -202,6 +198,16 @@ void CudaDevice::fill_zero(void* target, std::size_t bytes) const {
 void CudaDevice::synchronize() const {
     make_current();
     check(cuda_.stream_synchronize(stream_), "wait for the GPU");
+}
+
+const Kernels* CudaDevice::kernels() const {
+    std::call_once(loaded_, [this] {
+        try {
+            kernels_ = std::make_unique<Kernels>(*this);
+        } catch (const Failure&) { // the host does their work
+        }
+    });
+    return kernels_.get();
 }
 
 void* CudaDevice::load_module(const char* ptx) const {

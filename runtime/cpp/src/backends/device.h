@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <functional>
 #include <memory>
+#include <mutex>
 #include <string>
 #include <vector>
 
@@ -51,8 +52,8 @@ public:
     // Put a kernel of at least so many threads on the stream. arguments: where each lies.
     void launch(void* kernel, std::uint64_t threads, void** arguments) const;
 
-    // Our kernels; nullptr where the driver refuses them.
-    const Kernels* kernels() const { return kernels_.get(); }
+    // Our kernels, loaded when first asked for; nullptr where the driver refuses them.
+    const Kernels* kernels() const;
 
     // Record what `work` puts on the stream, and return a function that puts all of it there again,
     // as one launch. The function holds the device.
@@ -69,7 +70,8 @@ private:
     void* stream_;
     bool owns_stream_ = false;
     mutable std::vector<void*> modules_;
-    std::unique_ptr<Kernels> kernels_;
+    mutable std::once_flag loaded_; // its kernels: decoders may share a device
+    mutable std::unique_ptr<Kernels> kernels_;
 };
 
 } // namespace pid::core
