@@ -1,7 +1,6 @@
 """Small bundles, exported once for all workers of a run."""
 
 import contextlib
-import functools
 import gc
 import hashlib
 import json
@@ -21,9 +20,6 @@ import torch
 from filelock import FileLock
 from numpy.typing import NDArray
 from safetensors import safe_open
-from torch._export import utils as torch_export
-from torch.fx.experimental import sym_node
-from torch.onnx._internal.exporter._registration import ONNXRegistry
 
 from altered import alter
 from pid_export.bundle import ExportOptions, export_bundle
@@ -143,23 +139,6 @@ def shared_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session", autouse=True)
 def _traces_are_shared(shared_folder: Path) -> None:
     GraphExporter._traces = SharedTraces(shared_folder / "traces")
-
-
-@pytest.fixture(scope="session", autouse=True)
-def _torch_exports_quickly() -> Iterator[None]:
-    """torch collects its operators for every stage it exports, which is a third of the time.
-
-    A tenth goes into asking, a million times, whether to log the arithmetic of sizes; a fifth into
-    keeping results of operators, of which a stage has few twice.
-    """
-    with pytest.MonkeyPatch.context() as patch:
-        collect = staticmethod(functools.cache(ONNXRegistry.from_torchlib))
-        patch.setattr(ONNXRegistry, "from_torchlib", collect)
-        find = functools.cache(torch_export._materialize_cpp_cia_ops)
-        patch.setattr(torch_export, "_materialize_cpp_cia_ops", find)
-        patch.setattr(sym_node.sym_node_log, "debug", lambda *_: None)
-        patch.setattr(torch._dynamo.config, "fake_tensor_cache_enabled", False)
-        yield
 
 
 @pytest.fixture(scope="session", autouse=True)

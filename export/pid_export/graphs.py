@@ -1,11 +1,6 @@
 """Stages to ONNX graphs, traced without weights: those stay in the bundle's one weights file."""
 
-import contextlib
-import logging
-import signal
-import threading
-import warnings
-from collections.abc import Generator, Iterator, Mapping, MutableMapping
+from collections.abc import Iterator, Mapping, MutableMapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -17,7 +12,7 @@ from onnxscript.optimizer import optimize_ir
 
 from pid_export.onnx_ports import OPSET
 from pid_export.program import GraphSpec
-from pid_export.translations import kept_translations
+from pid_export.tracing import tracing
 from pid_runtime.backends.stages import (
     DTYPES,
     GROUP_EPSILON,
@@ -125,7 +120,7 @@ class GraphExporter:
         used = (network.used, PRECISIONS[self._precision]) if typed else ()
         key = repr((spec.stage, spec.options, spec.inputs, spec.outputs, used))
         if key not in self._traces:
-            with interrupts_held():
+            with tracing():
                 self._traces[key] = _trace(spec, stage, longest_text)
         return self._traces[key]
 
@@ -139,44 +134,6 @@ class _Used:
 
     def __getattr__(self, name: str) -> Any:
         return self.used.setdefault(name, getattr(self._network, name))
-
-
-@contextlib.contextmanager
-def interrupts_held() -> Generator[None, None, None]:
-    """Let Ctrl-C and SIGTERM wait until the block ends.
-
-    torch calls Python back from C++ when it traces, and a `KeyboardInterrupt` raised there may end
-    the process with an abort, or be lost.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    held: list[int] = []
-    before = {
-        number: signal.signal(number, lambda number, _frame: held.append(number))
-        for number in (signal.SIGINT, signal.SIGTERM)
-    }
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-        if held:
-            signal.raise_signal(held[0])
-
-
-@contextlib.contextmanager
-def tracing() -> Generator[None, None, None]:
-    """Keep torch quiet, and its translations, while it traces."""
-    quiet = logging.getLogger("torch.onnx")
-    level = quiet.level
-    quiet.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings(), kept_translations():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        quiet.setLevel(level)
 
 
 def _trace(spec: GraphSpec, stage: torch.nn.Module, longest_text: int) -> bytes:
@@ -195,25 +152,24 @@ def _trace(spec: GraphSpec, stage: torch.nn.Module, longest_text: int) -> bytes:
         }
         for name, port in spec.inputs.items()
     }
-    with tracing():
-        program = torch.export.export(
-            stage,
-            (),
-            kwargs=samples,
-            dynamic_shapes=shapes,
-            strict=False,
-            # torch 2.11 does not see that min(2 w, 4 w) is 2 w, and refuses the latent stage.
-            prefer_deferred_runtime_asserts_over_guards="w" in dims,
-        )
-        exported = torch.onnx.export(
-            program,
-            dynamo=True,
-            opset_version=OPSET,
-            output_names=list(spec.outputs),
-            optimize=False,
-            verbose=False,
-            custom_translation_table=_OPERATIONS,
-        )
+    program = torch.export.export(
+        stage,
+        (),
+        kwargs=samples,
+        dynamic_shapes=shapes,
+        strict=False,
+        # torch 2.11 does not see that min(2 w, 4 w) is 2 w, and refuses the latent stage.
+        prefer_deferred_runtime_asserts_over_guards="w" in dims,
+    )
+    exported = torch.onnx.export(
+        program,
+        dynamo=True,
+        opset_version=OPSET,
+        output_names=list(spec.outputs),
+        optimize=False,
+        verbose=False,
+        custom_translation_table=_OPERATIONS,
+    )
     if exported is None:
         raise ExportError(f"torch exported nothing for stage {spec.stage}")
     model = exported.model

@@ -10,8 +10,9 @@ from typing import Any
 import onnx
 import torch
 
-from pid_export.graphs import ExportError, interrupts_held, tracing
+from pid_export.graphs import ExportError
 from pid_export.onnx_ports import OPSET
+from pid_export.tracing import tracing
 from pid_runtime.bundle.files import write_whole
 
 
@@ -26,7 +27,7 @@ def trace(
     samples: inputs to trace with, by name. dims: of each the axes of any size, as torch.export's
     `Dim`. output: what to call the result.
     """
-    with interrupts_held(), tracing(), torch.no_grad():
+    with tracing(), torch.no_grad():
         program = torch.onnx.export(
             model.eval(),
             (),

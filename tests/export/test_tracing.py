@@ -1,14 +1,26 @@
-"""torch.onnx's table of translations, made once."""
+"""What torch is spared while it traces."""
 
+import functools
+import importlib
+import logging
 import warnings
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
+from torch.fx.experimental import sym_node
 from torch.onnx._internal.exporter import _registration
 
-from pid_export import translations
-from pid_export.translations import kept_translations
+from pid_export import tracing as module
+from pid_export.tracing import tracing
+
+
+@pytest.fixture(autouse=True)
+def _anew() -> Iterator[None]:
+    module._shortcuts.cache_clear()
+    yield
+    module._shortcuts.cache_clear()
 
 
 def graph(scale: float) -> bytes:
@@ -32,12 +44,11 @@ def test_a_table_is_made_once_and_gives_the_same_graphs(monkeypatch: pytest.Monk
         made.append(options)
         return make(*arguments, **options)
 
-    monkeypatch.setattr(translations, "_made", {})
     monkeypatch.setattr(registry, "from_torchlib", staticmethod(counted))
     plain = graph(2)
     assert len(made) == 1
     for _ in range(2):
-        with kept_translations():
+        with tracing():
             assert graph(2) == plain != graph(3)
     assert len(made) == 2
     graph(2)
@@ -45,7 +56,7 @@ def test_a_table_is_made_once_and_gives_the_same_graphs(monkeypatch: pytest.Monk
 
 
 def test_translations_of_one_trace_are_not_those_of_the_next() -> None:
-    with kept_translations():
+    with tracing():
         first, second = (_registration.ONNXRegistry.from_torchlib() for _ in range(2))
     assert first.functions == second.functions and len(first.functions) > 100
     target, known = next(iter(first.functions.items()))
@@ -54,7 +65,39 @@ def test_translations_of_one_trace_are_not_those_of_the_next() -> None:
     assert second.functions[target] == known[:-1]
 
 
+def values() -> list[Any]:
+    found: list[Any] = []
+    for place in module._SHORTCUTS:
+        name, _, path = place.partition(":")
+        found.append(functools.reduce(getattr, path.split("."), importlib.import_module(name)))
+    return found
+
+
+def test_all_is_as_before_afterwards() -> None:
+    before = values()
+    for _ in range(2):
+        with tracing():
+            assert all(one != other for one, other in zip(values(), before, strict=True))
+        assert values() == before
+    with pytest.raises(ValueError, match="of a trace"), tracing():
+        raise ValueError("of a trace")
+    assert values() == before
+
+
+def test_what_was_to_be_logged_is_logged() -> None:
+    sym_node.sym_node_log.setLevel(logging.DEBUG)
+    try:
+        said = sym_node.sym_node_log.debug
+        with tracing():
+            assert sym_node.sym_node_log.debug == said
+    finally:
+        sym_node.sym_node_log.setLevel(logging.NOTSET)
+
+
 def test_a_torch_without_such_a_table_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = graph(2)
     monkeypatch.delattr(_registration, "ONNXRegistry")
-    with kept_translations():
+    with tracing():
         assert not hasattr(_registration, "ONNXRegistry")
+    monkeypatch.undo()
+    assert graph(2) == plain
