@@ -49,7 +49,7 @@ def read_siglip(space: str, spec: Vae, path: Path) -> SiglipEncoder:
 
     Raises `PipelineInputError` for what transformers cannot load, and for another model.
     """
-    from transformers import SiglipVisionModel
+    from transformers.models.siglip import SiglipVisionModel
     from transformers.utils import logging
 
     what = f"expected the encoder of {space}, SigLIP 2 of {_described(spec.config)}"

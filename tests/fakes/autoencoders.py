@@ -6,7 +6,7 @@ from typing import Any
 
 import diffusers
 import torch
-from transformers import SiglipConfig, SiglipModel
+from transformers.models.siglip import SiglipConfig, SiglipModel
 
 from pid_pipelines.vaes import RAES, VAES, Vae
 

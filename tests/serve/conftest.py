@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from filelock import FileLock
 
-from conftest import SMALL_BUCKETS
+from conftest import SMALL_BUCKETS, golden_config
 from pid_export.bundle import ExportOptions, export_bundle
 from pid_ref.checkpoint import state_shapes
 from pid_ref.registry import NANO
@@ -17,8 +17,16 @@ from pid_ref.weights import RandomWeights
 
 
 def enlarging(shared_folder: Path, name: str, **options: Any) -> Path:
-    """A bundle of the space nano, of a smaller network than the one that ships."""
-    small = replace(NANO.config, latent_hidden=16, latent_res_blocks=1, hidden_size=64, num_heads=1)
+    """A bundle of the space nano, of a network whose stages are traced for other tests too."""
+    nano = NANO.config
+    small = replace(
+        golden_config("flux_2k"),
+        latent_channels=nano.latent_channels,
+        latent_unpatchify=nano.latent_unpatchify,
+        text_dim=nano.text_dim,
+        text_max_length=nano.text_max_length,
+        patch_depth=1,
+    )
     bundle = shared_folder / "served" / name
     with FileLock(shared_folder / f"served-{name}.lock"):
         if not bundle.exists():
