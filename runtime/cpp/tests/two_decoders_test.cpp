@@ -73,7 +73,7 @@ int main() {
     }
     const std::string bundle = std::string(data) + "/v1";
     pid::DecoderOptions options;
-    options.threads = 2;
+    options.threads = 1;
     const pid::Bundle shared(bundle, options);
     const Open of_its_own = [&] { return pid::Decoder(bundle, options); };
     const Open of_the_shared = [&] { return pid::Decoder(shared, options); };
