@@ -263,13 +263,13 @@ class LatentResBlock(nn.Module):
 
     def __init__(self, n: Dimensions, dtype: torch.dtype) -> None:
         super().__init__()
-        r = n.latent_hidden
+        r, self.dtype = n.latent_hidden, dtype
         self.norm1, self.conv1 = GroupNorm(r), Conv(r, r, n.latent_padding, dtype)
         self.norm2, self.conv2 = GroupNorm(r), Conv(r, r, n.latent_padding, dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        h = self.conv1(F.silu(self.norm1(x)))
-        return x + self.conv2(F.silu(self.norm2(h)))
+        h = self.conv1(F.silu(self.norm1(x).to(self.dtype)))
+        return x + self.conv2(F.silu(self.norm2(h))).float()
 
 
 class Latent(nn.Module):
@@ -292,10 +292,10 @@ class Latent(nn.Module):
             b, c, h, w = x.shape
             x = x[:, :, :, None, :, None].expand(-1, -1, -1, self.ratio, -1, self.ratio)
             x = x.reshape(b, c, h * self.ratio, w * self.ratio)
-        x = self.conv_mid(F.silu(self.conv_in(x)))
+        x = self.conv_mid(F.silu(self.conv_in(x))).float()
         for block in self.blocks:
             x = block(x)
-        return x.permute(0, 2, 3, 1).contiguous()
+        return x.permute(0, 2, 3, 1).to(self.dtype).contiguous()
 
 
 class Timestep(nn.Module):
@@ -687,7 +687,7 @@ class Update(_AfterPixelAttention):
         rounding: Rounding = NO_ROUNDING,
     ) -> None:
         super().__init__(n, dtype, embed=embed, rounding=rounding)
-        self.velocity = Linear(n.pixel_hidden_size, 3, dtype)
+        self.velocity = Linear(n.pixel_hidden_size, 3, torch.float32)
 
     def forward(
         self,
@@ -705,7 +705,7 @@ class Update(_AfterPixelAttention):
         entering = _pixels(self.embed, self.d, pixels, state=embedded, **tables)
         s = self.s(s)
         leaving = self.leave(entering, s, attended)
-        velocity = self.velocity(normalize(leaving).to(s.dtype)).float().flatten(2)
+        velocity = self.velocity(normalize(leaving)).flatten(2)
         return update[0] * state + update[1] * velocity + update[2] * noise
 
 
