@@ -12,7 +12,7 @@ from pid_runtime.bundle.sizes import Shape, sizes_for
 LARGEST_ASPECT = 8
 """Images up to this many times as wide as high, or as high as wide, are sure to have an engine."""
 
-BAND_SLACK = 1.3
+BAND_SLACK = 1.2
 """How many budgets the largest height times the largest width of a band may be."""
 
 ONE_HEAD_TOKENS = 4096
