@@ -40,7 +40,7 @@ def test_bands_hold_every_size(budget: int) -> None:
 @given(st.integers(1, 1 << 18))
 def test_bands_stay_near_the_budget(budget: int) -> None:
     found = bands(budget)
-    assert len(found) <= 8
+    assert len(found) <= 12
     for h, w in found:
         assert h[0] == w[0] == 1 and h[0] <= h[1] <= h[2] and w[0] <= w[1] <= w[2]
         assert h[1] * w[1] <= budget
@@ -50,8 +50,8 @@ def test_bands_stay_near_the_budget(budget: int) -> None:
 def test_bands_at_full_size() -> None:
     """4096 x 4096 from latents of 8 pixels, each decoded to four times its width."""
     found = bands(16_384)
-    assert len(found) == 8
-    assert max(h[2] * w[2] for h, w in found) <= 1.3 * 16_384
+    assert len(found) == 11
+    assert max(h[2] * w[2] for h, w in found) <= 1.2 * 16_384
     assert found[0][1][2] == found[-1][0][2] == 363
 
 
