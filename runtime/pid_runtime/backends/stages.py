@@ -4,7 +4,8 @@ The exporter traces these modules into ONNX and the torch backend runs them as t
 two attentions every token is on its own, so the network is cut there: per-token stages, which the
 interpreter may run on any slice of L, alternate with attention stages, which see the whole
 sequence. Activations and matrix weights have the bundle's compute dtype; norms, modulation,
-rotary tables and the sampler are float32.
+rotary tables, the latent's residuals, pixels within a stage, the velocity and the sampler are
+float32.
 
 Shapes: B batch, L patch tokens of this call, T text tokens, D hidden size, H heads, r latent
 hidden size, P patch size, d pixel hidden size, A pixel attention size. Rotary pairs are the two
@@ -259,7 +260,7 @@ class GroupNorm(nn.Module):
 
 
 class LatentResBlock(nn.Module):
-    """Pre-activation residual block."""
+    """Pre-activation residual block of `[B, r, h, w]` float32."""
 
     def __init__(self, n: Dimensions, dtype: torch.dtype) -> None:
         super().__init__()
