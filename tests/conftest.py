@@ -53,6 +53,16 @@ def pytest_configure() -> None:
     torch.set_num_threads(1)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with what takes longest to make, and go on with what need not wait for it.
+
+    The one is the C++ runtime, of `tests/cpp/test_command.py`, and `golden_bundle`; the other,
+    files that use neither: another worker would only wait till they are there.
+    """
+    waiting = {i.path for i in items if "golden_bundle" in getattr(i, "fixturenames", ())}
+    items.sort(key=lambda i: (i.path.name != "test_command.py", i.path in waiting))
+
+
 def pytest_collection_finish() -> None:
     """Have the garbage collector come less often."""
     pass_over_what_is_there()
