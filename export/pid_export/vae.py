@@ -41,7 +41,7 @@ def export_vae(
     """
     spec = spec_of(space)
     check_new(output)
-    found = find_vae(space, spec.file, source or spec.repository)
+    found = find_vae(space, spec, source)
     model = read_vae(space, spec, found).eval().requires_grad_(False)
     advance(0.1)
     needed = sum(4 * each.numel() for each in model.parameters())

@@ -10,7 +10,6 @@ import hashlib
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Literal, Protocol, cast
 
 import numpy as np
@@ -147,12 +146,7 @@ class CaptionEncoder:
     def __enter__(self) -> "CaptionEncoder":
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def has(self, texts: Sequence[str], length: int = LENGTH, *, plain: bool = False) -> bool:

@@ -36,13 +36,15 @@ _SAME = 1e-3
 """Most that statistics of the same space differ, as they are rounded in files."""
 
 
-def find_vae(space: str, official: str, source: str | Path | None) -> Path:
-    """The file or folder of an autoencoder, fetched if need be; arguments as of `load_vae`.
+def find_vae(space: str, spec: Vae, source: str | Path | None) -> Path:
+    """The file or folder of a space's autoencoder, fetched if need be; source: as of `load_vae`.
 
-    official: of NVIDIA's repository, where `source` is None, whose licence is stated then.
+    The licence of what NVIDIA's repository holds is stated.
     Raises `PipelineInputError` for one that cannot be had.
     """
+    source = source or spec.repository
     if source is None:
+        official = spec.file
         _log.warning(WEIGHTS_LICENSE)
         _log.info(CODE_LICENSE)
         is_file = "." in official.rpartition("/")[2]

@@ -2,7 +2,6 @@
 
 import gc
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -31,7 +30,7 @@ def load_vae(space: str, source: str | Path | None = None, device: str = "cpu") 
     of another space.
     """
     spec = spec_of(space)
-    found = find_vae(space, spec.file, source or spec.repository)
+    found = find_vae(space, spec, source)
     model = read_vae(space, spec, found)
     try:
         return LoadedVae(spec, model.eval().to(device), device)
@@ -130,12 +129,7 @@ class LoadedVae:
     def __enter__(self) -> "LoadedVae":
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def close(self) -> None:

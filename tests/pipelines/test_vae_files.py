@@ -192,22 +192,22 @@ def test_where_autoencoders_are_found(
         return str(tmp_path)
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", fetch)
-    found = find_vae("flux", VAES["flux"].file, None)
+    found = find_vae("flux", VAES["flux"], None)
     assert found == tmp_path / "checkpoints/ae.safetensors"
-    assert find_vae("sd3", VAES["sd3"].file, None) == tmp_path / "checkpoints/sd3_vae"
+    assert find_vae("sd3", VAES["sd3"], None) == tmp_path / "checkpoints/sd3_vae"
     assert asked == [
         ("nvidia/PiD", ["checkpoints/ae.safetensors"]),
         ("nvidia/PiD", ["checkpoints/sd3_vae/**"]),
     ]
     assert "non-commercial" in caplog.text
     asked.clear()
-    assert find_vae("flux", "", "someone/autoencoder") == tmp_path
+    assert find_vae("flux", VAES["flux"], "someone/autoencoder") == tmp_path
     assert [patterns[0] for _, patterns in asked] == ["vae/config.json", "config.json"]
     (tmp_path / "vae").mkdir()
     asked.clear()
-    assert find_vae("flux", "", "someone/pipeline") == tmp_path and len(asked) == 1
+    assert find_vae("flux", VAES["flux"], "someone/pipeline") == tmp_path and len(asked) == 1
     with pytest.raises(PipelineInputError, match="is neither file nor folder"):
-        find_vae("flux", "", "missing/ae.safetensors")
+        find_vae("flux", VAES["flux"], "missing/ae.safetensors")
 
 
 def test_an_autoencoder_that_cannot_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -216,7 +216,7 @@ def test_an_autoencoder_that_cannot_be_had(monkeypatch: pytest.MonkeyPatch) -> N
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", fail)
     with pytest.raises(PipelineInputError) as error:
-        find_vae("flux", VAES["flux"].file, None)
+        find_vae("flux", VAES["flux"], None)
     assert str(error.value) == (
         "expected the autoencoder of flux (checkpoints/ae.safetensors of nvidia/PiD), but it is "
         "not in the cache and the hub cannot be reached; fetch it by other means and pass --vae "
