@@ -13,7 +13,10 @@ LARGEST_ASPECT = 8
 """Images up to this many times as wide as high, or as high as wide, are sure to have an engine."""
 
 BAND_SLACK = 1.2
-"""How many budgets the largest height times the largest width of a band may be."""
+"""How many budgets the largest height times the largest width of a band may be.
+
+Less of it is less scratch, and more profiles, which take longer to build.
+"""
 
 ONE_HEAD_TOKENS = 4096
 """Least best and largest size of an attention with one head.

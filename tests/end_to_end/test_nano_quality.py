@@ -166,14 +166,19 @@ def test_a_flat_picture_stays_flat_in_tiles(pid: Decoder) -> None:
     assert np.abs(whole - tiled).max() < 0.02
 
 
+def results(file: str) -> Any:
+    """What was measured, of the weights that are here."""
+    record = json.loads((ROOT / "bench/results" / file).read_text())
+    assert NANO.file is not None and record["weights_sha256"] == file_sha256(NANO.file)
+    return record["rows"]
+
+
 def test_decodes_of_whole_photographs_reached_what_the_page_says() -> None:
     """Above bicubic and Lanczos everywhere; 3 dB at sigma 0.4, 0.8 dB on the mean at 0.
 
     The grid of tokens, between which nothing is shared, is seen less than bicubic's of pixels.
     """
-    record = json.loads((ROOT / "bench/results/nano.json").read_text())
-    assert NANO.file is not None and record["weights_sha256"] == file_sha256(NANO.file)
-    rows = record["rows"]
+    rows = results("nano.json")
     found = {(row["photo"], row["sigma"], row["decoder"]): row for row in rows}
     gains: dict[float, list[float]] = {}
     for photo, sigma in dict.fromkeys((row["photo"], row["sigma"]) for row in rows):
@@ -191,9 +196,7 @@ def test_decodes_of_whole_photographs_reached_what_the_page_says() -> None:
 @pytest.mark.parametrize("precision", ["bf16", "fp8", "fp8-fp32"])
 def test_precisions_reached_what_the_page_says(precision: str) -> None:
     """Within 0.1 dB and 0.002 of SSIM of float32, on every photograph."""
-    record = json.loads((ROOT / "bench/results/nano-fp8.json").read_text())
-    assert NANO.file is not None and record["weights_sha256"] == file_sha256(NANO.file)
-    rows = record["rows"]
+    rows = results("nano-fp8.json")
     found = {(row["photo"], row["sigma"]): row for row in rows[precision]}
     assert len(found) == 10
     for exact in rows["fp32 (reference)"]:

@@ -651,7 +651,6 @@ class Pixels(_AfterPixelAttention):
         rounding: Rounding = NO_ROUNDING,
     ) -> None:
         super().__init__(n, dtype, embed=embed, rounding=rounding)
-        self.dtype = dtype
         self.enter = EnterPixelBlock(n, dtype, rounding)
 
     def forward(
@@ -669,7 +668,7 @@ class Pixels(_AfterPixelAttention):
         entering = _pixels(self.embed, self.d, pixels, state=state, **tables)
         s = self.s(s)
         leaving = self.leave(entering, s, attended)
-        kept = leaving.flatten(2).to(self.dtype)
+        kept = leaving.flatten(2).to(s.dtype)
         return (kept, *self.enter(leaving, s, rope_cos, rope_sin))
 
 
