@@ -1,6 +1,7 @@
 """Small bundles, exported once for all workers of a run."""
 
 import contextlib
+import functools
 import gc
 import hashlib
 import json
@@ -27,6 +28,7 @@ from pid_export.calibrate import calibrate
 from pid_export.calibration import Calibration
 from pid_export.calibration_inputs import MADE_UP, synthetic_inputs
 from pid_export.graphs import GraphExporter
+from pid_ref import weights as random_weights
 from pid_ref.checkpoint import state_shapes
 from pid_ref.config import PidConfig
 from pid_ref.weights import RandomWeights
@@ -48,9 +50,11 @@ EditBundle = Callable[[Callable[[dict[str, Any]], object]], Path]
 def pytest_configure() -> None:
     """Give torch one thread: on small tensors more of them only wait for each other.
 
-    On a busy machine they wait long: a decode took a hundred times as long with two.
+    On a busy machine they wait long: a decode took a hundred times as long with two. And pytest
+    listens to every logger that does not propagate, for which torch would write its traces down.
     """
     torch.set_num_threads(1)
+    logging.getLogger("torch.__trace").propagate = True
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -159,6 +163,19 @@ def _onnx_runtime_has_one_thread() -> Iterator[None]:
     """
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(onnxruntime, "core_count", lambda: 1)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _random_weights_are_kept() -> Iterator[None]:
+    """The same few networks are made again and again: their tensors are drawn once."""
+    draw = functools.lru_cache(maxsize=8192)(random_weights.random_tensor)
+
+    def drawn(name: str, shape: tuple[int, ...], seed: int) -> NDArray[np.float32]:
+        return draw(name, tuple(shape), seed).copy()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(random_weights, "random_tensor", drawn)
         yield
 
 

@@ -4,9 +4,11 @@ import contextlib
 import copy
 import functools
 import importlib
+import inspect
 import logging
 import signal
 import threading
+import typing
 import warnings
 from collections.abc import Callable, Generator
 from typing import Any
@@ -73,6 +75,27 @@ def _silent(say: Any) -> Any:
     return say if say.__self__.isEnabledFor(logging.DEBUG) else lambda *_: None
 
 
+def _known(interpreter: Any) -> Any:
+    """The same, but of a node that is as it was it takes the value that is known already."""
+    from torch.fx.traceback import get_current_meta
+
+    class Known(interpreter):
+        anew = False
+
+        def _run_node_and_set_meta(self, node: Any) -> Any:
+            self.anew = True
+            try:
+                return super()._run_node_and_set_meta(node)
+            finally:
+                self.anew = False
+
+        def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+            value = None if self.anew else get_current_meta().get("val")
+            return super().call_function(target, args, kwargs) if value is None else value
+
+    return Known
+
+
 _SHORTCUTS: dict[str, Callable[[Any], Any]] = {
     # A fifth of a trace's time each: the table is made for every graph, and results of operators
     # are kept, of which a stage has few twice.
@@ -80,8 +103,17 @@ _SHORTCUTS: dict[str, Callable[[Any], Any]] = {
     "torch._dynamo.config:fake_tensor_cache_enabled": lambda _: False,
     # A tenth: a million times it is asked whether to log the arithmetic of sizes.
     "torch.fx.experimental.sym_node:sym_node_log.debug": _silent,
-    # A twentieth: all operators are looked at, twice in every graph.
+    "torch.fx.experimental.symbolic_shapes:ShapeEnv._create_fx_call_function": inspect.unwrap,
+    # A twentieth each: all operators are looked at, twice in every graph, and given new functions,
+    # whose annotations are made then.
     "torch._export.utils:_materialize_cpp_cia_ops": functools.cache,
+    "torch._ops:Callable": lambda _: typing.Callable,
+    # A twelfth: whether to convert types, nodes are run once more.
+    "torch.onnx._internal.fx.passes.type_promotion:_TypePromotionInterpreter": _known,
+    # A twentieth: where a node comes from is kept, which no graph of ours says, and every module
+    # on the way is compiled, though most of them never run.
+    "torch.fx.config:do_not_emit_stack_traces": lambda _: True,
+    "torch.fx._lazy_graph_module:_use_lazy_graph_module_flag": lambda _: True,
 }
 """What torch does again and again when it traces, and what makes of it something to do instead.
 

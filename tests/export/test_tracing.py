@@ -23,16 +23,23 @@ def _anew() -> Iterator[None]:
     module._shortcuts.cache_clear()
 
 
+def graph_of(module: torch.nn.Module, *inputs: torch.Tensor) -> bytes:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        program = torch.onnx.export(module, inputs, dynamo=True, verbose=False)
+    assert program is not None
+    model = program.model_proto
+    for node in model.graph.node:
+        del node.metadata_props[:]  # where it comes from
+    return model.SerializeToString(deterministic=True)
+
+
 def graph(scale: float) -> bytes:
     class Scaled(torch.nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return torch.nn.functional.silu(x * scale)
 
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        program = torch.onnx.export(Scaled(), (torch.ones(2, 3),), dynamo=True, verbose=False)
-    assert program is not None
-    return program.model_proto.SerializeToString(deterministic=True)
+    return graph_of(Scaled(), torch.ones(2, 3))
 
 
 def test_a_table_is_made_once_and_gives_the_same_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -53,6 +60,23 @@ def test_a_table_is_made_once_and_gives_the_same_graphs(monkeypatch: pytest.Monk
     assert len(made) == 2
     graph(2)
     assert len(made) == 3
+
+
+class Mixed(torch.nn.Module):
+    """What is of several types, and of more digits than it comes with."""
+
+    def forward(self, x: torch.Tensor, n: torch.Tensor) -> torch.Tensor:
+        wide = n * 0.5 + x.float() / n
+        return torch.where(n > 1, torch.sqrt(n) + wide, torch.nn.functional.gelu(x * 3 + n))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_types_are_converted_as_before(dtype: torch.dtype) -> None:
+    inputs = torch.ones(2, 3, dtype=dtype), torch.ones(2, 3, dtype=torch.int64)
+    plain = graph_of(Mixed(), *inputs)
+    assert b"Cast" in plain
+    with tracing():
+        assert graph_of(Mixed(), *inputs) == plain
 
 
 def test_translations_of_one_trace_are_not_those_of_the_next() -> None:
