@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from filelock import FileLock
 
-from conftest import SMALL_BUCKETS, golden_config
+from bundles import SMALL_BUCKETS, golden_config
 from pid_export.bundle import ExportOptions, export_bundle
 from pid_ref.checkpoint import state_shapes
 from pid_ref.registry import NANO
