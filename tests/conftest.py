@@ -32,10 +32,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Begin with what takes longest to make, and go on with what need not wait for it.
 
     The one is the C++ runtime, of `tests/cpp/test_command.py`, and `golden_bundle`; the other,
-    files that use neither: another worker would only wait till they are there.
+    files that use neither: another worker would only wait till they are there. Servers come first
+    of these and those: at the end, nothing would be done while their tests wait for them.
     """
-    waiting = {i.path for i in items if "golden_bundle" in getattr(i, "fixturenames", ())}
-    items.sort(key=lambda i: (i.path.name != "test_command.py", i.path in waiting))
+    made = {"golden_bundle", "bf16_bundle"}
+    waiting = {i.path for i in items if made.intersection(getattr(i, "fixturenames", ()))}
+
+    def place(item: pytest.Item) -> tuple[bool, bool, bool]:
+        path = item.path
+        return path.name != "test_command.py", path in waiting, path.parent.name != "serve"
+
+    items.sort(key=place)
 
 
 def pytest_collection_finish() -> None:
