@@ -143,13 +143,17 @@ oldest=1.$(sed -n 's/^#define ORT_API_VERSION \([0-9]*\).*/\1/p' "$header")
 dpkg --compare-versions "${library##*.so.}" ge "$oldest" ||
     fail 2 "ONNX Runtime $oldest or later in $2, as the headers are of that version, but got" \
         "${library##*.so.}; update it"
+# A program that is linked with them may start meanwhile: what is there and right is left there.
+link() { # TARGET LINK
+    [[ $(readlink "$2") == "$1" ]] || ln -sf "$1" "$2"
+}
 for file in "$folder"/lib/libonnxruntime*; do # of another release
-    [[ -e $from/${file##*/} ]] || rm -f "$file"
+    [[ -L $file || -e $from/${file##*/} ]] || rm -f "$file"
 done
 for file in "$library" "$from"/libonnxruntime_providers_*.so; do
     # What is linked with it is linked again when it is another.
     [[ ! -e $file ]] || cmp -s "$file" "$folder/lib/${file##*/}" ||
         cp --remove-destination "$file" "$folder/lib"
 done
-ln -sf "${library##*/}" "$folder/lib/libonnxruntime.so.1"
-ln -sf libonnxruntime.so.1 "$folder/lib/libonnxruntime.so"
+link "${library##*/}" "$folder/lib/libonnxruntime.so.1"
+link libonnxruntime.so.1 "$folder/lib/libonnxruntime.so"
