@@ -79,13 +79,15 @@ def _known(interpreter: Any) -> Any:
     """The same, but of a node that is as it was it takes the value that is known already."""
     from torch.fx.traceback import get_current_meta
 
+    run_changed = interpreter._run_node_and_set_meta  # where there is none, all are run
+
     class Known(interpreter):
         anew = False
 
         def _run_node_and_set_meta(self, node: Any) -> Any:
             self.anew = True
             try:
-                return super()._run_node_and_set_meta(node)
+                return run_changed(self, node)
             finally:
                 self.anew = False
 

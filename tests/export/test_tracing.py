@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch.fx.experimental import sym_node
 from torch.onnx._internal.exporter import _registration
+from torch.onnx._internal.fx.passes import type_promotion
 
 from pid_export import tracing as module
 from pid_export.tracing import tracing
@@ -77,6 +78,15 @@ def test_types_are_converted_as_before(dtype: torch.dtype) -> None:
     assert b"Cast" in plain
     with tracing():
         assert graph_of(Mixed(), *inputs) == plain
+
+
+def test_nodes_are_run_where_it_cannot_be_told_which_are_changed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    interpreter = type_promotion._TypePromotionInterpreter
+    monkeypatch.delattr(interpreter, "_run_node_and_set_meta")
+    with tracing():
+        assert type_promotion._TypePromotionInterpreter is interpreter
 
 
 def test_translations_of_one_trace_are_not_those_of_the_next() -> None:
