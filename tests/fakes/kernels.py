@@ -3,6 +3,7 @@
 import atexit
 import ctypes
 import functools
+import os
 import shutil
 import subprocess
 import tempfile
@@ -27,13 +28,17 @@ ARGUMENTS: dict[str, list[Any]] = {
 }
 """Of every kernel, as the driver is to get them."""
 
+# Tests take programs out of PATH, and the first that needs the kernels may be one of them.
+_ENVIRONMENT = dict(os.environ)
+
 _C_TYPES = {POINTER: ctypes.c_uint64, WORD: ctypes.c_uint32, FLOAT: ctypes.c_float}
 
 
 @functools.cache
 def library() -> ctypes.CDLL:
     """The kernels; skips the test where no compiler is installed."""
-    compiler = shutil.which("g++") or shutil.which("c++")
+    path = _ENVIRONMENT.get("PATH")
+    compiler = shutil.which("g++", path=path) or shutil.which("c++", path=path)
     if compiler is None:
         pytest.skip("no C++ compiler is installed")
     folder = Path(tempfile.mkdtemp(prefix="pid-kernels-"))
@@ -41,7 +46,7 @@ def library() -> ctypes.CDLL:
     flags = ["-std=c++17", "-O1", "-ffp-contract=off", "-shared", "-fPIC"]
     made = folder / "kernels.so"
     command = [compiler, *flags, f'-DKERNELS="{SOURCE}"', "-o", made, DRIVER]
-    subprocess.run(command, check=True)
+    subprocess.run(command, check=True, env=_ENVIRONMENT)
     return ctypes.CDLL(str(made))
 
 
