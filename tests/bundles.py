@@ -124,7 +124,7 @@ def _random_weights_are_kept() -> Iterator[None]:
     draw = functools.lru_cache(maxsize=8192)(random_weights.random_tensor)
 
     def drawn(name: str, shape: tuple[int, ...], seed: int) -> NDArray[np.float32]:
-        return draw(name, tuple(shape), seed).copy()
+        return draw(name, shape, seed).copy()
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(random_weights, "random_tensor", drawn)

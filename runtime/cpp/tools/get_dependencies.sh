@@ -128,9 +128,13 @@ if [[ ${#packages[@]} -gt 0 ]]; then
     cp -r "$usr/share" "$folder" # last: says which packages are there
 fi
 
+link() { # TARGET LINK: what is right is left, as a program that is linked with it may start meanwhile
+    [[ $(readlink "$2") == "$1" ]] || ln -sf "$1" "$2"
+}
+
 crypto=$(/sbin/ldconfig -p | awk '$1 == "libcrypto.so.3" { print $NF }')
 [[ -n $crypto ]] || absent "the system's libcrypto.so.3, but found none"
-ln -sf "${crypto%%$'\n'*}" "$folder/lib/libcrypto.so"
+link "${crypto%%$'\n'*}" "$folder/lib/libcrypto.so"
 
 # ONNX Runtime
 
@@ -143,10 +147,6 @@ oldest=1.$(sed -n 's/^#define ORT_API_VERSION \([0-9]*\).*/\1/p' "$header")
 dpkg --compare-versions "${library##*.so.}" ge "$oldest" ||
     fail 2 "ONNX Runtime $oldest or later in $2, as the headers are of that version, but got" \
         "${library##*.so.}; update it"
-# A program that is linked with them may start meanwhile: what is there and right is left there.
-link() { # TARGET LINK
-    [[ $(readlink "$2") == "$1" ]] || ln -sf "$1" "$2"
-}
 for file in "$folder"/lib/libonnxruntime*; do # of another release
     [[ -L $file || -e $from/${file##*/} ]] || rm -f "$file"
 done
